@@ -1,0 +1,1 @@
+"""The `vllm-loopus` command: one file a subcommand."""

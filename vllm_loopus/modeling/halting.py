@@ -1,0 +1,78 @@
+"""When a token has been refined enough: the halting rule, shared by both sides.
+
+Everything is elementwise over rows, so a batch may hold rows at different depths and with knobs of
+their own: depth and knobs are numbers or tensors [B].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_loopus.config import LoopUSConfig
+
+MAX_HAZARD = 1 - 1e-7
+Number = float | torch.Tensor
+
+
+def build_confidence_head(hidden_size: int) -> nn.Sequential:
+    """The confidence head: `sigmoid` of its output [..., 1] is `q`. Named `q_head` on disk."""
+    return nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 1))
+
+
+@dataclass(frozen=True)
+class HaltingRule:
+    """Decides after each pass which rows leave.
+
+    Depth r is *evaluated* when `r % exit_interval == 0` and at `max_loops`. `min_loops` forbids
+    leaving earlier; depths below it still count as evaluated for `cdf`.
+    """
+
+    strategy: str
+    exit_threshold: Number
+    exit_interval: int
+    min_loops: Number
+    max_loops: Number
+    convergence_epsilon: float
+
+    @classmethod
+    def from_config(cls, config: LoopUSConfig) -> "HaltingRule":
+        return cls(
+            strategy=config.halting_strategy,
+            exit_threshold=config.exit_threshold,
+            exit_interval=config.exit_interval,
+            min_loops=config.min_loops,
+            max_loops=config.max_loops,
+            convergence_epsilon=config.convergence_epsilon,
+        )
+
+    @property
+    def uses_confidence(self) -> bool:
+        return self.strategy in ("threshold", "cdf")
+
+    def leaves(
+        self,
+        depth: Number,
+        *,
+        confidence: torch.Tensor,
+        step_length: torch.Tensor,
+        survival: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows leave at `depth`.
+
+        `confidence` is `q` [B], `step_length` is `||h^r - h^(r-1)||_2` [B], `survival` the product
+        of `1 - q` over the depths evaluated so far [B] (ones before the first pass). Returns the
+        mask of leaving rows [B] and the new survival [B].
+        """
+        depth = torch.as_tensor(depth, device=confidence.device)
+        evaluated = (depth % self.exit_interval == 0) | (depth >= self.max_loops)
+        if self.strategy == "convergence":
+            early = step_length < self.convergence_epsilon
+        elif self.strategy == "cdf":
+            survival = torch.where(
+                evaluated, survival * (1 - confidence.clamp(max=MAX_HAZARD)), survival
+            )
+            early = evaluated & (1 - survival > self.exit_threshold)
+        else:
+            early = evaluated & (confidence > self.exit_threshold)
+        return (early & (depth >= self.min_loops)) | (depth >= self.max_loops), survival

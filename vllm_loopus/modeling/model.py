@@ -1,0 +1,241 @@
+"""`LoopUSForCausalLM`: the reference model. Uncached and simple, it defines the right answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from vllm_loopus.backbones import load_class
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.blocks import Decoder, Encoder, Positions, ReasoningBlock
+from vllm_loopus.modeling.checkpoint import (
+    IGNORED_SUFFIXES,
+    LEGACY_WEIGHTS,
+    RENAMED,
+    current_name,
+    raise_if_wrong,
+)
+from vllm_loopus.modeling.gate import SelectiveGate
+from vllm_loopus.modeling.halting import HaltingRule, build_confidence_head
+
+
+@dataclass
+class LoopUSOutput(ModelOutput):
+    """Result of one forward. T' is T, or `logits_to_keep` where given.
+
+    - `logits` [B, T', V]: every position decoded at its row's exit depth.
+    - `exit_depths` [B]: the depth at which the row's last valid position left.
+    - `loss`: next-token cross-entropy, when labels were given.
+    - `states`: with `output_states`, `h^0 .. h^d` of all positions, [B, T, H] each.
+    - `confidences`: with `output_states`, `q` [B] of the last valid position at depths 1..d.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    exit_depths: torch.Tensor | None = None
+    states: tuple[torch.Tensor, ...] | None = None
+    confidences: tuple[torch.Tensor, ...] | None = None
+
+
+class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
+    """Runs all positions of a row to the depth at which its last position leaves.
+
+    That is depth-consistent decoding: `logits_t = D(h^d_{1..t})_t` with `h^r = G(R(h^{r-1}),
+    h^{r-1})`. Rows of a batch do not influence each other. There is no K/V cache: `generate`
+    recomputes the whole sequence for every token.
+    """
+
+    config_class = LoopUSConfig
+    config: LoopUSConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: LoopUSConfig) -> None:
+        config.check()
+        super().__init__(config)
+        # The layers read the attention implementation from the config they are built with.
+        config.base._attn_implementation = config._attn_implementation
+        self.encoder = Encoder(config)
+        self.reasoning = ReasoningBlock(config)
+        self.decoder = Decoder(config)
+        self.q_head = build_confidence_head(config.hidden_size)
+        self.rotary_emb = load_class(config.backbone.hf_rotary)(config=config.base)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> "LoopUSForCausalLM":
+        """As in transformers, for all formats and old tensor names.
+
+        Raises `ValueError` naming missing, unexpected or misshapen tensors.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("key_mapping", RENAMED)
+        source = pretrained_model_name_or_path
+        if (state_dict := _legacy_state_dict(source)) is not None:
+            if not isinstance(kwargs.get("config"), LoopUSConfig):
+                kwargs["config"] = LoopUSConfig.from_pretrained(source)
+            kwargs["state_dict"] = state_dict
+            source = None
+        model, info = super().from_pretrained(
+            source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        raise_if_wrong(
+            str(pretrained_model_name_or_path),
+            missing=sorted(info["missing_keys"]),
+            unexpected=sorted(k for k in info["unexpected_keys"] if not k.endswith(IGNORED_SUFFIXES)),
+            misshapen=sorted(str(key) for key in info["mismatched_keys"]),
+        )
+        return (model, info) if wants_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.lm_head = new_embeddings
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SelectiveGate):
+            module.reset_parameters()
+
+    def positions(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> Positions:
+        """Rotary tables and mask for hidden states [B, T, H]."""
+        return Positions.build(self.config, self.rotary_emb, hidden, attention_mask, position_ids)
+
+    def encode(self, embedded: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """`h^0` [B, T, H] from embedded tokens [B, T, H]."""
+        return self.encoder.run_layers(embedded, positions)
+
+    def refine(
+        self, state: torch.Tensor, positions: Positions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: `h^{r-1}` -> the update `u^r` and the gated state `h^r`, [B, T, H] each."""
+        update = self.reasoning.run_layers(state, positions)
+        return update, self.reasoning.gate(update, state)
+
+    def decode(
+        self, state: torch.Tensor, positions: Positions, logits_to_keep: int | torch.Tensor = 0
+    ) -> torch.Tensor:
+        """Logits [B, T', V] of states [B, T, H] that all stand at one depth a row."""
+        hidden = self.decoder.norm(self.decoder.run_layers(state, positions))
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return self.decoder.lm_head(hidden[:, keep])
+
+    def confidence(self, head_input: torch.Tensor) -> torch.Tensor:
+        """`q` [B] of head inputs [B, H]."""
+        return torch.sigmoid(self.q_head(head_input.to(self.q_head[1].weight.dtype))).squeeze(-1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_states: bool = False,
+        **_: Any,
+    ) -> LoopUSOutput:
+        """Token ids [B, T] (or embeddings [B, T, H]) -> `LoopUSOutput`.
+
+        `attention_mask` [B, T] marks valid tokens; padding may stand on either side. Raises
+        `ValueError` unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        embedded = self.encoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = self.positions(embedded, attention_mask, position_ids)
+        state = self.encode(embedded, positions)
+
+        rule = HaltingRule.from_config(self.config)
+        rows = torch.arange(state.shape[0], device=state.device)
+        last = _last_valid(attention_mask, state)
+        running = torch.ones_like(rows, dtype=torch.bool)
+        survival = torch.ones(len(rows), device=state.device)
+        exit_depths = torch.zeros_like(rows)
+        states, confidences = [state], []
+        for depth in range(1, self.config.max_loops + 1):
+            update, new_state = self.refine(state, positions)
+            before, after = state[rows, last], new_state[rows, last]
+            seen = after if self.config.confidence_input == "state" else update[rows, last] - before
+            confidence = self.confidence(seen).float()
+            leaves, survival = rule.leaves(
+                depth,
+                confidence=confidence,
+                step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
+                survival=survival,
+            )
+            # A row that has left keeps the state it left with.
+            state = torch.where(running[:, None, None], new_state, state)
+            exit_depths = torch.where(running, depth, exit_depths)
+            running = running & ~leaves
+            states.append(state)
+            confidences.append(confidence)
+            if not running.any():
+                break
+
+        logits = self.decode(state, positions, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return LoopUSOutput(
+            loss=loss,
+            logits=logits,
+            exit_depths=exit_depths,
+            states=tuple(states) if output_states else None,
+            confidences=tuple(confidences) if output_states else None,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """The whole sequence, every time: there is no cache to continue from."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+
+    def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> bool:
+        return False
+
+
+def register_models() -> None:
+    """Make `AutoModelForCausalLM` know LoopUS configs. Safe to call again."""
+    AutoModelForCausalLM.register(LoopUSConfig, LoopUSForCausalLM, exist_ok=True)
+
+
+def _last_valid(attention_mask: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    batch, length = state.shape[:2]
+    if attention_mask is None:
+        return torch.full((batch,), length - 1, device=state.device)
+    order = torch.arange(length, device=state.device)
+    return (attention_mask.bool() * order).argmax(-1)
+
+
+def _legacy_state_dict(source: Any) -> dict[str, torch.Tensor] | None:
+    """Tensors of an old checkpoint folder (`combined_model.pt`), None for any other source."""
+    folder = Path(str(source))
+    file = folder / LEGACY_WEIGHTS
+    if not file.is_file() or any(folder.glob("*.safetensors")):
+        return None
+    state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {current_name(name): tensor for name, tensor in state_dict.items()}

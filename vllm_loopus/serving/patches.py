@@ -1,0 +1,94 @@
+"""The places where vLLM itself has to give way. `patches/catalogue.toml` tells why.
+
+Each patch wraps one function, asks the original unless a LoopUS model is meant, and is applied
+once a process. A name that has disappeared from vLLM or has other parameters stops the start-up.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from vllm_loopus.aliases import explain_unknown_alias
+from vllm_loopus.config import LoopUSConfig
+
+MARK = "_vllm_loopus_patch"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Replaces the function `name` of `module`. `wrap` takes the original."""
+
+    key: str  # its entry in patches/catalogue.toml
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    def apply(self) -> None:
+        """Idempotent. Raises `RuntimeError` when vLLM no longer has what is replaced."""
+        target = importlib.import_module(self.module)
+        original = getattr(target, self.name, None)
+        if getattr(original, MARK, None) == self.key:
+            return
+        where = f"{self.module}.{self.name}"
+        if original is None:
+            raise RuntimeError(f"vllm-loopus: {where} is gone from this vLLM ({self.key})")
+        found = tuple(inspect.signature(original).parameters)
+        if found != self.parameters:
+            raise RuntimeError(
+                f"vllm-loopus: {where} takes {found}, not {self.parameters} ({self.key})"
+            )
+        replacement = wraps(original)(self.wrap(original))
+        setattr(replacement, MARK, self.key)
+        setattr(target, self.name, replacement)
+
+
+def _groups_by_depth(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
+        model_config = vllm_config.model_config
+        if not kv_cache_spec or not isinstance(
+            getattr(model_config, "hf_config", None), LoopUSConfig
+        ):
+            return original(vllm_config, kv_cache_spec)
+        from vllm_loopus.serving.planes import group_by_depth
+
+        return group_by_depth(kv_cache_spec)
+
+    return get_kv_cache_groups
+
+
+def _unknown_alias(original: Callable[..., Any]) -> Callable[..., Any]:
+    def maybe_model_redirect(model: str) -> str:
+        redirected: str = original(model)
+        if redirected == model:
+            explain_unknown_alias(model)
+        return redirected
+
+    return maybe_model_redirect
+
+
+PATCHES = (
+    Patch(
+        key="kv-cache-groups-by-depth",
+        module="vllm.v1.core.kv_cache_utils",
+        name="get_kv_cache_groups",
+        parameters=("vllm_config", "kv_cache_spec"),
+        wrap=_groups_by_depth,
+    ),
+    Patch(
+        key="unknown-alias-message",
+        module="vllm.config.model",
+        name="maybe_model_redirect",
+        parameters=("model",),
+        wrap=_unknown_alias,
+    ),
+)
+
+
+def apply_patches() -> None:
+    """Apply all patches in this process. Safe to call again."""
+    for patch in PATCHES:
+        patch.apply()

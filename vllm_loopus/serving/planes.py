@@ -1,0 +1,133 @@
+"""Where K/V and states of each recursion depth live in vLLM's paged memory.
+
+A *plane* is what one position needs at one depth: K/V of the reasoning and decoder layers and the
+state `h^r`. Every plane is a KV cache group of vLLM with a block table of its own, so planes can
+hold different numbers of blocks. vLLM lays all groups over the same tensors and draws block ids
+from one pool; layers stand at the same index in every group, so layer `l` is the same tensor at
+every depth, and a row's depth is nothing but the block table and slot mapping it is given. One
+`Attention` a layer therefore serves all depths, and rows at different depths can share a pass.
+
+The encoder rides in the plane of depth 1, which every position has.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.core.kv_cache_utils import create_kv_cache_group_specs
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
+
+from vllm_loopus.serving.kv_layout import KVLayout
+
+logger = init_logger("vllm.loopus")
+
+# Order of the layers in a group. The encoder stands last, so that the planes of deeper depths,
+# which have none, hold all their layers at the same indices.
+BLOCK_ORDER = ("reasoning", "decoder", "state", "encoder")
+
+
+def layer_name_at(layer_name: str, depth: int) -> str:
+    """The KV cache name of a layer at a depth; `layer_name` is its name at depth 1."""
+    return layer_name if depth == 1 else f"{layer_name}.depth{depth}"
+
+
+def depth_of(layer_name: str) -> int:
+    """The recursion depth that a KV cache name belongs to."""
+    suffix = layer_name.rpartition(".")[2]
+    return int(suffix.removeprefix("depth")) if suffix.startswith("depth") else 1
+
+
+def group_by_depth(kv_cache_spec: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+    """One KV cache group a depth, layers at the same index in each. See the module's text."""
+    by_depth: dict[int, list[str]] = {}
+    for name in kv_cache_spec:
+        by_depth.setdefault(depth_of(name), []).append(name)
+    for names in by_depth.values():
+        names.sort(key=lambda name: BLOCK_ORDER.index(name.split(".")[0]))
+    return create_kv_cache_group_specs(kv_cache_spec, [by_depth[d] for d in sorted(by_depth)])
+
+
+class PagedRows(AttentionLayerBase):
+    """Rows in the paged cache of the size and layout of `like`'s K/V, without any computation.
+
+    Reserves K/V of a layer at a depth above 1, or a piece of the states of one depth. `kv_cache`
+    is bound by vLLM: [num_blocks, kv_heads, block_size, 2 * head_size].
+    """
+
+    def __init__(self, name: str, like: Attention, vllm_config: VllmConfig) -> None:
+        self.layer_name = name
+        self.num_heads = like.num_heads  # same attention group as `like`: no second builder
+        self.impl = like.impl
+        self._like = like
+        context = vllm_config.compilation_config.static_forward_context
+        if name in context:
+            raise ValueError(f"duplicate KV cache layer {name}")
+        context[name] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return self._like.get_attn_backend()
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        return self._like.get_kv_cache_spec(vllm_config)
+
+
+class Planes:
+    """The planes of one model: reserves them, and selects one for a pass."""
+
+    def __init__(
+        self, blocks: list[nn.Module], state_bytes: int, max_loops: int, vllm_config: VllmConfig
+    ) -> None:
+        """`blocks` are the looped modules (reasoning, decoder); `state_bytes` is a state's size."""
+        layers = [m for block in blocks for m in block.modules() if isinstance(m, Attention)]
+        like = layers[0]
+        self.max_loops = max_loops
+        self.layer_names = [layer.layer_name for layer in layers]
+        self.layout = KVLayout.of(
+            vllm_config.model_config.hf_config, kv_bytes_per_token(like, vllm_config), state_bytes
+        )
+        self.state_names = [f"state.{piece}" for piece in range(self.layout.state_rows)]
+        logger.info_once("LoopUS K/V: %s", self.layout)
+        for depth in range(1, max_loops + 1):
+            for layer in layers if depth > 1 else []:
+                PagedRows(layer_name_at(layer.layer_name, depth), layer, vllm_config)
+            for name in self.state_names:
+                PagedRows(layer_name_at(name, depth), like, vllm_config)
+
+    @contextmanager
+    def at_depth(self, depth: int) -> Iterator[None]:
+        """Inside, attention of the looped layers reads and writes the plane of `depth`.
+
+        Expects that the surrounding forward context holds metadata for every plane, as vLLM's
+        runners build it for every KV cache group. A profiling run has none.
+        """
+        context = get_forward_context()
+        if depth == 1 or context.attn_metadata is None:
+            yield
+            return
+        if not isinstance(context.attn_metadata, dict) or not isinstance(
+            context.slot_mapping, dict
+        ):
+            raise NotImplementedError("LoopUS models do not run with micro-batches (enable_dbo)")
+        metadata, slots = dict(context.attn_metadata), dict(context.slot_mapping)
+        for name in self.layer_names:
+            source = layer_name_at(name, depth)
+            metadata[name] = metadata[source]
+            if source in slots:
+                slots[name] = slots[source]
+        with override_forward_context(replace(context, attn_metadata=metadata, slot_mapping=slots)):
+            yield
+
+
+def kv_bytes_per_token(layer: Attention, vllm_config: VllmConfig) -> int:
+    """Bytes of K and V of one token in one layer, on this rank."""
+    spec = layer.get_kv_cache_spec(vllm_config)
+    assert spec is not None
+    return spec.page_size_bytes // spec.block_size
+

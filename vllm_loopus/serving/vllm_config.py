@@ -1,0 +1,114 @@
+"""What vLLM's configuration must be for a LoopUS model, checked before any work starts.
+
+vLLM calls these hooks for our architecture and for no other (`MODELS_CONFIG_MAP`).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_loopus.config import LoopUSConfig
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger("vllm.loopus")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+)
+
+
+class LoopUSVllmConfig(VerifyAndUpdateConfig):
+    """Checks and defaults for models of our architecture."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Raises `ValueError` for a config that is no LoopUS config or does not fit together."""
+        config = model_config.hf_config
+        if not isinstance(config, LoopUSConfig):
+            raise ValueError(
+                f"model_type={config.model_type!r} in config.json of {model_config.model} is not a "
+                "LoopUS model, but architectures asks for LoopUSForCausalLM; recast the model first "
+                "or correct architectures"
+            )
+        config.check()  # again: hf_overrides were applied after the config was built
+        _use_the_base_tokenizer(model_config, config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Raises `ValueError` naming the option, its value and the fix for what cannot work."""
+        parallel = vllm_config.parallel_config
+        _refuse(
+            parallel.pipeline_parallel_size > 1,
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
+            "a loop cannot be cut into pipeline stages; use tensor_parallel_size instead",
+        )
+        speculative = vllm_config.speculative_config
+        _refuse(
+            speculative is not None,
+            f"speculative_config={{'method': {getattr(speculative, 'method', None)!r}}}",
+            "speculative decoding does not follow recursion depth; remove it",
+        )
+        _refuse(
+            getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False),
+            "enable_dbo=True",
+            "micro-batches are not supported; leave it off",
+        )
+        _refuse(
+            parallel.decode_context_parallel_size > 1,
+            f"decode_context_parallel_size={parallel.decode_context_parallel_size}",
+            "planes by depth are not sharded by position; leave it 1",
+        )
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        _refuse(
+            cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            f"kv_cache_dtype={cache_dtype!r}",
+            "quantised K/V is not supported; use 'auto'",
+        )
+        _refuse(
+            vllm_config.kv_transfer_config is not None,
+            "kv_transfer_config",
+            "KV connectors do not know planes by depth; remove it",
+        )
+        _run_eagerly(vllm_config)
+
+
+def _run_eagerly(vllm_config: "VllmConfig") -> None:
+    """No compiled region and no CUDA graph unless the user asks for one: the model marks none."""
+    compilation = vllm_config.compilation_config
+    if compilation.mode is None:
+        compilation.mode = CompilationMode.NONE
+    if compilation.cudagraph_mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _refuse(condition: bool, option: str, fix: str) -> None:
+    if condition:
+        raise ValueError(f"{option} is not possible with a LoopUS model: {fix}")
+
+
+def _use_the_base_tokenizer(model_config: "ModelConfig", config: LoopUSConfig) -> None:
+    """Take the base model's tokenizer where a local checkpoint has none of its own."""
+    folder = Path(model_config.model)
+    if (
+        model_config.skip_tokenizer_init
+        or model_config.tokenizer != model_config.model
+        or not folder.is_dir()
+        or any((folder / name).exists() for name in TOKENIZER_FILES)
+    ):
+        return
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"tokenizer={model_config.model} holds no tokenizer files and the checkpoint names no "
+            "base_model_name_or_path; pass tokenizer=NAME or skip_tokenizer_init=True"
+        )
+    logger.info("%s has no tokenizer: using its base's, %s", folder, config.base_model_name_or_path)
+    model_config.tokenizer = config.base_model_name_or_path
