@@ -1,0 +1,37 @@
+# Every target sets itself up from nothing in .venv and is quick the second time.
+PYTHON ?= python3
+BIN := .venv/bin
+LOCK := requirements/cpu.lock
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint serve lock clean
+
+# `make .venv` builds just the environment. The stamp makes the second time quick.
+.venv: .venv/.complete
+.venv/.complete: $(LOCK) pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: .venv
+	$(BIN)/python examples/demo.py
+
+serve: .venv
+	$(BIN)/vllm serve loopus-tiny --host 127.0.0.1 --port 8000
+
+test: .venv
+	$(BIN)/python -m pytest tests
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Resolve the lock file again (needs uv). See requirements/README.md.
+lock:
+	uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/cpu.overrides \
+	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOCK)
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,68 @@
+"""Shared fixtures: golden checkpoints, and engines that tests share (a start takes seconds)."""
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Set before vLLM is imported: the engine stays in the test's process, scheduling is deterministic.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+BACKBONES = ("qwen3", "llama", "phi3")
+
+
+def golden_cases(backbone: str) -> list[dict[str, Any]]:
+    """The original implementation's answers for one backbone."""
+    expected = json.loads((GOLDEN / backbone / "expected.json").read_text())
+    cases: list[dict[str, Any]] = expected["cases"]
+    return cases
+
+
+def fixed_depth_cases(backbone: str, max_loops: int) -> list[dict[str, Any]]:
+    """Golden cases that never leave early, at one recursion budget."""
+    return [
+        case
+        for case in golden_cases(backbone)
+        if case["halting_strategy"] == "threshold"
+        and case["q_threshold"] == 2.0
+        and case["N"] == max_loops
+    ]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _isolated_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Aliases of the person who runs the tests must not matter, nor be changed."""
+    home = tmp_path_factory.mktemp("home")
+    os.environ["XDG_CONFIG_HOME"] = str(home / "config")
+    os.environ["XDG_CACHE_HOME"] = str(home / "cache")
+    os.environ.pop("VLLM_MODEL_REDIRECT_PATH", None)
+
+
+@pytest.fixture(scope="module")
+def make_llm() -> Iterator[Callable[..., Any]]:
+    """`make_llm(model, **engine_args)`: one engine at a time, shut down before the next."""
+    from vllm import LLM
+
+    current: list[Any] = []
+
+    def shut_down() -> None:
+        while current:
+            current.pop().llm_engine.engine_core.shutdown()
+        gc.collect()
+
+    def make(model: str | Path, **engine_args: Any) -> Any:
+        shut_down()
+        options = {"dtype": "float32", "max_model_len": 128, "block_size": 32, **engine_args}
+        current.append(LLM(str(model), **options))
+        return current[-1]
+
+    yield make
+    shut_down()

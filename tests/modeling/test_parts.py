@@ -1,0 +1,126 @@
+"""Gate, confidence head and halting rule on their own."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_loopus.modeling.gate import SelectiveGate
+from vllm_loopus.modeling.halting import HaltingRule
+
+
+@pytest.fixture
+def gate() -> SelectiveGate:
+    gate = SelectiveGate(64)
+    gate.reset_parameters(torch.Generator().manual_seed(3))
+    return gate
+
+
+def test_gate_formula(gate: SelectiveGate) -> None:
+    u, h = torch.randn(5, 64), torch.randn(5, 64)
+    p = {name: value.detach() for name, value in gate.named_parameters()}
+    raw = (u - h) @ p["dt_input_proj.weight"].T @ p["delta_proj.weight"].T + p["delta_proj.bias"]
+    delta = torch.log1p(torch.exp(raw))
+    a = torch.exp(delta * -torch.exp(p["A_log"]))
+    torch.testing.assert_close(gate(u, h), a * u + (1 - a) * h)
+
+
+def test_gate_initialisation(gate: SelectiveGate) -> None:
+    torch.testing.assert_close(gate.A_log, torch.log(torch.arange(1.0, 65.0)))
+    delta = torch.nn.functional.softplus(gate.delta_proj.bias)
+    assert 0.001 <= delta.min() and delta.max() <= 0.1001
+    assert gate.delta_proj.weight.abs().max() <= 4**-0.5
+    other = SelectiveGate(64)
+    other.reset_parameters(torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(gate.parameters(), other.parameters(), strict=True))
+
+
+def test_gate_keeps_and_takes(gate: SelectiveGate) -> None:
+    """A very negative bias opens the gate (the update is taken), a large one closes it."""
+    u, h = torch.randn(2, 64), torch.randn(2, 64)
+    with torch.no_grad():
+        gate.delta_proj.bias.fill_(-50)
+        torch.testing.assert_close(gate(u, h), u)
+        gate.delta_proj.bias.fill_(100)
+        torch.testing.assert_close(gate(u, h), h)
+
+
+def exit_depth(rule: HaltingRule, confidences: list[float], lengths: list[float]) -> int:
+    survival = torch.ones(1)
+    for depth, (q, length) in enumerate(zip(confidences, lengths, strict=True), start=1):
+        leaves, survival = rule.leaves(
+            depth,
+            confidence=torch.tensor([q]),
+            step_length=torch.tensor([length]),
+            survival=survival,
+        )
+        if leaves.item():
+            return depth
+    raise AssertionError("never left")
+
+
+def rule(strategy: str = "threshold", **fields: float) -> HaltingRule:
+    defaults = {
+        "exit_threshold": 0.6,
+        "exit_interval": 1,
+        "min_loops": 1,
+        "max_loops": 4,
+        "convergence_epsilon": 0.5,
+    }
+    return HaltingRule(strategy=strategy, **{**defaults, **fields})
+
+
+@pytest.mark.parametrize(
+    ("halting", "expected"),
+    [
+        (rule(), 2),
+        (rule(exit_interval=3), 3),
+        (rule(min_loops=3), 3),
+        (rule(exit_threshold=1.0), 4),
+        (rule(exit_threshold=0.7), 3),  # equal to the threshold is not above it
+        (rule("cdf"), 2),  # 1 - 0.5 * 0.3 = 0.85 at depth 2
+        (rule("cdf", exit_threshold=0.9), 3),
+        (rule("cdf", exit_threshold=0.9, exit_interval=2), 4),
+        (rule("cdf", exit_threshold=1.0), 4),
+        (rule("convergence"), 3),
+        (rule("convergence", exit_interval=4), 3),  # looks at every depth
+        (rule("convergence", convergence_epsilon=0.0), 4),
+    ],
+)
+def test_halting(halting: HaltingRule, expected: int) -> None:
+    assert exit_depth(halting, [0.5, 0.7, 0.8, 0.1], [2.0, 1.0, 0.4, 0.3]) == expected
+
+
+@given(
+    confidences=st.lists(st.floats(0, 1), min_size=6, max_size=6),
+    threshold=st.floats(0, 2),
+    interval=st.integers(1, 7),
+    minimum=st.integers(1, 6),
+    strategy=st.sampled_from(["threshold", "cdf"]),
+)
+def test_halting_bounds(
+    confidences: list[float], threshold: float, interval: int, minimum: int, strategy: str
+) -> None:
+    halting = rule(
+        strategy,
+        exit_threshold=threshold,
+        exit_interval=interval,
+        min_loops=minimum,
+        max_loops=6,
+    )
+    depth = exit_depth(halting, confidences, [1.0] * 6)
+    assert minimum <= depth <= 6
+    assert depth == 6 or (depth % interval == 0 and threshold < 1)
+
+
+def test_rows_with_their_own_depth_and_knobs() -> None:
+    """One call for rows at different depths equals a call each."""
+    depths = torch.tensor([1, 2, 4])
+    thresholds, minimum = torch.tensor([0.2, 0.9, 0.9]), torch.tensor([2, 1, 1])
+    q, ones = torch.tensor([0.5, 0.95, 0.1]), torch.ones(3)
+    batch = rule(exit_threshold=thresholds, min_loops=minimum)
+    together, _ = batch.leaves(depths, confidence=q, step_length=ones, survival=ones)
+    assert together.tolist() == [False, True, True]
+    assert math.prod(together.shape) == 3

@@ -1,0 +1,1 @@
+"""`loopus-tiny`: the embedded model, its synthetic task, tokenizer and training."""

@@ -1,0 +1,158 @@
+"""Train the base model of `loopus-tiny` from nothing, on a CPU, in minutes.
+
+    python -m vllm_loopus.tiny.pretrain --out tiny-base
+"""
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    get_cosine_schedule_with_warmup,
+)
+
+from vllm_loopus.tiny.tasks import MAX_DIFFICULTY, Item, evaluation_set, stream
+from vllm_loopus.tiny.tokenizer import build_tokenizer
+
+IGNORED = -100
+CURRICULUM_SHARE = 0.5  # of the steps, until every difficulty has come in
+
+
+def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """A Qwen3 model of about 1.2 million parameters."""
+    return Qwen3Config(
+        vocab_size=-(-len(tokenizer) // 32) * 32,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def render(item: Item, tokenizer: PreTrainedTokenizerFast, chat: bool) -> tuple[list[int], int]:
+    """Token ids of question, answer and end, and how many of them are the prompt."""
+    if chat:
+        messages = [{"role": "user", "content": item.question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = item.question
+    prompt = tokenizer.encode(text)
+    return [*prompt, *tokenizer.encode(item.answer), tokenizer.eos_token_id], len(prompt)
+
+
+def batches(
+    seed: int, size: int, steps: int, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`steps` pairs of ids and labels [size, T], half of them in chat form, easy items first."""
+    sources = [stream(seed + 1000 * d, max_difficulty=d) for d in range(1, MAX_DIFFICULTY + 1)]
+    for step in range(steps):
+        reached = min(1.0, step / (CURRICULUM_SHARE * steps)) * (MAX_DIFFICULTY - 1)
+        rows, labels = [], []
+        for index, item in enumerate(islice(sources[int(reached)], size)):
+            ids, prompt_length = render(item, tokenizer, chat=index % 2 == 0)
+            rows.append(torch.tensor(ids))
+            labels.append(torch.tensor([IGNORED] * prompt_length + ids[prompt_length:]))
+        yield (
+            pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        )
+
+
+@torch.no_grad()
+def accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]
+) -> dict[tuple[str, int], float]:
+    """Share of items whose first predicted character is the answer, by task and difficulty."""
+    right: Counter[tuple[str, int]] = Counter()
+    asked: Counter[tuple[str, int]] = Counter()
+    for item in items:
+        ids = torch.tensor([tokenizer.encode(item.question)])
+        predicted = tokenizer.decode(model(ids).logits[0, -1].argmax())
+        right[item.task, item.difficulty] += predicted == item.answer
+        asked[item.task, item.difficulty] += 1
+    return {key: right[key] / asked[key] for key in sorted(asked)}
+
+
+def print_accuracy(scores: dict[tuple[str, int], float], title: str) -> None:
+    table = Table("task", *(f"k={k}" for k in range(1, MAX_DIFFICULTY + 1)), title=title)
+    for task in sorted({task for task, _ in scores}):
+        row = (f"{scores[task, k]:.0%}" for k in range(1, MAX_DIFFICULTY + 1))
+        table.add_row(task, *row)
+    Console().print(table)
+
+
+def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
+    """Train and write the checkpoint folder `out`, which appears when it is complete.
+
+    Raises `FileExistsError` when `out` is there already.
+    """
+    if out.exists():
+        raise FileExistsError(f"out={out} exists; choose another folder or delete it")
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = Qwen3ForCausalLM(base_config(tokenizer))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
+    progress = tqdm(batches(seed, batch_size, steps, tokenizer), total=steps, desc="pretrain")
+    for step, (ids, labels) in enumerate(progress):
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+    model.eval().to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+        folder = Path(unfinished) / out.name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        shutil.move(folder, out)
+    items = evaluation_set(seed=0, per_difficulty=100)
+    print_accuracy(accuracy(model.float(), tokenizer, items), "base model")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    steps: Annotated[int, typer.Option(min=1)] = 2800,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
+    seed: int = 0,
+) -> None:
+    """Train the base model of loopus-tiny."""
+    pretrain(out, steps, batch_size, learning_rate, seed)
+
+
+if __name__ == "__main__":
+    typer.run(main)
