@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 .venv/.complete: $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-metadata -e .
 	touch $@
 
 demo: .venv

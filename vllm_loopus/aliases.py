@@ -25,6 +25,9 @@ UNPUBLISHED = {
 }
 PREFIX = "loopus-"
 REDIRECT_VARIABLE = "VLLM_MODEL_REDIRECT_PATH"
+# The file that was configured before ours took its place: child processes inherit both.
+CONFIGURED_VARIABLE = "LOOPUS_CONFIGURED_REDIRECTS"
+FILE_PREFIX = "vllm-loopus-redirects-"
 
 
 class AliasError(ValueError):
@@ -87,12 +90,15 @@ def install_redirects() -> None:
     A redirect file that the user configured stays in force: its entries win over ours.
     """
     table = {name: to for name, to in known_aliases().items() if not Path(name).exists()}
-    configured = os.environ.get(REDIRECT_VARIABLE)
-    if configured and Path(configured).exists():
-        table.update(_read_redirects(Path(configured)))
+    current = os.environ.get(REDIRECT_VARIABLE, "")
+    if not Path(current).name.startswith(FILE_PREFIX):
+        os.environ[CONFIGURED_VARIABLE] = current
+    configured = Path(os.environ.get(CONFIGURED_VARIABLE, ""))
+    if configured.is_file():
+        table.update(_read_redirects(configured))
     text = json.dumps(table, indent=1, sort_keys=True)
     # Named by its contents: processes that start together never see a file half-written.
-    name = f"redirect-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    name = f"{FILE_PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"vllm-loopus-{os.getuid()}"):
         try:
             if not (folder / name).exists():

@@ -222,7 +222,8 @@ def _base_config_from_dict(value: dict[str, Any]) -> PreTrainedConfig:
     fields = dict(value)
     model_type = fields.pop("model_type", None)
     _backbone_of(model_type)
-    fields.pop("transformers_version", None)
+    for about_the_file in ("transformers_version", "_name_or_path"):
+        fields.pop(about_the_file, None)
     # The decoder always has a head of its own, whatever the base did.
     fields["tie_word_embeddings"] = False
     try:

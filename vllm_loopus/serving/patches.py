@@ -1,7 +1,7 @@
 """The places where vLLM itself has to give way. `patches/catalogue.toml` tells why.
 
-Each patch wraps one function, asks the original unless a LoopUS model is meant, and is applied
-once a process. A name that has disappeared from vLLM or has other parameters stops the start-up.
+Each patch wraps one function and calls the original for everything but LoopUS models and
+redirected names; it is applied once a process. A name that has disappeared from vLLM or has other parameters stops the start-up.
 """
 
 import importlib
@@ -60,14 +60,31 @@ def _groups_by_depth(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_kv_cache_groups
 
 
-def _unknown_alias(original: Callable[..., Any]) -> Callable[..., Any]:
-    def maybe_model_redirect(model: str) -> str:
-        redirected: str = original(model)
-        if redirected == model:
-            explain_unknown_alias(model)
-        return redirected
+def _alias_target(model: Any) -> Any:
+    """Where vLLM's redirect hook leads. Raises `AliasError` for an alias that leads nowhere."""
+    from vllm.transformers_utils.utils import maybe_model_redirect
 
-    return maybe_model_redirect
+    target = maybe_model_redirect(model) if isinstance(model, str) else model
+    if target == model:
+        explain_unknown_alias(str(model))
+    return target
+
+
+def _alias_offline(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_model_path(model: Any, revision: str | None = None) -> Any:
+        # The name stays: ModelConfig redirects it and serves the model under it.
+        return model if _alias_target(model) != model else original(model, revision)
+
+    return get_model_path
+
+
+def _alias_before_speculators(original: Callable[..., Any]) -> Callable[..., Any]:
+    def maybe_override_with_speculators(model: str, *args: Any, **kwargs: Any) -> Any:
+        target = _alias_target(model)
+        found, *rest = original(target, *args, **kwargs)
+        return (model if found == target else found, *rest)
+
+    return maybe_override_with_speculators
 
 
 PATCHES = (
@@ -79,11 +96,26 @@ PATCHES = (
         wrap=_groups_by_depth,
     ),
     Patch(
-        key="unknown-alias-message",
-        module="vllm.config.model",
-        name="maybe_model_redirect",
-        parameters=("model",),
-        wrap=_unknown_alias,
+        key="redirect-when-offline",
+        module="vllm.engine.arg_utils",
+        name="get_model_path",
+        parameters=("model", "revision"),
+        wrap=_alias_offline,
+    ),
+    Patch(
+        key="redirect-before-speculators",
+        module="vllm.engine.arg_utils",
+        name="maybe_override_with_speculators",
+        parameters=(
+            "model",
+            "tokenizer",
+            "trust_remote_code",
+            "revision",
+            "vllm_speculative_config",
+            "hf_token",
+            "kwargs",
+        ),
+        wrap=_alias_before_speculators,
     ),
 )
 

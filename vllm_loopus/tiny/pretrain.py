@@ -26,20 +26,22 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from vllm_loopus.tiny.tasks import MAX_DIFFICULTY, Item, evaluation_set, stream
+from vllm_loopus.tiny.tasks import MAX_DIFFICULTY, TASKS, Item, conversations, evaluation_set
 from vllm_loopus.tiny.tokenizer import build_tokenizer
 
 IGNORED = -100
+# Questions in one training sequence; expressions are longer than lookups.
+TURNS = {"lookup": 6, "arithmetic": 3}
 CURRICULUM_SHARE = 0.5  # of the steps, until every difficulty has come in
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """A Qwen3 model of about 1.2 million parameters."""
+    """A Qwen3 model of about 0.8 million parameters."""
     return Qwen3Config(
         vocab_size=-(-len(tokenizer) // 32) * 32,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -52,33 +54,49 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     )
 
 
-def render(item: Item, tokenizer: PreTrainedTokenizerFast, chat: bool) -> tuple[list[int], int]:
-    """Token ids of question, answer and end, and how many of them are the prompt."""
-    if chat:
-        messages = [{"role": "user", "content": item.question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
+def render(
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, chat: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids of questions and answers in turn, and labels: the answers and their ends alone."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for item in items:
         text = item.question
-    prompt = tokenizer.encode(text)
-    return [*prompt, *tokenizer.encode(item.answer), tokenizer.eos_token_id], len(prompt)
+        if chat:
+            messages = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        question = tokenizer.encode(text)
+        answer = [*tokenizer.encode(item.answer), tokenizer.eos_token_id]
+        ids += question + answer
+        labels += [IGNORED] * len(question) + answer
+    return ids, labels
 
 
 def batches(
     seed: int, size: int, steps: int, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`steps` pairs of ids and labels [size, T], half of them in chat form, easy items first."""
-    sources = [stream(seed + 1000 * d, max_difficulty=d) for d in range(1, MAX_DIFFICULTY + 1)]
+    """`steps` pairs of ids and labels [size, T]: one task each, half in chat form, easy first."""
+    sources = [
+        {task: conversations(seed + 1000 * d, task, turns, d) for task, turns in TURNS.items()}
+        for d in range(1, MAX_DIFFICULTY + 1)
+    ]
     for step in range(steps):
         reached = min(1.0, step / (CURRICULUM_SHARE * steps)) * (MAX_DIFFICULTY - 1)
-        rows, labels = [], []
-        for index, item in enumerate(islice(sources[int(reached)], size)):
-            ids, prompt_length = render(item, tokenizer, chat=index % 2 == 0)
-            rows.append(torch.tensor(ids))
-            labels.append(torch.tensor([IGNORED] * prompt_length + ids[prompt_length:]))
+        source = sources[int(reached)][TASKS[step % len(TASKS)]]
+        rows = [
+            render(items, tokenizer, chat=index % 2 == 0)
+            for index, items in enumerate(islice(source, size))
+        ]
         yield (
-            pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-            pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            _padded([ids for ids, _ in rows], tokenizer.pad_token_id),
+            _padded([labels for _, labels in rows], IGNORED),
         )
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 @torch.no_grad()
@@ -145,7 +163,7 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
 
 def main(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 2800,
+    steps: Annotated[int, typer.Option(min=1)] = 2000,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-3,
     seed: int = 0,

@@ -1,7 +1,7 @@
 """The synthetic multi-step task that `loopus-tiny` learns: every item has a known difficulty k.
 
 - `lookup`: pairs of letters are arrows of a permutation, in random order; follow k arrows.
-  `da bc ab cd a2=` (here with 4 letters) asks for a -> b -> c, so the answer is `c`.
+  `da bc ab cd 2a` (here with 4 letters) asks for a -> b -> c, so the answer is `c`.
 - `arithmetic`: k operations on digits, nested, every result taken modulo 10.
   `((3+4)*2)=` has k = 2 and the answer `4`.
 
@@ -10,14 +10,14 @@ Nothing between question and answer is written out: more steps must happen insid
 
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 TASKS = ("lookup", "arithmetic")
 MAX_DIFFICULTY = 6
 NUM_LETTERS = 7
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-# Seeds of `stream` are spread over the even numbers and those of `evaluation_set` over the odd
+# Seeds of `conversations` are spread over the even numbers and those of `evaluation_set` over the odd
 # ones, so that no evaluation draws the numbers of a training run.
 TRAIN_SEEDS, EVALUATION_SEEDS = 0, 1
 
@@ -37,24 +37,34 @@ def generate(task: str, difficulty: int, rng: random.Random) -> Item:
     if not 1 <= difficulty <= MAX_DIFFICULTY:
         raise ValueError(f"difficulty={difficulty} must be from 1 to {MAX_DIFFICULTY}")
     if task == "lookup":
-        return _lookup(difficulty, rng)
+        return _lookup(difficulty, rng, _cycle(rng))
     if task == "arithmetic":
         text, value = _expression(difficulty, rng)
         return Item(task, f"{text}=", str(value), difficulty)
     raise ValueError(f"task={task!r} is unknown; choose one of {', '.join(TASKS)}")
 
 
-def stream(
-    seed: int, tasks: Sequence[str] = TASKS, max_difficulty: int = MAX_DIFFICULTY
-) -> Iterator[Item]:
-    """Items for training without end, the same for the same arguments."""
+def conversations(
+    seed: int, task: str, turns: int, max_difficulty: int = MAX_DIFFICULTY
+) -> Iterator[list[Item]]:
+    """Lists of `turns` items of `task` for training, without end, the same for the same arguments.
+
+    Later lookups ask about the map of the first question and give their start alone (`3b`). Easy
+    items are drawn more often: difficulty k with weight 1/k.
+    """
     rng = random.Random(2 * seed + TRAIN_SEEDS)
+    levels = range(1, max_difficulty + 1)
     while True:
-        yield generate(rng.choice(tasks), rng.randint(1, max_difficulty), rng)
+        chosen = rng.choices(levels, weights=[1 / k for k in levels], k=turns)
+        if task == "lookup":
+            cycle = _cycle(rng)
+            yield [_lookup(k, rng, cycle, with_map=turn == 0) for turn, k in enumerate(chosen)]
+        else:
+            yield [generate(task, k, rng) for k in chosen]
 
 
 def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
-    """`per_difficulty` items for each task and difficulty; never the items of `stream`'s seeds."""
+    """`per_difficulty` items for each task and difficulty; from numbers that no training run draws."""
     rng = random.Random(2 * seed + EVALUATION_SEEDS)
     return [
         generate(task, difficulty, rng)
@@ -64,13 +74,19 @@ def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
     ]
 
 
-def _lookup(difficulty: int, rng: random.Random) -> Item:
-    # One cycle through all letters: k steps never come back to the start for k < NUM_LETTERS.
-    cycle = rng.sample(string.ascii_lowercase[:NUM_LETTERS], NUM_LETTERS)
-    arrows = [a + b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
-    rng.shuffle(arrows)
-    question = f"{' '.join(arrows)} {cycle[0]}{difficulty}="
-    return Item("lookup", question, cycle[difficulty % NUM_LETTERS], difficulty)
+def _cycle(rng: random.Random) -> list[str]:
+    """One cycle through all letters: k steps do not come back to the start for k < NUM_LETTERS."""
+    return rng.sample(string.ascii_lowercase[:NUM_LETTERS], NUM_LETTERS)
+
+
+def _lookup(difficulty: int, rng: random.Random, cycle: list[str], with_map: bool = True) -> Item:
+    start = rng.randrange(NUM_LETTERS)
+    question = f"{difficulty}{cycle[start]}"
+    if with_map:
+        arrows = [a + b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
+        rng.shuffle(arrows)
+        question = f"{' '.join(arrows)} {question}"
+    return Item("lookup", question, cycle[(start + difficulty) % NUM_LETTERS], difficulty)
 
 
 def _expression(operations: int, rng: random.Random) -> tuple[str, int]:

@@ -1,0 +1,82 @@
+"""What cannot work is refused at start-up, naming option, value and fix."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import GOLDEN
+
+REFUSED = [
+    ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 .*tensor_parallel_size"),
+    (
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "prompt_lookup_max": 3,
+            }
+        },
+        r"speculative_config=.*ngram.*remove it",
+    ),
+    ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8.*use 'auto'"),
+    ({"hf_overrides": {"max_loops": 0}}, r"max_loops=0 .*1 to 256"),
+    ({"hf_overrides": {"N": 0}}, r"max_loops=0 "),
+    ({"hf_overrides": {"halting_strategy": "vote"}}, r"halting_strategy='vote'.*threshold"),
+    ({"hf_overrides": {"decoder_layer_indices": [4, 5]}}, r"layer 4 is in both"),
+    ({"hf_overrides": {"reasoning_layer_indices": [1, 7]}}, r"names layer 7.*0..5"),
+    ({"hf_overrides": {"reasoning_layer_indices": []}}, r"reasoning_layer_indices=\[\] is empty"),
+    ({"num_gpu_blocks_override": 4 * 8}, r"max seq len \(128\).*decreasing `max_model_len`"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:50])
+def test_refused(make_llm: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=r"(?s)" + message) as caught:
+        make_llm(GOLDEN / "qwen3", skip_tokenizer_init=True, **options)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_one_sequence_at_full_depth_fits_exactly(make_llm: Any) -> None:
+    """One block more than is refused above: the accounting is exact."""
+    llm = make_llm(GOLDEN / "qwen3", skip_tokenizer_init=True, num_gpu_blocks_override=4 * 8 + 1)
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=125, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": [285, 466, 25]}], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 125
+
+
+def test_unknown_base(make_llm: Any, tmp_path: Path) -> None:
+    text = (GOLDEN / "qwen3" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"qwen3"', '"gpt2"'))
+    with pytest.raises(Exception, match=r"base_config.model_type='gpt2' is not supported.*llama"):
+        make_llm(tmp_path, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "misshapen"])
+def test_wrong_tensors(make_llm: Any, tmp_path: Path, problem: str) -> None:
+    tensors = load_file(GOLDEN / "llama" / "model.safetensors")
+    name = "reasoning.layers.0.self_attn.q_proj.weight"
+    if problem == "missing":
+        del tensors[name]
+    elif problem == "unexpected":
+        name = "reasoning.layers.9.self_attn.q_proj.weight"
+        tensors[name] = torch.ones(4, 4)
+    else:
+        tensors[name] = torch.ones(4, 4)
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{problem}: .*{name}"):
+        make_llm(tmp_path, skip_tokenizer_init=True)
+
+
+def test_no_tokenizer_and_no_base(make_llm: Any, tmp_path: Path) -> None:
+    text = (GOLDEN / "qwen3" / "config.json").read_text()
+    text = text.replace('"base_model_name_or_path": "tiny-qwen3"', '"base_model_name_or_path": null')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"holds no tokenizer files.*skip_tokenizer_init"):
+        make_llm(tmp_path)

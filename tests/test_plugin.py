@@ -1,0 +1,118 @@
+"""The plugin: version range, re-entrance, every kind of process, and other models untouched."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.conftest import GOLDEN, fixed_depth_cases
+from vllm_loopus import plugin
+
+ANSWER = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model, prompts, options = json.loads(sys.argv[1])
+    llm = LLM(model, dtype="float32", max_model_len=128, skip_tokenizer_init=True, **options)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    print("ANSWER", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+"""
+
+
+def answer(
+    tmp_path: Path, model: Path, prompts: list[list[int]], options: dict, **environment: str
+) -> list[list[int]]:
+    """Greedy tokens of a fresh process that knows nothing of the package but the installed one."""
+    script = tmp_path / "answer.py"
+    script.write_text(ANSWER)
+    result = subprocess.run(
+        [sys.executable, str(script), json.dumps([str(model), prompts, options])],
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert lines, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("ANSWER "))
+
+
+@pytest.mark.parametrize(
+    ("method", "backend"), [("spawn", "mp"), ("fork", "uni")], ids=["spawn-mp", "fork-uni"]
+)
+def test_engine_core_and_worker_processes(tmp_path: Path, method: str, backend: str) -> None:
+    cases = fixed_depth_cases("qwen3", 5)
+    tokens = answer(
+        tmp_path,
+        GOLDEN / "qwen3",
+        [case["prompt"] for case in cases],
+        {"hf_overrides": {"N": 5, "q_threshold": 2.0}, "distributed_executor_backend": backend},
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_WORKER_MULTIPROC_METHOD=method,
+    )
+    assert tokens == [case["tokens"] for case in cases]
+
+
+def test_other_models_are_untouched(tmp_path: Path, make_llm: Any) -> None:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "plain")
+    prompts = [[1, 2, 3], [5, 6, 7, 8]]
+    without = answer(tmp_path, tmp_path / "plain", prompts, {}, VLLM_PLUGINS="")
+    with_plugin = answer(tmp_path, tmp_path / "plain", prompts, {})
+    assert with_plugin == without
+    llm = make_llm(tmp_path / "plain", skip_tokenizer_init=True)
+    vllm_config = llm.llm_engine.vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    default = EngineArgs(model=str(tmp_path / "plain"), skip_tokenizer_init=True)
+    assert vllm_config.scheduler_config.scheduler_cls == default.scheduler_cls
+    core = llm.llm_engine.engine_core.engine_core
+    assert len(core.scheduler.kv_cache_config.kv_cache_groups) == 1
+    assert type(core.scheduler).__module__.startswith("vllm.")
+
+
+def test_without_the_plugin_vllm_does_not_know_the_model(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="lds|LoopUSForCausalLM"):
+        answer(tmp_path, GOLDEN / "qwen3", [[1]], {}, VLLM_PLUGINS="")
+
+
+def test_entry_point() -> None:
+    (entry,) = metadata.entry_points(group="vllm.general_plugins", name="loopus")
+    assert entry.load() is plugin.register
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [("0.32.0", True), ("0.32.1", True), ("0.32.0+cpu", True), ("0.31.9", False), ("0.33.0", False)],
+)
+def test_version_range(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: ("vllm", Version(version)))
+    message = plugin.unsupported_version()
+    assert (message is None) == supported
+    if message:
+        assert version in message and ">=0.32.0,<0.33" in message
+
+
+def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: None)
+    assert "vllm-loopus[cpu]" in (plugin.unsupported_version() or "")
