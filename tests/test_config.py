@@ -8,12 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from tests.conftest import BACKBONES, GOLDEN
-from vllm_loopus.config import LoopUSConfig, register_configs
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> None:
-    register_configs()
+from vllm_loopus.config import LoopUSConfig
 
 
 def released(**changes: Any) -> dict[str, Any]:
@@ -105,6 +100,14 @@ BAD = [
 def test_refusals_name_field_and_value(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_a_checkpoint_without_its_base(tmp_path: Path) -> None:
+    fields = released()
+    del fields["base_config_dict"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="base_config is missing"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("value", [2047, 128])

@@ -92,7 +92,7 @@ def test_other_models_are_untouched(tmp_path: Path, make_llm: Any) -> None:
 
 
 def test_without_the_plugin_vllm_does_not_know_the_model(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="lds|LoopUSForCausalLM"):
+    with pytest.raises(AssertionError, match=r"lds|LoopUSForCausalLM"):
         answer(tmp_path, GOLDEN / "qwen3", [[1]], {}, VLLM_PLUGINS="")
 
 
@@ -103,7 +103,13 @@ def test_entry_point() -> None:
 
 @pytest.mark.parametrize(
     ("version", "supported"),
-    [("0.32.0", True), ("0.32.1", True), ("0.32.0+cpu", True), ("0.31.9", False), ("0.33.0", False)],
+    [
+        ("0.32.0", True),
+        ("0.32.1", True),
+        ("0.32.0+cpu", True),
+        ("0.31.9", False),
+        ("0.33.0", False),
+    ],
 )
 def test_version_range(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
     monkeypatch.setattr(plugin, "installed_vllm", lambda: ("vllm", Version(version)))

@@ -1,3 +1,14 @@
-"""Serve looped language models (LoopUS) on vLLM."""
+"""Serve looped language models (LoopUS) on vLLM.
 
+Importing the package makes transformers' `AutoConfig` and `AutoModelForCausalLM` know LoopUS
+checkpoints. vLLM finds the package by its plugin entry point; nothing here imports vLLM.
+"""
+
+from vllm_loopus.config import LoopUSConfig, register_configs
+from vllm_loopus.modeling.model import LoopUSForCausalLM, register_models
+
+__all__ = ["LoopUSConfig", "LoopUSForCausalLM", "__version__"]
 __version__ = "0.1.0"
+
+register_configs()
+register_models()

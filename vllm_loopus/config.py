@@ -15,6 +15,10 @@ from vllm_loopus.backbones import BACKBONES, Backbone
 ARCHITECTURE = "LoopUSForCausalLM"
 HALTING_STRATEGIES = ("threshold", "cdf", "convergence")
 CONFIDENCE_INPUTS = ("state", "update")
+MISSING_BASE = (
+    "base_config is missing; give the base model's whole config (`base_config_dict` in the "
+    "released format)"
+)
 MAX_RECURSION_DEPTH = 256  # more planes than this is a typing mistake, not a model
 
 
@@ -68,11 +72,17 @@ class LoopUSConfig(PreTrainedConfig):
         for derived in ("hidden_size", "vocab_size"):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
-        if self.architectures is None:
-            self.architectures = [ARCHITECTURE]
+        self.architectures: list[str] = self.architectures or [ARCHITECTURE]
         # transformers builds a config without arguments to find the defaults: nothing to check.
         if self.base_config is not None:
             self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers. Raises `ValueError` for a checkpoint that does not name its base."""
+        if not any(config_dict.get(name) for name in ("base_config", "base_config_dict")):
+            raise ValueError(MISSING_BASE)
+        return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
         name = self.attribute_map.get(key, key)
@@ -95,10 +105,7 @@ class LoopUSConfig(PreTrainedConfig):
     def base(self) -> PreTrainedConfig:
         """`base_config` as a config. Raises `ValueError` when the checkpoint names none."""
         if not isinstance(self.base_config, PreTrainedConfig):
-            raise ValueError(
-                "base_config is missing; give the base model's config "
-                "(`base_config_dict` in the released format)"
-            )
+            raise ValueError(MISSING_BASE)
         return self.base_config
 
     @property

@@ -9,7 +9,7 @@ from importlib import metadata
 
 from packaging.version import Version
 
-from vllm_loopus.config import ARCHITECTURE, register_configs
+from vllm_loopus.config import ARCHITECTURE
 
 logger = logging.getLogger("vllm.loopus")
 
@@ -43,8 +43,7 @@ def unsupported_version() -> str | None:
 
 
 def register() -> None:
-    """Make vLLM know LoopUS models. Other models are not touched."""
-    register_configs()
+    """Make vLLM know LoopUS models (importing the package made transformers know them)."""
     if (message := unsupported_version()) is not None:
         # Not an exception: the user may serve other models with this vLLM.
         logger.error(message)

@@ -9,17 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import GOLDEN
-from vllm_loopus.config import register_configs
 from vllm_loopus.modeling.checkpoint import current_name, expected_shapes
-from vllm_loopus.modeling.model import LoopUSForCausalLM, register_models
+from vllm_loopus.modeling.model import LoopUSForCausalLM
 
 SOURCE = GOLDEN / "qwen3"
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> None:
-    register_configs()
-    register_models()
 
 
 @pytest.fixture

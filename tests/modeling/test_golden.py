@@ -8,16 +8,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import BACKBONES, GOLDEN, golden_cases
-from vllm_loopus.config import register_configs
-from vllm_loopus.modeling.model import LoopUSForCausalLM, register_models
+from vllm_loopus.modeling.model import LoopUSForCausalLM
 
 KNOBS = ("N", "halting_strategy", "q_threshold", "q_eval_interval", "convergence_epsilon")
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def golden(request: pytest.FixtureRequest) -> tuple[str, LoopUSForCausalLM]:
-    register_configs()
-    register_models()
     folder = GOLDEN / request.param
     return request.param, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

@@ -30,11 +30,13 @@ def test_gate_formula(gate: SelectiveGate) -> None:
 def test_gate_initialisation(gate: SelectiveGate) -> None:
     torch.testing.assert_close(gate.A_log, torch.log(torch.arange(1.0, 65.0)))
     delta = torch.nn.functional.softplus(gate.delta_proj.bias)
-    assert 0.001 <= delta.min() and delta.max() <= 0.1001
+    assert delta.min() >= 0.001 and delta.max() <= 0.1001
     assert gate.delta_proj.weight.abs().max() <= 4**-0.5
     other = SelectiveGate(64)
     other.reset_parameters(torch.Generator().manual_seed(3))
-    assert all(torch.equal(a, b) for a, b in zip(gate.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gate.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_gate_keeps_and_takes(gate: SelectiveGate) -> None:

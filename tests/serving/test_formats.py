@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import GOLDEN, fixed_depth_cases
 from tests.modeling.test_checkpoint import SOURCE, folder_with_config, old_name
-from vllm_loopus.config import register_configs
-from vllm_loopus.modeling.model import register_models
 
 
 def combined_model_pt(folder: Path) -> None:
@@ -22,8 +20,6 @@ def combined_model_pt(folder: Path) -> None:
 
 
 def own_format_sharded(folder: Path) -> None:
-    register_configs()
-    register_models()
     model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="300KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 3

@@ -48,7 +48,7 @@ def assert_same(candidate: Any, reference: Any) -> None:
     for index, (token, expected) in enumerate(
         zip(candidate.token_ids, reference.token_ids, strict=True)
     ):
-        best, second = sorted((x.logprob for x in reference.logprobs[index].values()))[:-3:-1]
+        best, second = sorted(x.logprob for x in reference.logprobs[index].values())[:-3:-1]
         if best - second < CERTAIN:
             return
         assert token == expected, f"token {index}"

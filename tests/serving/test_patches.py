@@ -22,7 +22,9 @@ def test_catalogue_is_what_is_applied() -> None:
         entry = CATALOGUE[patch.key]
         assert entry["target"] == f"{patch.module}.{patch.name}"
         assert entry["why"].strip() and entry["remove_when"].strip()
-    assert {entry["diff"] for entry in CATALOGUE.values()} == {f.name for f in FOLDER.glob("*.diff")}
+    assert {entry["diff"] for entry in CATALOGUE.values()} == {
+        f.name for f in FOLDER.glob("*.diff")
+    }
 
 
 @pytest.mark.parametrize("diff", sorted(FOLDER.glob("*.diff")), ids=lambda path: path.name)

@@ -76,7 +76,9 @@ def test_wrong_tensors(make_llm: Any, tmp_path: Path, problem: str) -> None:
 
 def test_no_tokenizer_and_no_base(make_llm: Any, tmp_path: Path) -> None:
     text = (GOLDEN / "qwen3" / "config.json").read_text()
-    text = text.replace('"base_model_name_or_path": "tiny-qwen3"', '"base_model_name_or_path": null')
+    text = text.replace(
+        '"base_model_name_or_path": "tiny-qwen3"', '"base_model_name_or_path": null'
+    )
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"holds no tokenizer files.*skip_tokenizer_init"):
         make_llm(tmp_path)

@@ -122,7 +122,9 @@ def test_stop_string(client: OpenAI) -> None:
 def test_metrics_count_the_tokens(address: str, client: OpenAI) -> None:
     def generated() -> float:
         lines = get(address, "/metrics").splitlines()
-        return sum(float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total"))
+        return sum(
+            float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total")
+        )
 
     before = generated()
     client.completions.create(

@@ -31,7 +31,7 @@ def list_aliases(as_json: JsonOption = False) -> None:
     with _errors_told():
         own = aliases.user_aliases()
         known = aliases.known_aliases()
-    rows = [
+    rows: list[dict[str, str | None]] = [
         {"name": name, "target": target, "from": _origin(name, own)}
         for name, target in sorted(known.items())
     ]
@@ -45,7 +45,7 @@ def list_aliases(as_json: JsonOption = False) -> None:
         return
     table = Table("alias", "leads to", "from")
     for row in rows:
-        table.add_row(row["name"], row["target"] or "-", row["from"])
+        table.add_row(*(cell or "-" for cell in row.values()))
     Console().print(table)
 
 

@@ -65,7 +65,9 @@ class CheckpointCheck:
 
     def raise_if_wrong(self, source: str) -> None:
         """Raises `ValueError` listing the wrong tensors of `source`."""
-        raise_if_wrong(source, sorted(set(self.expected) - self.seen), self.unexpected, self.misshapen)
+        raise_if_wrong(
+            source, sorted(set(self.expected) - self.seen), self.unexpected, self.misshapen
+        )
 
 
 def raise_if_wrong(
@@ -74,7 +76,9 @@ def raise_if_wrong(
     """Raises `ValueError` naming the wrong tensors of the checkpoint `source`, if any."""
     problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names)
+        told = "; ".join(
+            f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names
+        )
         raise ValueError(
             f"the weights of {source} do not fit its config.json ({told}). "
             "Check that the layer indices and base_config belong to these weights."

@@ -72,9 +72,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> "LoopUSForCausalLM":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, for all formats and old tensor names.
 
         Raises `ValueError` naming missing, unexpected or misshapen tensors.
@@ -93,7 +91,9 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         raise_if_wrong(
             str(pretrained_model_name_or_path),
             missing=sorted(info["missing_keys"]),
-            unexpected=sorted(k for k in info["unexpected_keys"] if not k.endswith(IGNORED_SUFFIXES)),
+            unexpected=sorted(
+                k for k in info["unexpected_keys"] if not k.endswith(IGNORED_SUFFIXES)
+            ),
             misshapen=sorted(str(key) for key in info["mismatched_keys"]),
         )
         return (model, info) if wants_info else model
@@ -101,13 +101,13 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.encoder.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder.lm_head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,7 +145,8 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def confidence(self, head_input: torch.Tensor) -> torch.Tensor:
         """`q` [B] of head inputs [B, H]."""
-        return torch.sigmoid(self.q_head(head_input.to(self.q_head[1].weight.dtype))).squeeze(-1)
+        dtype = next(self.q_head.parameters()).dtype
+        return torch.sigmoid(self.q_head(head_input.to(dtype))).squeeze(-1)
 
     def forward(
         self,

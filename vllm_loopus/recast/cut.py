@@ -60,8 +60,9 @@ def new_tensors(hidden_size: int, dtype: torch.dtype, seed: int) -> dict[str, to
     gate.reset_parameters(generator)
     head = build_confidence_head(hidden_size)
     with torch.no_grad():
-        head[1].weight.normal_(0, 0.02, generator=generator)
-        head[1].bias.zero_()
+        _, _, weight, bias = head.parameters()
+        weight.normal_(0, 0.02, generator=generator)
+        bias.zero_()
     named = {
         **{f"reasoning.gate.{name}": value for name, value in gate.state_dict().items()},
         **{f"q_head.{name}": value for name, value in head.state_dict().items()},

@@ -26,9 +26,7 @@ class KVLayout:
     state_padding: int  # what rounds a state up to whole rows
 
     @classmethod
-    def of(
-        cls, config: LoopUSConfig, kv_bytes_per_token: int, state_bytes: int
-    ) -> "KVLayout":
+    def of(cls, config: LoopUSConfig, kv_bytes_per_token: int, state_bytes: int) -> "KVLayout":
         """`kv_bytes_per_token`: K and V of one token in one layer; `state_bytes`: one state."""
         rows = -(-state_bytes // kv_bytes_per_token)
         return cls(

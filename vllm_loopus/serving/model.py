@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -53,9 +54,12 @@ class LayerRun(nn.Module):
 
     def run_layers(
         self, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states and the residual still to be added, [T, H] each."""
-        residual = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and the residual still to be added, [T, H] each.
+
+        Needs at least one layer: vLLM's layers set the residual up themselves.
+        """
+        residual: Any = None
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual)
         return hidden, residual
@@ -75,8 +79,10 @@ class Encoder(LayerRun):
         )
 
     def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if not self.layers:
+            return embedded
         hidden, residual = self.run_layers(embedded, positions)
-        return hidden if residual is None else hidden + residual
+        return hidden + residual
 
 
 class ReasoningBlock(LayerRun):
@@ -125,7 +131,7 @@ class LoopUSForCausalLM(nn.Module):
     # The first pattern that matches anything is loaded: a folder may hold other tensors as well.
     allow_patterns_overrides = ("model*.safetensors", "*.safetensors", LEGACY_WEIGHTS, "*.bin")
     # What quantisation methods look up; Phi-3 checkpoints store these merged already.
-    packed_modules_mapping = {
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
@@ -170,8 +176,10 @@ class LoopUSForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token ids or embeddings of T rows and their positions [T] -> hidden states [T, H]."""
-        embedded = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        encoded = self.encoder(embedded, positions)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        encoded = self.encoder(inputs_embeds, positions)
         return run_fixed_depth(self, encoded, positions, self.config.max_loops)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """The places where vLLM itself has to give way. `patches/catalogue.toml` tells why.
 
 Each patch wraps one function and calls the original for everything but LoopUS models and
-redirected names; it is applied once a process. A name that has disappeared from vLLM or has other parameters stops the start-up.
+redirected names; it is applied once a process. A name that has disappeared from vLLM or has other
+parameters stops the start-up.
 """
 
 import importlib

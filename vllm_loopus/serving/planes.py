@@ -130,4 +130,3 @@ def kv_bytes_per_token(layer: Attention, vllm_config: VllmConfig) -> int:
     spec = layer.get_kv_cache_spec(vllm_config)
     assert spec is not None
     return spec.page_size_bytes // spec.block_size
-

@@ -36,8 +36,8 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
         if not isinstance(config, LoopUSConfig):
             raise ValueError(
                 f"model_type={config.model_type!r} in config.json of {model_config.model} is not a "
-                "LoopUS model, but architectures asks for LoopUSForCausalLM; recast the model first "
-                "or correct architectures"
+                "LoopUS model, but architectures asks for LoopUSForCausalLM; recast the model "
+                "first or correct architectures"
             )
         config.check()  # again: hf_overrides were applied after the config was built
         _use_the_base_tokenizer(model_config, config)

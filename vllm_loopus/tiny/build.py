@@ -1,7 +1,7 @@
 """Build the embedded `loopus-tiny` checkpoint: cut the trained base and write its model card.
 
-    python -m vllm_loopus.tiny.pretrain --out tiny-base
-    python -m vllm_loopus.tiny.build --base tiny-base --out loopus-tiny
+python -m vllm_loopus.tiny.pretrain --out tiny-base
+python -m vllm_loopus.tiny.build --base tiny-base --out loopus-tiny
 """
 
 from pathlib import Path
@@ -45,7 +45,9 @@ Made by `python -m vllm_loopus.tiny.pretrain` and `python -m vllm_loopus.tiny.bu
 """
 
 
-def scores_by_loops(model: LoopUSForCausalLM, folder: Path, loops: list[int]) -> dict:
+def scores_by_loops(
+    model: LoopUSForCausalLM, folder: Path, loops: list[int]
+) -> dict[tuple[int, str, int], float]:
     """Accuracy by (loops, task, difficulty), every token at that depth."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     items = evaluation_set(seed=0, per_difficulty=ITEMS_PER_DIFFICULTY)

@@ -1,6 +1,6 @@
 """Train the base model of `loopus-tiny` from nothing, on a CPU, in minutes.
 
-    python -m vllm_loopus.tiny.pretrain --out tiny-base
+python -m vllm_loopus.tiny.pretrain --out tiny-base
 """
 
 import shutil
@@ -31,7 +31,7 @@ from vllm_loopus.tiny.tokenizer import build_tokenizer
 
 IGNORED = -100
 # Questions in one training sequence; expressions are longer than lookups.
-TURNS = {"lookup": 6, "arithmetic": 3}
+TURNS = {"lookup": 5, "arithmetic": 3}
 CURRICULUM_SHARE = 0.5  # of the steps, until every difficulty has come in
 
 
@@ -54,12 +54,9 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     )
 
 
-def render(
-    items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, chat: bool
-) -> tuple[list[int], list[int]]:
-    """Token ids of questions and answers in turn, and labels: the answers and their ends alone."""
+def render(items: Sequence[Item], tokenizer: PreTrainedTokenizerFast, chat: bool) -> list[int]:
+    """Token ids of questions and answers in turn, each answer closed by the end token."""
     ids: list[int] = []
-    labels: list[int] = []
     for item in items:
         text = item.question
         if chat:
@@ -67,11 +64,8 @@ def render(
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        question = tokenizer.encode(text)
-        answer = [*tokenizer.encode(item.answer), tokenizer.eos_token_id]
-        ids += question + answer
-        labels += [IGNORED] * len(question) + answer
-    return ids, labels
+        ids += [*tokenizer.encode(text + item.answer), tokenizer.eos_token_id]
+    return ids
 
 
 def batches(
@@ -86,17 +80,12 @@ def batches(
         reached = min(1.0, step / (CURRICULUM_SHARE * steps)) * (MAX_DIFFICULTY - 1)
         source = sources[int(reached)][TASKS[step % len(TASKS)]]
         rows = [
-            render(items, tokenizer, chat=index % 2 == 0)
+            torch.tensor(render(items, tokenizer, chat=index % 2 == 0))
             for index, items in enumerate(islice(source, size))
         ]
-        yield (
-            _padded([ids for ids, _ in rows], tokenizer.pad_token_id),
-            _padded([labels for _, labels in rows], IGNORED),
-        )
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        yield ids, labels
 
 
 @torch.no_grad()
@@ -122,9 +111,17 @@ def print_accuracy(scores: dict[tuple[str, int], float], title: str) -> None:
     Console().print(table)
 
 
-def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
-    """Train and write the checkpoint folder `out`, which appears when it is complete.
+def pretrain(
+    out: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    per_difficulty: int = 100,
+) -> None:
+    """Train, write the checkpoint folder `out`, and print accuracies.
 
+    `out` appears when it is complete; `per_difficulty` items of each task and difficulty are asked.
     Raises `FileExistsError` when `out` is there already.
     """
     if out.exists():
@@ -136,6 +133,7 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
+    losses: dict[str, str] = {}
     progress = tqdm(batches(seed, batch_size, steps, tokenizer), total=steps, desc="pretrain")
     for step, (ids, labels) in enumerate(progress):
         loss = model(ids, labels=labels).loss
@@ -144,8 +142,9 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+        if step % 50 < len(TASKS):
+            losses[TASKS[step % len(TASKS)]] = f"{loss.item():.3f}"
+            progress.set_postfix(losses)
 
     model.eval().to(torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -157,7 +156,7 @@ def pretrain(out: Path, steps: int, batch_size: int, learning_rate: float, seed:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         shutil.move(folder, out)
-    items = evaluation_set(seed=0, per_difficulty=100)
+    items = evaluation_set(seed=0, per_difficulty=per_difficulty)
     print_accuracy(accuracy(model.float(), tokenizer, items), "base model")
 
 

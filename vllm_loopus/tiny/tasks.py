@@ -17,8 +17,8 @@ TASKS = ("lookup", "arithmetic")
 MAX_DIFFICULTY = 6
 NUM_LETTERS = 7
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-# Seeds of `conversations` are spread over the even numbers and those of `evaluation_set` over the odd
-# ones, so that no evaluation draws the numbers of a training run.
+# Training uses the even seeds of `random.Random`, evaluation the odd ones: no evaluation draws the
+# numbers of a training run.
 TRAIN_SEEDS, EVALUATION_SEEDS = 0, 1
 
 
@@ -49,8 +49,9 @@ def conversations(
 ) -> Iterator[list[Item]]:
     """Lists of `turns` items of `task` for training, without end, the same for the same arguments.
 
-    Later lookups ask about the map of the first question and give their start alone (`3b`). Easy
-    items are drawn more often: difficulty k with weight 1/k.
+    Later lookups ask about the map of the first question and give their start alone (`3b`); half of
+    the maps are written twice, which teaches to look arrows up. Easy items are drawn more often:
+    difficulty k with weight 1/k.
     """
     rng = random.Random(2 * seed + TRAIN_SEEDS)
     levels = range(1, max_difficulty + 1)
@@ -58,13 +59,16 @@ def conversations(
         chosen = rng.choices(levels, weights=[1 / k for k in levels], k=turns)
         if task == "lookup":
             cycle = _cycle(rng)
-            yield [_lookup(k, rng, cycle, with_map=turn == 0) for turn, k in enumerate(chosen)]
+            copies = rng.randint(1, 2)
+            yield [
+                _lookup(k, rng, cycle, copies if turn == 0 else 0) for turn, k in enumerate(chosen)
+            ]
         else:
             yield [generate(task, k, rng) for k in chosen]
 
 
 def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
-    """`per_difficulty` items for each task and difficulty; from numbers that no training run draws."""
+    """`per_difficulty` items for each task and difficulty, drawn as no training run draws."""
     rng = random.Random(2 * seed + EVALUATION_SEEDS)
     return [
         generate(task, difficulty, rng)
@@ -79,13 +83,11 @@ def _cycle(rng: random.Random) -> list[str]:
     return rng.sample(string.ascii_lowercase[:NUM_LETTERS], NUM_LETTERS)
 
 
-def _lookup(difficulty: int, rng: random.Random, cycle: list[str], with_map: bool = True) -> Item:
+def _lookup(difficulty: int, rng: random.Random, cycle: list[str], copies: int = 1) -> Item:
     start = rng.randrange(NUM_LETTERS)
-    question = f"{difficulty}{cycle[start]}"
-    if with_map:
-        arrows = [a + b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
-        rng.shuffle(arrows)
-        question = f"{' '.join(arrows)} {question}"
+    arrows = [a + b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
+    written = [arrow for _ in range(copies) for arrow in rng.sample(arrows, NUM_LETTERS)]
+    question = " ".join([*written, f"{difficulty}{cycle[start]}"])
     return Item("lookup", question, cycle[(start + difficulty) % NUM_LETTERS], difficulty)
 
 
@@ -94,6 +96,9 @@ def _expression(operations: int, rng: random.Random) -> tuple[str, int]:
         digit = rng.randint(0, 9)
         return str(digit), digit
     left = rng.randint(0, operations - 1)
-    (left_text, a), (right_text, b) = _expression(left, rng), _expression(operations - 1 - left, rng)
+    (left_text, a), (right_text, b) = (
+        _expression(left, rng),
+        _expression(operations - 1 - left, rng),
+    )
     symbol = rng.choice(list(OPERATORS))
     return f"({left_text}{symbol}{right_text})", OPERATORS[symbol](a, b) % 10
