@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCK := requirements/cpu.lock
 export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
 
 .PHONY: demo test lint serve lock clean
 

@@ -79,15 +79,14 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", RENAMED)
+        kwargs["ignore_mismatched_sizes"] = True  # told below, with all other wrong tensors
         source = pretrained_model_name_or_path
         if (state_dict := _legacy_state_dict(source)) is not None:
             if not isinstance(kwargs.get("config"), LoopUSConfig):
                 kwargs["config"] = LoopUSConfig.from_pretrained(source)
             kwargs["state_dict"] = state_dict
             source = None
-        model, info = super().from_pretrained(
-            source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         raise_if_wrong(
             str(pretrained_model_name_or_path),
             missing=sorted(info["missing_keys"]),
