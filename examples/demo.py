@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MODEL = "loopus-tiny"
 START_UP_SECONDS = 300
@@ -38,6 +40,29 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running_server(
+    *arguments: str, environment: dict[str, str] | None = None, output: IO[str] | None = None
+) -> Iterator[str]:
+    """`vllm serve *arguments` on a free port of 127.0.0.1; yields its address, stops it after."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [str(vllm), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        command, env=environment, stdout=output, stderr=output, start_new_session=True
+    )
+    try:
+        wait_until_healthy(server, address)
+        yield address
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
@@ -74,24 +99,12 @@ def chat_with_server() -> None:
     from vllm_loopus.tiny.tasks import evaluation_set
 
     item = evaluation_set(seed=2, per_difficulty=1)[0]
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-    print(f"\n$ vllm serve {MODEL} --host 127.0.0.1 --port {port}", flush=True)
-    server = subprocess.Popen([*command, "--max-model-len", "256"], start_new_session=True)
-    try:
-        wait_until_healthy(server, address)
+    print(f"\n$ vllm serve {MODEL}", flush=True)
+    with running_server(MODEL, "--max-model-len", "256") as address:
         answer = ask(address, item.question)
         print(f"  user: {item.question!r}")
         print(f"  {answer['model']}: {answer['choices'][0]['message']['content']!r}")
         print(f"  (right: {item.answer!r}; usage: {answer['usage']})")
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
     print("  server stopped")
 
 

@@ -1,18 +1,14 @@
 """A real `vllm serve loopus-tiny` answers as any model does."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from openai import NotFoundError, OpenAI
 
-from examples.demo import free_port, wait_until_healthy
+from examples.demo import running_server
 from vllm_loopus.aliases import EMBEDDED
 
 MODEL = "loopus-tiny"
@@ -21,27 +17,16 @@ QUESTION = "(3+4)="
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", "--model", MODEL]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     environment.pop("HF_HUB_OFFLINE", None)  # a user has not set it, and nothing may be fetched
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
+    arguments = ("--model", MODEL, "--max-model-len", "256")
+    with log.open("w") as output:
         try:
-            wait_until_healthy(server, f"http://127.0.0.1:{port}")
-            yield f"http://127.0.0.1:{port}"
+            with running_server(*arguments, environment=environment, output=output) as address:
+                yield address
         except RuntimeError as error:
             raise RuntimeError(log.read_text()[-3000:]) from error
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

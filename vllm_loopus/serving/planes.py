@@ -87,7 +87,6 @@ class Planes:
         """`blocks` are the looped modules (reasoning, decoder); `state_bytes` is a state's size."""
         layers = [m for block in blocks for m in block.modules() if isinstance(m, Attention)]
         like = layers[0]
-        self.max_loops = max_loops
         self.layer_names = [layer.layer_name for layer in layers]
         self.layout = KVLayout.of(
             vllm_config.model_config.hf_config, kv_bytes_per_token(like, vllm_config), state_bytes
