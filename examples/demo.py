@@ -27,9 +27,9 @@ def generate_offline() -> None:
 
     from vllm_loopus.tiny.tasks import evaluation_set
 
-    items = evaluation_set(seed=1, per_difficulty=1)[:6]
+    items = evaluation_set(seed=1, per_difficulty=1)
     llm = LLM(MODEL, max_model_len=256)
-    prompts = [f"{item.question} " for item in items]
+    prompts = [item.question for item in items]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8))
     print(f"\n{MODEL}: offline generation")
     for item, output in zip(items, outputs, strict=True):
@@ -98,7 +98,7 @@ def ask(address: str, question: str) -> dict[str, Any]:
 def chat_with_server() -> None:
     from vllm_loopus.tiny.tasks import evaluation_set
 
-    item = evaluation_set(seed=2, per_difficulty=1)[0]
+    item = next(i for i in evaluation_set(seed=2, per_difficulty=1) if i.task == "arithmetic")
     print(f"\n$ vllm serve {MODEL}", flush=True)
     with running_server(MODEL, "--max-model-len", "256") as address:
         answer = ask(address, item.question)

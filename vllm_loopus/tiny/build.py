@@ -1,7 +1,6 @@
 """Build the embedded `loopus-tiny` checkpoint: cut the trained base and write its model card.
 
-python -m vllm_loopus.tiny.pretrain --out tiny-base
-python -m vllm_loopus.tiny.build --base tiny-base --out loopus-tiny
+python -m vllm_loopus.tiny.build --base stage-2 --out loopus-tiny
 """
 
 from pathlib import Path
@@ -41,7 +40,7 @@ of steps k ({items} items each), greedy:
 |---|---|{rule}
 {rows}
 
-Made by `python -m vllm_loopus.tiny.pretrain` and `python -m vllm_loopus.tiny.build`, seed {seed}.
+The commands that made it stand in `vllm_loopus/tiny/pretrain.py` and `vllm_loopus/tiny/build.py`.
 """
 
 
@@ -96,7 +95,6 @@ def main(
         heads=" | ".join(f"k={k}" for k in levels),
         rule="---|" * MAX_DIFFICULTY,
         rows="\n".join(lines),
-        seed=seed,
     )
     (out / "README.md").write_text(card)
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 TASKS = ("lookup", "arithmetic")
-MAX_DIFFICULTY = 6
-NUM_LETTERS = 7
+MAX_DIFFICULTY = 4
+# No way back is shorter than k steps forward: NUM_LETTERS - k >= k.
+NUM_LETTERS = 8
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 # Training uses the even seeds of `random.Random`, evaluation the odd ones: no evaluation draws the
 # numbers of a training run.
@@ -33,7 +34,7 @@ class Item:
 
 
 def generate(task: str, difficulty: int, rng: random.Random) -> Item:
-    """One item. Raises `ValueError` for an unknown task or a difficulty outside 1..6."""
+    """One item. Raises `ValueError` for an unknown task or a difficulty outside 1..4."""
     if not 1 <= difficulty <= MAX_DIFFICULTY:
         raise ValueError(f"difficulty={difficulty} must be from 1 to {MAX_DIFFICULTY}")
     if task == "lookup":
