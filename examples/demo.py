@@ -34,6 +34,7 @@ def generate_offline() -> None:
     print(f"\n{MODEL}: offline generation")
     for item, output in zip(items, outputs, strict=True):
         print(f"  {output.prompt!r} -> {output.outputs[0].text!r} (right: {item.answer!r})")
+    llm.llm_engine.engine_core.shutdown()
 
 
 def free_port() -> int:
