@@ -192,11 +192,9 @@ class LoopUSConfig(PreTrainedConfig):
     def _check_attention(self) -> None:
         self.backbone  # noqa: B018  (raises for an unknown base)
         window = getattr(self.base, "sliding_window", None)
-        layer_types = set(getattr(self.base, "layer_types", None) or ["full_attention"])
-        if window is not None and layer_types == {"full_attention"}:
-            # Mistral and Phi-3 configs apply the window to every layer and list no types.
-            listed = getattr(self.base, "layer_types", None) is not None
-            layer_types = layer_types if listed else {"sliding_attention"}
+        # Mistral and Phi-3 configs list no types: they apply a window to every layer.
+        unlisted = ["full_attention" if window is None else "sliding_attention"]
+        layer_types = set(getattr(self.base, "layer_types", None) or unlisted)
         if layer_types != {"full_attention"}:
             raise ValueError(
                 f"base_config.sliding_window={window} with layer types {sorted(layer_types)} is "

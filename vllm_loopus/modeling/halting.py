@@ -46,10 +46,6 @@ class HaltingRule:
             convergence_epsilon=config.convergence_epsilon,
         )
 
-    @property
-    def uses_confidence(self) -> bool:
-        return self.strategy in ("threshold", "cdf")
-
     def leaves(
         self,
         depth: Number,

@@ -84,9 +84,7 @@ def recast(
     base_config = AutoConfig.from_pretrained(base)
     runs = layer_runs(base_config.num_hidden_layers, encoder, decoder)
     fields.setdefault("base_model_name_or_path", base)
-    base_fields = base_config.to_dict()
-    base_fields.pop("_name_or_path", None)
-    config = LoopUSConfig(base_config=base_fields, **runs, **fields)
+    config = LoopUSConfig(base_config=base_config.to_dict(), **runs, **fields)
     config.dtype = base_config.dtype
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     tensors = {rename(name, runs): tensor for name, tensor in model.state_dict().items()}

@@ -6,6 +6,8 @@ allocates, and the start-up line prints it.
 
 from dataclasses import dataclass
 
+from vllm.utils.math_utils import cdiv
+
 from vllm_loopus.config import LoopUSConfig
 
 
@@ -28,7 +30,7 @@ class KVLayout:
     @classmethod
     def of(cls, config: LoopUSConfig, kv_bytes_per_token: int, state_bytes: int) -> "KVLayout":
         """`kv_bytes_per_token`: K and V of one token in one layer; `state_bytes`: one state."""
-        rows = -(-state_bytes // kv_bytes_per_token)
+        rows = cdiv(state_bytes, kv_bytes_per_token)
         return cls(
             max_loops=config.max_loops,
             encoder=len(config.encoder_layer_indices) * kv_bytes_per_token,

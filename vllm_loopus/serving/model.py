@@ -152,7 +152,6 @@ class LoopUSForCausalLM(nn.Module):
         self.planes = Planes(
             [self.reasoning, self.decoder],
             state_bytes=config.hidden_size * torch.get_default_dtype().itemsize,
-            max_loops=config.max_loops,
             vllm_config=vllm_config,
         )
 

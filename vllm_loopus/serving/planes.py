@@ -81,9 +81,7 @@ class PagedRows(AttentionLayerBase):
 class Planes:
     """The planes of one model: reserves them, and selects one for a pass."""
 
-    def __init__(
-        self, blocks: list[nn.Module], state_bytes: int, max_loops: int, vllm_config: VllmConfig
-    ) -> None:
+    def __init__(self, blocks: list[nn.Module], state_bytes: int, vllm_config: VllmConfig) -> None:
         """`blocks` are the looped modules (reasoning, decoder); `state_bytes` is a state's size."""
         layers = [m for block in blocks for m in block.modules() if isinstance(m, Attention)]
         like = layers[0]
@@ -93,7 +91,7 @@ class Planes:
         )
         self.state_names = [f"state.{piece}" for piece in range(self.layout.state_rows)]
         logger.info_once("LoopUS K/V: %s", self.layout)
-        for depth in range(1, max_loops + 1):
+        for depth in range(1, self.layout.max_loops + 1):
             for layer in layers if depth > 1 else []:
                 PagedRows(layer_name_at(layer.layer_name, depth), layer, vllm_config)
             for name in self.state_names:
