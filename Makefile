@@ -4,8 +4,6 @@ BIN := .venv/bin
 LOCK := requirements/cpu.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
-# GiB of K/V on a CPU. vLLM's default wants 92 % of the memory free at start-up.
-export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .PHONY: demo test lint serve lock clean
 

@@ -82,3 +82,20 @@ def test_no_tokenizer_and_no_base(make_llm: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"holds no tokenizer files.*skip_tokenizer_init"):
         make_llm(tmp_path)
+
+
+def test_cpu_memory_is_a_share_of_what_is_free(
+    make_llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own default, 92 % of all memory, does not start on a machine in use."""
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    free = psutil.virtual_memory().available
+    size = make_llm(
+        GOLDEN / "qwen3", skip_tokenizer_init=True
+    ).llm_engine.vllm_config.cache_config.kv_cache_memory_bytes
+    assert 0.3 * free < size < 0.5 * free
+    explicit = make_llm(
+        GOLDEN / "qwen3", skip_tokenizer_init=True, kv_cache_memory_bytes=2**28
+    ).llm_engine.vllm_config.cache_config.kv_cache_memory_bytes
+    assert explicit == 2**28

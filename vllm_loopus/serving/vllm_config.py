@@ -3,12 +3,15 @@
 vLLM calls these hooks for our architecture and for no other (`MODELS_CONFIG_MAP`).
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm.config import CompilationMode, CUDAGraphMode
+import psutil
+from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vllm_loopus.config import LoopUSConfig
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger("vllm.loopus")
+
+CPU_CACHE_SHARE = 0.4
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -79,6 +84,28 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             "KV connectors do not know planes by depth; remove it",
         )
         _run_eagerly(vllm_config)
+        _size_cpu_cache(vllm_config)
+
+
+def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
+    """On a CPU, K/V takes a share of the memory that is free now, unless the user sized it.
+
+    vLLM's own default claims 92 % of all memory and refuses to start where less is free.
+    """
+    cache = vllm_config.cache_config
+    if (
+        not current_platform.is_cpu()
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        or cache.kv_cache_memory_bytes is not None
+        or cache.gpu_memory_utilization != CacheConfig.gpu_memory_utilization
+    ):
+        return
+    cache.kv_cache_memory_bytes = int(CPU_CACHE_SHARE * psutil.virtual_memory().available)
+    logger.info(
+        "K/V takes %.1f GiB, %d %% of the free memory; VLLM_CPU_KVCACHE_SPACE (GiB) sets another size",
+        cache.kv_cache_memory_bytes / 2**30,
+        100 * CPU_CACHE_SHARE,
+    )
 
 
 def _run_eagerly(vllm_config: "VllmConfig") -> None:
