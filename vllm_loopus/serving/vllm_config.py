@@ -102,7 +102,7 @@ def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
         return
     cache.kv_cache_memory_bytes = int(CPU_CACHE_SHARE * psutil.virtual_memory().available)
     logger.info(
-        "K/V takes %.1f GiB, %d %% of the free memory; VLLM_CPU_KVCACHE_SPACE (GiB) sets another size",
+        "K/V takes %.1f GiB, %d %% of the free memory; VLLM_CPU_KVCACHE_SPACE (GiB) overrides",
         cache.kv_cache_memory_bytes / 2**30,
         100 * CPU_CACHE_SHARE,
     )
