@@ -86,17 +86,20 @@ class Encoder(LayerRun):
 
 
 class ReasoningBlock(LayerRun):
-    """`R` and `G`: `h^{r-1}` [T, H] -> `h^r` [T, H]."""
+    """`R` and `G`: `h^{r-1}` [T, H] -> the update `u^r` and the gated state `h^r`, [T, H] each."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: LoopUSConfig = vllm_config.model_config.hf_config
         super().__init__(vllm_config, len(config.reasoning_layer_indices), prefix)
         self.gate = SelectiveGate(config.hidden_size)
 
-    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, state: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # vLLM's fused norms add into the residual in place, and the first residual is the input.
         hidden, residual = self.run_layers(state.clone(), positions)
-        return self.gate(hidden + residual, state)
+        update = hidden + residual
+        return update, self.gate(update, state)
 
 
 class Decoder(LayerRun):
@@ -122,10 +125,10 @@ class Decoder(LayerRun):
 
 
 class LoopUSForCausalLM(nn.Module):
-    """A LoopUS model for vLLM: every token runs `max_loops` passes of the reasoning block.
+    """A LoopUS model for vLLM. Module names are the checkpoint's names.
 
-    Module names are the checkpoint's names. The confidence head is loaded and kept; at a fixed
-    recursion depth nothing reads it.
+    The runner calls `encode`, `refine`, `confidence` and `decode` as a step needs them;
+    `forward` takes all rows to the full depth, which is what memory profiling measures.
     """
 
     # The first pattern that matches anything is loaded: a folder may hold other tensors as well.
@@ -150,7 +153,9 @@ class LoopUSForCausalLM(nn.Module):
         self.q_head = build_confidence_head(config.hidden_size)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.planes = Planes(
-            [self.reasoning, self.decoder],
+            self.encoder,
+            self.reasoning,
+            self.decoder,
             state_bytes=config.hidden_size * torch.get_default_dtype().itemsize,
             vllm_config=vllm_config,
         )
@@ -158,8 +163,27 @@ class LoopUSForCausalLM(nn.Module):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.encoder.embed_tokens(input_ids)
 
-    def reason(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] -> `h^0` [T, H]."""
+        return self.encoder(self.embed_input_ids(input_ids), positions)
+
+    def refine(
+        self, state: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`h^{r-1}` -> the update `u^r` and the gated state `h^r`, [T, H] each."""
         return self.reasoning(state, positions)
+
+    def reason(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`h^{r-1}` -> `h^r`, [T, H]."""
+        return self.refine(state, positions)[1]
+
+    def confidence(
+        self, update: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> torch.Tensor:
+        """`q` [B] in float32 of positions with update `u^r`, states `h^{r-1}` and `h^r` [B, H]."""
+        seen = after if self.config.confidence_input == "state" else update - before
+        dtype = next(self.q_head.parameters()).dtype
+        return torch.sigmoid(self.q_head(seen.to(dtype))).squeeze(-1).float()
 
     def decode(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.decoder(state, positions)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
@@ -81,11 +82,22 @@ class PagedRows(AttentionLayerBase):
 class Planes:
     """The planes of one model: reserves them, and selects one for a pass."""
 
-    def __init__(self, blocks: list[nn.Module], state_bytes: int, vllm_config: VllmConfig) -> None:
-        """`blocks` are the looped modules (reasoning, decoder); `state_bytes` is a state's size."""
-        layers = [m for block in blocks for m in block.modules() if isinstance(m, Attention)]
+    def __init__(
+        self,
+        encoder: nn.Module,
+        reasoning: nn.Module,
+        decoder: nn.Module,
+        state_bytes: int,
+        vllm_config: VllmConfig,
+    ) -> None:
+        """The three blocks, built; `state_bytes` is a state's size."""
+        self._context = vllm_config.compilation_config.static_forward_context
+        layers = attention_layers(reasoning) + attention_layers(decoder)
         like = layers[0]
-        self.layer_names = [layer.layer_name for layer in layers]
+        self.encoder_names = [layer.layer_name for layer in attention_layers(encoder)]
+        self.reasoning_names = [layer.layer_name for layer in attention_layers(reasoning)]
+        self.decoder_names = [layer.layer_name for layer in attention_layers(decoder)]
+        self.layer_names = self.reasoning_names + self.decoder_names
         self.layout = KVLayout.of(
             vllm_config.model_config.hf_config, kv_bytes_per_token(like, vllm_config), state_bytes
         )
@@ -96,6 +108,26 @@ class Planes:
                 PagedRows(layer_name_at(layer.layer_name, depth), layer, vllm_config)
             for name in self.state_names:
                 PagedRows(layer_name_at(name, depth), like, vllm_config)
+
+    def state_pages(self) -> list[torch.Tensor]:
+        """The pages that hold the states, once vLLM has bound the K/V memory."""
+        return [self._context[name].kv_cache for name in self.state_names]
+
+    def copy_reasoning(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies the reasoning layers' K/V from slots `source` [M] to slots `target` [M]."""
+        self._copy(self.reasoning_names, source, target)
+
+    def copy_decoder(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """The same for the decoder's layers."""
+        self._copy(self.decoder_names, source, target)
+
+    def _copy(self, names: list[str], source: torch.Tensor, target: torch.Tensor) -> None:
+        if not len(source):
+            return
+        for name in names:
+            kv = self._context[name].kv_cache  # [num_blocks, kv_heads, block_size, 2 * head_size]
+            size = kv.shape[2]
+            kv[target // size, :, target % size] = kv[source // size, :, source % size]
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
@@ -120,6 +152,11 @@ class Planes:
                 slots[name] = slots[source]
         with override_forward_context(replace(context, attn_metadata=metadata, slot_mapping=slots)):
             yield
+
+
+def attention_layers(block: nn.Module) -> list[Attention]:
+    """The attention layers of a block, in order."""
+    return [module for module in block.modules() if isinstance(module, Attention)]
 
 
 def kv_bytes_per_token(layer: Attention, vllm_config: VllmConfig) -> int:

@@ -14,6 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.serving.knobs import EngineOptions
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -83,8 +84,34 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             "kv_transfer_config",
             "KV connectors do not know planes by depth; remove it",
         )
+        EngineOptions.of(vllm_config.additional_config)
         _run_eagerly(vllm_config)
         _size_cpu_cache(vllm_config)
+        _loop_inside_the_step(vllm_config)
+
+
+def _loop_inside_the_step(vllm_config: "VllmConfig") -> None:
+    """Our scheduler and worker, where the user chose none; no asynchronous scheduling.
+
+    It prepares a step before the outcome of the one before is known; here that outcome says which
+    sequences have a token at all.
+    """
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    _refuse(
+        bool(scheduler.async_scheduling),
+        "async_scheduling=True",
+        "which sequences get a token is known after a step only; leave it off",
+    )
+    _refuse(
+        vllm_config.model_config.enable_prompt_embeds,
+        "enable_prompt_embeds=True",
+        "prompts are token ids; leave it off",
+    )
+    scheduler.async_scheduling = False
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = "vllm_loopus.serving.scheduler.LoopUSScheduler"
+    if parallel.worker_cls == "auto":
+        parallel.worker_cls = "vllm_loopus.serving.worker.LoopUSWorker"
 
 
 def _size_cpu_cache(vllm_config: "VllmConfig") -> None:

@@ -1,0 +1,137 @@
+"""The running sequences of a worker, and one step over them. Model runners talk to this."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vllm_loopus.serving.boundary import BoundaryRule
+from vllm_loopus.serving.knobs import RequestKnobs
+from vllm_loopus.serving.pages import BlockIds, PageTables
+from vllm_loopus.serving.passes import Decoded, PagedExecutor
+from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.step import StepReport, run_step
+
+
+@dataclass
+class LoopProgress:
+    """What the scheduler learns of a step.
+
+    - `computed`: for each scheduled request that got no token, how many of its positions count as
+      computed: the next step continues there.
+    - `complete`: positions whose planes are complete at every depth; the prefix cache may have
+      them.
+    - `exit_depths`: for each request that got a token, the depth at which it left.
+    - `passes`, `decoder_rows`: rows of each pass, and of the decoder.
+    """
+
+    computed: dict[str, int] = field(default_factory=dict)
+    complete: dict[str, int] = field(default_factory=dict)
+    exit_depths: dict[str, int] = field(default_factory=dict)
+    passes: list[int] = field(default_factory=list)
+    decoder_rows: int = 0
+
+
+@dataclass
+class _Running:
+    sequence: LoopedSequence
+    tokens: list[int]
+
+
+class LoopedBatch:
+    """Sequences by request id, their tokens, block tables and staircases."""
+
+    def __init__(
+        self,
+        executor: PagedExecutor,
+        tables: PageTables,
+        rule: BoundaryRule,
+        max_depth: int,
+        row_budget: int,
+        takes_over: bool,
+    ) -> None:
+        self.rule = rule
+        self._executor = executor
+        self._tables = tables
+        self._max_depth = max_depth
+        self._row_budget = row_budget
+        self._takes_over = takes_over
+        self._running: dict[str, _Running] = {}
+
+    def add(
+        self,
+        request_id: str,
+        tokens: list[int],
+        block_ids: BlockIds,
+        cached: int,
+        knobs: RequestKnobs,
+        num_generated: int = 0,
+        wants_prompt: bool = False,
+    ) -> None:
+        """A new sequence, or a preempted one that comes back with all its tokens so far."""
+        self.remove(request_id)
+        decoded = self._tables.add(request_id, block_ids, cached)
+        if wants_prompt:
+            self._executor.want_prompt(request_id)
+        self._running[request_id] = _Running(
+            LoopedSequence(
+                request_id,
+                knobs,
+                self._max_depth,
+                prefill_end=len(tokens),
+                cached=cached,
+                decoded=None if wants_prompt else decoded,
+                takes_over=self._takes_over,
+                num_generated=num_generated,
+            ),
+            list(tokens),
+        )
+
+    def grow(self, request_id: str, block_ids: BlockIds) -> None:
+        """The sequence got more blocks."""
+        self._tables.append(request_id, block_ids)
+
+    def remove(self, request_id: str) -> None:
+        """The sequence finished, was aborted or preempted; unknown ones are ignored."""
+        if self._running.pop(request_id, None) is not None:
+            self._tables.remove(request_id)
+            self._executor.forget(request_id)
+
+    def sampled(self, request_id: str, token: int) -> None:
+        """The sequence got its next token."""
+        self._running[request_id].tokens.append(token)
+
+    def position(self, request_id: str) -> int:
+        """The newest position of a sequence."""
+        return self._running[request_id].sequence.done[0] - 1
+
+    def step(self, scheduled: Mapping[str, int]) -> tuple[Decoded, LoopProgress]:
+        """Runs a step over the scheduled requests; `scheduled` gives how many new positions each
+        may begin. A sequence in flight goes on with what it has begun, whatever the number."""
+        new_rows: list[Rows] = []
+        tokens: list[int] = []
+        for request_id, count in scheduled.items():
+            running = self._running[request_id]
+            sequence = running.sequence
+            if sequence.in_flight:
+                continue
+            start = sequence.done[0]
+            end = start + count
+            sequence.begin(count, wants_token=end == len(running.tokens))
+            new_rows.append(Rows(sequence, 0, start, end))
+            tokens += running.tokens[start:end]
+        self._executor.begin_step(tokens)
+        sequences = [self._running[request_id].sequence for request_id in scheduled]
+        report = run_step(sequences, self._row_budget, self.rule, self._executor, new_rows)
+        return self._executor.decoded, self._progress(sequences, report)
+
+    def _progress(self, sequences: list[LoopedSequence], report: StepReport) -> LoopProgress:
+        progress = LoopProgress(passes=report.passes, decoder_rows=report.decoder_rows)
+        for sequence in report.emitted:
+            assert sequence.exit_depth is not None
+            progress.exit_depths[sequence.request_id] = sequence.exit_depth
+        for sequence in sequences:
+            name = sequence.request_id
+            progress.complete[name] = sequence.complete
+            if name not in progress.exit_depths:
+                # In flight: one position has to be scheduled again for the step to go on.
+                progress.computed[name] = sequence.done[0] - sequence.in_flight
+        return progress

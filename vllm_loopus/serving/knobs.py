@@ -1,0 +1,121 @@
+"""What a user may set: per engine in `additional_config`, per request in `extra_args`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_loopus.config import LoopUSConfig
+
+SECTION = "loopus"  # of additional_config
+KV_POLICIES = ("exact", "last_exited")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`additional_config={"loopus": {...}}`.
+
+    - `kv_policy`: `exact` computes what deeper tokens need of shallower ones; `last_exited` gives
+      the K/V and state of the exit depth to all deeper depths instead, an approximation.
+    - `exit_quorum`: the share of the sequences in flight that must have left before a step decodes
+      and samples them, or `auto`.
+    """
+
+    kv_policy: str = "exact"
+    exit_quorum: float | str = AUTO
+
+    @classmethod
+    def of(cls, additional_config: Any) -> "EngineOptions":
+        """Raises `ValueError` naming the option, its value and the fix."""
+        given = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+        if given is None:
+            return cls()
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"additional_config[{SECTION!r}]={given!r} must be a mapping of {', '.join(known)}"
+            )
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"additional_config[{SECTION!r}] has no option {name!r}; "
+                    f"there are {', '.join(known)}"
+                )
+        options = cls(**given)
+        if options.kv_policy not in KV_POLICIES:
+            raise ValueError(
+                f"kv_policy={options.kv_policy!r} is unknown; choose one of "
+                f"{', '.join(KV_POLICIES)}"
+            )
+        quorum = options.exit_quorum
+        if quorum != AUTO and not (_is_number(quorum) and 0 < quorum <= 1):  # type: ignore[operator]
+            raise ValueError(
+                f"exit_quorum={quorum!r} must be a number above 0 and at most 1, or {AUTO!r}"
+            )
+        return options
+
+
+@dataclass(frozen=True)
+class RequestKnobs:
+    """The recursion budget and halting knobs of one request.
+
+    `exit_depths` gives the exit depth of the first tokens generated instead of asking the
+    confidence head; tokens after the last one given ask it.
+    """
+
+    max_loops: int
+    min_loops: int
+    exit_threshold: float
+    exit_depths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None, config: LoopUSConfig) -> "RequestKnobs":
+        """Knobs of a request over the checkpoint's defaults.
+
+        Raises `VLLMValidationError` (HTTP 400) naming the parameter, its value and the fix.
+        """
+        given = extra_args or {}
+        max_loops = _loops(given, "max_loops", config.max_loops, config.max_loops, "served")
+        default_min = min(config.min_loops, max_loops)
+        min_loops = _loops(given, "min_loops", default_min, max_loops, "max_loops")
+        threshold = given.get("exit_threshold")
+        if threshold is None:
+            threshold = config.exit_threshold
+        elif not _is_number(threshold) or threshold < 0:
+            _refuse("exit_threshold", threshold, "must be a finite number, 0 or more")
+        depths = given.get("exit_depths")
+        if depths is None:
+            depths = ()
+        elif not isinstance(depths, list | tuple) or not all(_is_integer(d) for d in depths):
+            _refuse("exit_depths", depths, "must be a list of whole numbers, one a generated token")
+        for index, depth in enumerate(depths):
+            if not 1 <= depth <= max_loops:
+                _refuse(f"exit_depths[{index}]", depth, f"must be from 1 to max_loops={max_loops}")
+        return cls(max_loops, min_loops, float(threshold), tuple(depths))
+
+
+def _loops(given: Mapping[str, Any], name: str, default: int, most: int, what: str) -> int:
+    value = given.get(name)
+    if value is None:
+        return default
+    if not _is_integer(value) or not 1 <= value <= most:
+        limit = f"the served max_loops={most}" if what == "served" else f"max_loops={most}"
+        _refuse(name, value, f"must be a whole number from 1 to {limit}")
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse(name: str, value: Any, fix: str) -> None:
+    shown = repr(value)
+    shown = shown if len(shown) <= 100 else shown[:100] + "..."
+    raise VLLMValidationError(f"{name}={shown} {fix}", parameter=name.partition("[")[0])

@@ -1,0 +1,164 @@
+"""Block tables and slots of running sequences, by depth; states in paged memory.
+
+A slot is `block id * block size + offset`, the same number for K/V of every layer and for the
+state of a position at a depth: planes differ in their blocks alone (see `planes.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_loopus.serving.staircase import Rows
+
+BlockIds = Sequence[Sequence[int]]  # one list a KV cache group, that is, a depth
+
+
+class PageTables:
+    """Block tables of all running sequences: [sequence, depth, block] -> block id.
+
+    It also remembers which blocks the decoder has gone through, for those that are found again in
+    the prefix cache: a cached block is complete but for the decoder's K/V.
+    """
+
+    def __init__(self, num_depths: int, max_blocks: int, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._num_depths = num_depths
+        self._tables = np.zeros((8, num_depths, max_blocks), dtype=np.int32)
+        self._lengths: dict[str, list[int]] = {}
+        self._index: dict[str, int] = {}
+        self._free = list(range(len(self._tables)))
+        self._decoded = np.zeros(num_blocks, dtype=bool)
+
+    def add(self, request_id: str, block_ids: BlockIds, cached: int) -> list[int]:
+        """Takes a sequence in, `cached` positions of which came from the prefix cache.
+
+        Returns how many of those are decoded already, a number a depth.
+        """
+        if not self._free:
+            self._free = list(range(len(self._tables), 2 * len(self._tables)))
+            self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
+        self._index[request_id] = self._free.pop()
+        self._lengths[request_id] = [0] * self._num_depths
+        hit = cached // self.block_size
+        self.append(request_id, [ids[:hit] for ids in block_ids], new=False)
+        self.append(request_id, [ids[hit:] for ids in block_ids])
+        done = self._decoded[self._tables[self._index[request_id], :, :hit]]
+        leading = np.logical_and.accumulate(done, axis=1).sum(axis=1)
+        return [int(blocks) * self.block_size for blocks in leading]
+
+    def append(self, request_id: str, block_ids: BlockIds, new: bool = True) -> None:
+        """Adds blocks at the end of each depth's table."""
+        index, lengths = self._index[request_id], self._lengths[request_id]
+        for depth, ids in enumerate(block_ids):
+            if ids:
+                start = lengths[depth]
+                lengths[depth] = start + len(ids)
+                self._tables[index, depth, start : lengths[depth]] = ids
+                if new:
+                    self._decoded[ids] = False
+
+    def remove(self, request_id: str) -> None:
+        """Forgets a sequence; unknown ones are ignored."""
+        if (index := self._index.pop(request_id, None)) is not None:
+            del self._lengths[request_id]
+            self._free.append(index)
+
+    def mark_decoded(self, rows: Rows) -> None:
+        """Notes the blocks that the decoder has completed with `rows`."""
+        first, last = rows.start // self.block_size, rows.end // self.block_size
+        if first < last:
+            table = self._tables[self._index[rows.sequence.request_id], rows.depth - 1]
+            # The first block counts when the decoder had done it up to `start` before: it had, for
+            # it goes through the positions in order.
+            self._decoded[table[first:last]] = True
+
+    def layout(self, batch: Sequence[Rows]) -> "BatchLayout":
+        """Positions and tables of a batch of rows."""
+        sequence = np.array([self._index[rows.sequence.request_id] for rows in batch])
+        starts = np.array([rows.start for rows in batch])
+        ends = np.array([rows.end for rows in batch])
+        lengths = ends - starts
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        entry = np.repeat(np.arange(len(batch)), lengths)
+        positions = np.arange(offsets[-1]) - offsets[:-1][entry] + starts[entry]
+        return BatchLayout(
+            tables=self._tables,
+            block_size=self.block_size,
+            sequence=sequence,
+            depth=np.array([rows.depth for rows in batch]),
+            ends=ends,
+            offsets=offsets,
+            entry=entry,
+            positions=positions,
+        )
+
+
+@dataclass
+class BatchLayout:
+    """Where the rows of a batch lie. E entries (chunks), T rows."""
+
+    tables: NDArray[np.int32]  # of all sequences [S, N, blocks]
+    block_size: int
+    sequence: NDArray[np.int64]  # [E]
+    depth: NDArray[np.int64]  # [E], from 1
+    ends: NDArray[np.int64]  # [E]: sequence length as the entry sees it
+    offsets: NDArray[np.int64]  # [E + 1]: first row of each entry
+    entry: NDArray[np.int64]  # [T]
+    positions: NDArray[np.int64]  # [T]
+
+    def slots(self, depth: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slot of every row [T] in the plane of its entry's `depth` [E]."""
+        blocks = self.tables[
+            self.sequence[self.entry], depth[self.entry] - 1, self.positions // self.block_size
+        ]
+        return blocks.astype(np.int64) * self.block_size + self.positions % self.block_size
+
+    def block_table(self) -> NDArray[np.int32]:
+        """Block ids [E, blocks] of each entry at its depth, as many as the longest needs."""
+        width = -(-int(self.ends.max()) // self.block_size)
+        return np.ascontiguousarray(self.tables[self.sequence, self.depth - 1, :width])
+
+    @property
+    def last_rows(self) -> NDArray[np.int64]:
+        """Index of each entry's last row [E]."""
+        return self.offsets[1:] - 1
+
+
+class StatePages:
+    """States `h^r` in K/V-sized pages: reads and writes them by slot.
+
+    `pages`: [num_blocks, kv_heads, block_size, 2 * head_size] each. The memory of a block is taken
+    as `block_size` rows of `kv_heads * 2 * head_size` numbers; a state is cut into pieces, one a
+    page.
+    """
+
+    def __init__(self, pages: list[torch.Tensor], hidden_size: int) -> None:
+        self.hidden_size = hidden_size
+        self._rows: list[torch.Tensor] = []
+        self._widths: list[int] = []
+        left = hidden_size
+        for page in pages:
+            heads, width = page.shape[1], page.shape[3]
+            rows = page.view(-1, heads * width)  # raises where a backend strides blocks otherwise
+            self._widths.append(min(left, heads * width))
+            self._rows.append(rows.narrow(1, 0, self._widths[-1]))
+            left -= self._widths[-1]
+        assert left == 0, "the pages do not hold a state"
+
+    def read(self, slots: torch.Tensor) -> torch.Tensor:
+        """Slots [T] -> states [T, H]."""
+        pieces = [rows.index_select(0, slots) for rows in self._rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def write(self, slots: torch.Tensor, states: torch.Tensor) -> None:
+        """States [T, H] to slots [T]."""
+        for rows, piece in zip(self._rows, states.split(self._widths, dim=1), strict=True):
+            rows.index_copy_(0, slots, piece.to(rows.dtype))
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies the states at slots `source` [M] to slots `target` [M]."""
+        for rows in self._rows:
+            rows.index_copy_(0, target, rows.index_select(0, source))

@@ -1,0 +1,222 @@
+"""The computing of a step: encoder, passes and decoder over paged rows, through vLLM's attention.
+
+Knows no model runner: it is given the model, block tables and a metadata builder.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.serving.pages import BatchLayout, PageTables, StatePages
+from vllm_loopus.serving.staircase import LoopedSequence, Rows
+
+
+@dataclass
+class Decoded:
+    """Decoder output of a step: normed hidden states of the newest positions, and whose they are.
+
+    `prompts`: hidden states [P, H] of all prompt positions at the exit depth, for sequences that
+    want log-probabilities of their prompt.
+    """
+
+    hidden: torch.Tensor | None = None  # [len(request_ids), H]
+    request_ids: list[str] = field(default_factory=list)
+    prompts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class PagedExecutor:
+    """`StepExecutor` over vLLM's paged memory."""
+
+    def __init__(
+        self,
+        model: Any,
+        vllm_config: VllmConfig,
+        tables: PageTables,
+        attention_group: Any,
+        device: torch.device,
+    ) -> None:
+        """`model`: our vLLM model, K/V bound. `attention_group`: any of the runner's groups; all
+        depths have the same K/V shape, so one builder serves them all."""
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        self._model = model
+        self._vllm_config = vllm_config
+        self._tables = tables
+        self._group = attention_group
+        self._device = device
+        self._rule = HaltingRule.from_config(config)
+        self._states = StatePages(model.planes.state_pages(), config.hidden_size)
+        self._tokens: list[int] = []
+        self._encoded: torch.Tensor | None = None
+        self._prompt_parts: dict[str, list[torch.Tensor]] = {}
+        self.decoded = Decoded()
+
+    def begin_step(self, tokens: list[int]) -> None:
+        """`tokens`: ids of the new positions, in order."""
+        self._tokens = tokens
+        self.decoded = Decoded()
+
+    def want_prompt(self, request_id: str) -> None:
+        """The prompt's hidden states are to be given with the first token. The sequence must go
+        through the decoder from its first position."""
+        self._prompt_parts[request_id] = []
+
+    def forget(self, request_id: str) -> None:
+        """Drops what was kept for a request."""
+        self._prompt_parts.pop(request_id, None)
+
+    def encode(self, rows: list[Rows]) -> None:
+        layout = self._tables.layout([Rows(r.sequence, 1, r.start, r.end) for r in rows])
+        with self._attention(layout, self._model.planes.encoder_names):
+            ids = torch.tensor(self._tokens, dtype=torch.int32, device=self._device)
+            self._encoded = self._model.encode(ids, self._tensor(layout.positions))
+
+    def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
+        layout = self._tables.layout(rows)
+        state = self._previous_states(layout)
+        with self._attention(layout, self._model.planes.reasoning_names) as slots:
+            update, new_state = self._model.refine(state, self._tensor(layout.positions))
+        self._states.write(slots, new_state)
+        if not deciding:
+            return []
+        sequences = [rows[index].sequence for index in deciding]
+        last = self._tensor(layout.last_rows[deciding])
+        return self._leaves(
+            sequences, layout.depth[deciding], update[last], state[last], new_state[last]
+        )
+
+    def _previous_states(self, layout: BatchLayout) -> torch.Tensor:
+        """`h^{r-1}` of all rows: fresh from the encoder, or from the pages of the depth below."""
+        fresh = int(layout.offsets[np.count_nonzero(layout.depth == 1)])
+        if fresh == len(layout.positions):
+            assert self._encoded is not None
+            return self._encoded
+        # Depth 0 has no pages: depth 1 stands in for the fresh rows, which are cut off.
+        slots = layout.slots(np.maximum(layout.depth - 1, 1))[fresh:]
+        stored = self._states.read(self._tensor(slots))
+        if not fresh:
+            return stored
+        assert self._encoded is not None
+        return torch.cat([self._encoded, stored])
+
+    def _leaves(
+        self,
+        sequences: list[LoopedSequence],
+        depth: np.ndarray[Any, Any],
+        update: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+    ) -> list[bool]:
+        """The halting rule for newest positions [S]; notes their survival (`cdf`)."""
+        if all(s.forced_depth is not None for s in sequences):
+            return [False] * len(sequences)
+        rule = HaltingRule(
+            strategy=self._rule.strategy,
+            exit_threshold=self._column([s.knobs.exit_threshold for s in sequences]),
+            exit_interval=self._rule.exit_interval,
+            min_loops=self._column([s.knobs.min_loops for s in sequences]),
+            max_loops=self._column([s.knobs.max_loops for s in sequences]),
+            convergence_epsilon=self._rule.convergence_epsilon,
+        )
+        leaves, survival = rule.leaves(
+            self._tensor(depth),
+            confidence=self._model.confidence(update, before, after),
+            step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
+            survival=self._column([s.survival for s in sequences]),
+        )
+        for sequence, value in zip(sequences, survival.tolist(), strict=True):
+            sequence.survival = value
+        return [bool(leaving) for leaving in leaves.tolist()]
+
+    def take_over(self, rows: list[Rows]) -> None:
+        source, target = self._to_other_planes(rows, deeper_only=True)
+        self._model.planes.copy_reasoning(source, target)
+        self._states.copy(source, target)
+
+    def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
+        layout = self._tables.layout(rows)
+        states = self._states.read(self._tensor(layout.slots(layout.depth)))
+        with self._attention(layout, self._model.planes.decoder_names):
+            hidden = self._model.decode(states, self._tensor(layout.positions))
+        generated = [r for r in rows if r.sequence.takes_over and not r.sequence.prefilling]
+        if generated := [r for r in generated if r.newest]:
+            self._model.planes.copy_decoder(*self._to_other_planes(generated, deeper_only=False))
+        for index, entry in enumerate(rows):
+            self._tables.mark_decoded(entry)
+            name = entry.sequence.request_id
+            if name in self._prompt_parts:
+                part = hidden[layout.offsets[index] : layout.offsets[index + 1]]
+                self._prompt_parts[name].append(part)
+                if entry.newest:
+                    self.decoded.prompts[name] = torch.cat(self._prompt_parts.pop(name))
+        newest = [index for index, entry in enumerate(rows) if entry.newest]
+        if newest:
+            self.decoded.hidden = hidden[self._tensor(layout.last_rows[newest])]
+            self.decoded.request_ids = [sequence.request_id for sequence in emitting]
+
+    def _to_other_planes(
+        self, rows: list[Rows], deeper_only: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of each row's last position, and of the same position at other depths."""
+        source: list[Rows] = []
+        target: list[Rows] = []
+        for row in rows:
+            first = row.depth + 1 if deeper_only else 1
+            for depth in range(first, row.sequence.max_depth + 1):
+                if depth != row.depth:
+                    source.append(Rows(row.sequence, row.depth, row.end - 1, row.end))
+                    target.append(Rows(row.sequence, depth, row.end - 1, row.end))
+        if not source:
+            empty = torch.zeros(0, dtype=torch.int64, device=self._device)
+            return empty, empty
+        from_layout, to_layout = self._tables.layout(source), self._tables.layout(target)
+        return (
+            self._tensor(from_layout.slots(from_layout.depth)),
+            self._tensor(to_layout.slots(to_layout.depth)),
+        )
+
+    @contextmanager
+    def _attention(self, layout: BatchLayout, layer_names: list[str]) -> Iterator[torch.Tensor]:
+        """Inside, the layers attend with each entry in the plane of its depth. Gives the slots."""
+        slots = self._tensor(layout.slots(layout.depth))
+        query_start = torch.from_numpy(layout.offsets.astype(np.int32))
+        lengths = np.diff(layout.offsets)
+        seq_lens = torch.from_numpy(layout.ends.astype(np.int32))
+        metadata = self._group.get_metadata_builder().build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=query_start.to(self._device),
+                query_start_loc_cpu=query_start,
+                seq_lens=seq_lens.to(self._device),
+                seq_lens_cpu_upper_bound=seq_lens,
+                num_reqs=len(lengths),
+                num_actual_tokens=len(layout.positions),
+                max_query_len=int(lengths.max()),
+                max_seq_len=int(layout.ends.max()),
+                block_table_tensor=self._tensor(layout.block_table()),
+                slot_mapping=slots,
+                causal=True,
+            ),
+        )
+        with set_forward_context(
+            dict.fromkeys(layer_names, metadata),
+            self._vllm_config,
+            num_tokens=len(layout.positions),
+            slot_mapping=dict.fromkeys(layer_names, slots),
+        ):
+            yield slots
+
+    def _tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+    def _column(self, values: list[float] | list[int]) -> torch.Tensor:
+        dtype = torch.float32 if isinstance(values[0], float) else torch.int64
+        return torch.tensor(values, dtype=dtype, device=self._device)

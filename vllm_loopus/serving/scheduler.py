@@ -1,0 +1,78 @@
+"""vLLM's scheduler for sequences that may stay in a step without a token."""
+
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from vllm_loopus.serving.batch import LoopProgress
+from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+class LateKVCacheManager(KVCacheManager):
+    """Publishes blocks to the prefix cache when they are computed at every depth, not before.
+
+    vLLM publishes them when it allocates them; here the scheduler does, from the worker's
+    watermarks.
+    """
+
+    def allocate_slots(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["delay_cache_blocks"] = True
+        return super().allocate_slots(*args, **kwargs)
+
+
+class LoopUSScheduler(Scheduler):
+    """Schedules as vLLM does; a request that got no token is scheduled again where it stands.
+
+    Its place in `running`, its blocks and its priority are kept; every step gives each sequence in
+    flight at least its turn, the longest waiting first (`step.py`), so nobody starves.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kv_cache_manager.__class__ = LateKVCacheManager
+        self._loopus_config = self.vllm_config.model_config.hf_config
+        options = EngineOptions.of(self.vllm_config.additional_config)
+        self._takes_over = options.kv_policy == "last_exited"
+
+    def add_request(self, request: "Request") -> None:
+        if self._takes_over and request.request_id not in self.requests:
+            _salt_with_knobs(request, self._loopus_config)
+        super().add_request(request)
+
+    def update_from_output(
+        self, scheduler_output: "SchedulerOutput", model_runner_output: Any
+    ) -> Any:
+        progress: LoopProgress | None = getattr(model_runner_output, "loop", None)
+        if progress is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        leaving = {}
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests.get(request_id)
+            runs = request is not None and request.status == RequestStatus.RUNNING
+            if runs:
+                self.kv_cache_manager.cache_blocks(request, progress.complete[request_id])
+            if request_id in progress.exit_depths:
+                leaving[request_id] = scheduled
+            elif request is not None:
+                request.num_in_flight_tokens -= scheduled
+                if runs:
+                    request.num_computed_tokens = progress.computed[request_id]
+        visible = copy(scheduler_output)
+        visible.num_scheduled_tokens = leaving
+        return super().update_from_output(visible, model_runner_output)
+
+
+def _salt_with_knobs(request: "Request", config: Any) -> None:
+    """In `last_exited` K/V depends on the knobs: give each setting a prefix cache of its own."""
+    params = request.sampling_params
+    knobs = RequestKnobs.of(params.extra_args if params is not None else None, config)
+    request.cache_salt = f"{request.cache_salt or ''}|{knobs}"
+    request.block_hashes = []
+    request.update_block_hashes()

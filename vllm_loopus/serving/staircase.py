@@ -1,0 +1,167 @@
+"""How far each position of a sequence has come: watermarks by depth, a staircase.
+
+Pure bookkeeping, without tensors: the property tests drive it without a model.
+
+`done[r]` positions, from 0 on, have K/V and state at depth r; `done[0]` have been encoded. A token
+that goes to depth r takes the positions `done[r] ..` below it along (policy `exact`, see
+`semantics.md`), so `done[0] >= done[1] >= ... >= done[N]`. The decoder has watermarks of its own,
+`decoded[r] <= done[r]`: positions whose decoder K/V at depth r is there. They are not ordered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_loopus.serving.knobs import RequestKnobs
+
+
+@dataclass(slots=True)
+class Rows:
+    """Positions `start .. end - 1` of a sequence, to be computed at `depth` as a causal chunk."""
+
+    sequence: "LoopedSequence"
+    depth: int
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    @property
+    def newest(self) -> bool:
+        """Whether the sequence's newest position is among the rows."""
+        return self.end == self.sequence.done[0]
+
+
+class LoopedSequence:
+    """One running sequence. Its newest positions are *in flight* from `begin` to `finish`.
+
+    - A prompt chunk runs to the full depth; the exit depth of the prompt's last position is
+      noted on the way.
+    - A generated token runs until it leaves.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        knobs: RequestKnobs,
+        max_depth: int,
+        prefill_end: int,
+        cached: int = 0,
+        decoded: Sequence[int] | None = None,
+        takes_over: bool = False,
+        num_generated: int = 0,
+    ) -> None:
+        """`prefill_end`: tokens known now; they run to the full depth. `cached`: positions found
+        complete in the prefix cache; `decoded[r - 1]`: of those, decoded at depth r already.
+        `takes_over`: policy `last_exited`. `num_generated`: tokens generated so far.
+        """
+        self.request_id = request_id
+        self.knobs = knobs
+        self.max_depth = max_depth
+        self.prefill_end = prefill_end
+        self.takes_over = takes_over
+        self.num_generated = num_generated
+        self.done = [cached] * (max_depth + 1)
+        self.decoded = [0, *(decoded or [0] * max_depth)]
+        self.in_flight = False
+        self.wants_token = False
+        self.exit_depth: int | None = None
+        self.survival = 1.0  # see HaltingRule
+        self.age = 0  # steps in flight
+
+    def begin(self, count: int, wants_token: bool) -> None:
+        """`count` new positions are encoded; the last one's token is wanted or not."""
+        assert not self.in_flight and count > 0
+        self.done[0] += count
+        self.in_flight, self.wants_token = True, wants_token
+        self.exit_depth, self.survival, self.age = None, 1.0, 0
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the newest position is one that runs to the full depth."""
+        return self.done[0] <= self.prefill_end
+
+    @property
+    def depth(self) -> int:
+        """The depth that the newest position has reached."""
+        depth = 0
+        while depth < self.max_depth and self.done[depth + 1] == self.done[0]:
+            depth += 1
+        return depth
+
+    def next_rows(self) -> Rows | None:
+        """What the next pass has to compute; None when there is nothing to refine."""
+        if not self.in_flight:
+            return None
+        depth = self.depth
+        if depth == self.max_depth or (self.exit_depth is not None and not self.prefilling):
+            return None
+        return Rows(self, depth + 1, self.done[depth + 1], self.done[0])
+
+    def advance(self, rows: Rows) -> None:
+        """`rows` have K/V and state at their depth now."""
+        assert rows.start == self.done[rows.depth] <= rows.end <= self.done[rows.depth - 1]
+        self.done[rows.depth] = rows.end
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the newest position still looks for its exit depth."""
+        return self.in_flight and self.wants_token and self.exit_depth is None
+
+    @property
+    def forced_depth(self) -> int | None:
+        """The exit depth given for the token in flight, if any."""
+        depths = self.knobs.exit_depths
+        return depths[self.num_generated] if self.num_generated < len(depths) else None
+
+    @property
+    def latest_exit(self) -> int:
+        """The depth at which the token in flight leaves at the latest."""
+        return self.forced_depth or self.knobs.max_loops
+
+    @property
+    def earliest_exit(self) -> int:
+        """The depth before which it cannot leave."""
+        return self.forced_depth or self.knobs.min_loops
+
+    def decide(self, depth: int, leaves: bool) -> None:
+        """The newest position reached `depth`; `leaves` is the halting rule's word."""
+        forced = self.forced_depth
+        if depth == forced if forced is not None else leaves:
+            self.exit_depth = depth
+            if self.takes_over and not self.prefilling:
+                for deeper in range(depth + 1, self.max_depth + 1):
+                    self.done[deeper] = self.done[0]
+
+    @property
+    def refined(self) -> bool:
+        """Whether the positions in flight need no further pass."""
+        return self.in_flight and self.next_rows() is None
+
+    def rows_to_decode(self) -> list[Rows]:
+        """What the decoder needs for the newest position's token, in order."""
+        assert self.exit_depth is not None
+        depth, end = self.exit_depth, self.done[0]
+        if not self.takes_over or self.prefilling:
+            return [Rows(self, depth, self.decoded[depth], end)]
+        # Generated positions were decoded once, for all depths.
+        newest = Rows(self, depth, end - 1, end)
+        if self.decoded[depth] >= self.prefill_end:
+            return [newest]
+        return [Rows(self, depth, self.decoded[depth], self.prefill_end), newest]
+
+    def advance_decoder(self, rows: Rows) -> None:
+        """`rows` have decoder K/V at their depth now."""
+        if rows.start == self.decoded[rows.depth]:
+            self.decoded[rows.depth] = rows.end
+
+    def finish(self) -> None:
+        """The positions in flight are done; their token, if wanted, is sampled."""
+        assert self.in_flight
+        self.in_flight = False
+        self.num_generated += self.wants_token
+
+    @property
+    def complete(self) -> int:
+        """Positions whose K/V and states are there at every depth: what others may share."""
+        return self.done[self.max_depth]

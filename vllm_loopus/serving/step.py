@@ -1,0 +1,142 @@
+"""One engine step of a looped model: encoder, passes at mixed depths, decoder.
+
+Plain control flow over an executor that does the computing; the property tests put a fake one in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vllm_loopus.serving.boundary import BoundaryRule
+from vllm_loopus.serving.staircase import LoopedSequence, Rows
+
+
+class StepExecutor(Protocol):
+    """What a step needs done. Rows of one call may stand at different depths."""
+
+    def encode(self, rows: list[Rows]) -> None:
+        """Depth 0: runs the encoder and keeps `h^0` for the pass that follows."""
+        ...
+
+    def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
+        """One pass of the reasoning block. All rows at depth 1 come first, as encoded.
+
+        Returns, for each index in `deciding`, whether the halting rule lets that newest position
+        leave.
+        """
+        ...
+
+    def take_over(self, rows: list[Rows]) -> None:
+        """Copies K/V and state of each single row to all deeper depths (`last_exited`)."""
+        ...
+
+    def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
+        """Runs the decoder and keeps the hidden states of the newest positions of `emitting`."""
+        ...
+
+
+@dataclass
+class StepReport:
+    """What a step did. `passes`: rows of each pass."""
+
+    emitted: list[LoopedSequence] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    decoder_rows: int = 0
+
+
+def run_step(
+    scheduled: Sequence[LoopedSequence],
+    row_budget: int,
+    rule: BoundaryRule,
+    executor: StepExecutor,
+    new_rows: Sequence[Rows] = (),
+) -> StepReport:
+    """Refines the sequences in flight until the rule ends the passes, then decodes.
+
+    `new_rows` (depth 0) belong to sequences that have just begun; they are at most `row_budget`.
+    No pass and no decoder call has more rows than that; a sequence that finds no room waits, the
+    longest in flight first to be served. A step has at most as many passes as there are depths, so
+    nobody waits for others without bound.
+    """
+    report = StepReport()
+    max_depth = max((sequence.max_depth for sequence in scheduled), default=0)
+    if new_rows:
+        executor.encode(list(new_rows))
+    new = {id(rows.sequence) for rows in new_rows}
+    # Oldest first; new ones before all in the first pass, for h^0 is not kept.
+    order = sorted(scheduled, key=lambda sequence: -sequence.age)
+    first = [rows.sequence for rows in new_rows]
+    first += [sequence for sequence in order if id(sequence) not in new]
+    for number in range(max_depth):
+        if not _run_pass(order if number else first, row_budget, executor, report):
+            break
+        ready = sum(s.wants_token and s.refined for s in scheduled)
+        running = [s for s in scheduled if s.wants_token and s.in_flight and not s.refined]
+        if ready and rule.ends(ready, running):
+            break
+    _decode(order, row_budget, executor, report)
+    for sequence in scheduled:
+        if sequence.refined and not sequence.wants_token:
+            sequence.finish()
+        sequence.age += 1
+    return report
+
+
+def _run_pass(
+    order: Sequence[LoopedSequence], budget: int, executor: StepExecutor, report: StepReport
+) -> bool:
+    """One pass over whoever has something to refine and finds room; False when nobody has."""
+    batch: list[Rows] = []
+    for sequence in order:
+        rows = sequence.next_rows() if budget else None
+        if rows is None:
+            continue
+        if len(rows) > budget:  # a part of it; the rest in a later pass
+            assert rows.depth > 1, "new positions exceed the row budget"
+            rows.end = rows.start + budget
+        budget -= len(rows)
+        batch.append(rows)
+    if not batch:
+        return False
+    deciding = [i for i, rows in enumerate(batch) if rows.newest and rows.sequence.undecided]
+    leaves = executor.run_pass(batch, deciding)
+    report.passes.append(sum(map(len, batch)))
+    for rows in batch:
+        rows.sequence.advance(rows)
+    taking_over = []
+    for index, leaving in zip(deciding, leaves, strict=True):
+        rows = batch[index]
+        rows.sequence.decide(rows.depth, leaving)
+        if rows.sequence.exit_depth is not None and rows.sequence.takes_over:
+            taking_over.append(rows)
+    taking_over = [rows for rows in taking_over if not rows.sequence.prefilling]
+    if taking_over:
+        executor.take_over(taking_over)
+    return True
+
+
+def _decode(
+    order: Sequence[LoopedSequence], budget: int, executor: StepExecutor, report: StepReport
+) -> None:
+    batch: list[Rows] = []
+    emitting: list[LoopedSequence] = []
+    for sequence in order:
+        if not (sequence.refined and sequence.wants_token) or not budget:
+            continue
+        for rows in sequence.rows_to_decode():
+            rows.end = min(rows.end, rows.start + budget)
+            budget -= len(rows)
+            batch.append(rows)
+            if rows.newest:
+                emitting.append(sequence)
+            if not budget:
+                break
+    if not batch:
+        return
+    executor.decode(batch, emitting)
+    for rows in batch:
+        rows.sequence.advance_decoder(rows)
+    report.decoder_rows = sum(map(len, batch))
+    for sequence in emitting:
+        sequence.finish()
+    report.emitted = emitting
