@@ -4,7 +4,9 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import vllm
@@ -39,11 +41,15 @@ def test_diffs_apply_to_the_installed_vllm(diff: Path, tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
 
 
+def installed(patch: Patch) -> Any:
+    return attrgetter(patch.name)(importlib.import_module(patch.module))
+
+
 def test_applied_once() -> None:
     register()
-    before = [getattr(importlib.import_module(p.module), p.name) for p in PATCHES]
+    before = [installed(patch) for patch in PATCHES]
     register()
-    after = [getattr(importlib.import_module(p.module), p.name) for p in PATCHES]
+    after = [installed(patch) for patch in PATCHES]
     assert before == after
     for patch, function in zip(PATCHES, after, strict=True):
         assert getattr(function, MARK) == patch.key

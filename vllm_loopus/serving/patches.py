@@ -14,13 +14,14 @@ from typing import Any
 
 from vllm_loopus.aliases import explain_unknown_alias
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.serving.depths import attach
 
 MARK = "_vllm_loopus_patch"
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Replaces the function `name` of `module`. `wrap` takes the original."""
+    """Replaces the function `name` (or `Class.name`) of `module`. `wrap` takes the original."""
 
     key: str  # its entry in patches/catalogue.toml
     module: str
@@ -30,8 +31,11 @@ class Patch:
 
     def apply(self) -> None:
         """Idempotent. Raises `RuntimeError` when vLLM no longer has what is replaced."""
-        target = importlib.import_module(self.module)
-        original = getattr(target, self.name, None)
+        target: Any = importlib.import_module(self.module)
+        *owners, name = self.name.split(".")
+        for owner in owners:
+            target = getattr(target, owner, None)
+        original = getattr(target, name, None)
         if getattr(original, MARK, None) == self.key:
             return
         where = f"{self.module}.{self.name}"
@@ -44,7 +48,7 @@ class Patch:
             )
         replacement = wraps(original)(self.wrap(original))
         setattr(replacement, MARK, self.key)
-        setattr(target, self.name, replacement)
+        setattr(target, name, replacement)
 
 
 def _groups_by_depth(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,6 +92,30 @@ def _alias_before_speculators(original: Callable[..., Any]) -> Callable[..., Any
     return maybe_override_with_speculators
 
 
+def _with_exit_depths(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _new_completion_output(
+        self: Any, token_ids: Any, finish_reason: Any, stop_reason: Any
+    ) -> Any:
+        completion = original(self, token_ids, finish_reason, stop_reason)
+        attach(self, completion)
+        return completion
+
+    return _new_completion_output
+
+
+def _knobs_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
+        result = original(self, params, supported_tasks)
+        config = self.model_config.hf_config
+        if isinstance(config, LoopUSConfig):
+            from vllm_loopus.serving.knobs import RequestKnobs
+
+            RequestKnobs.of(getattr(params, "extra_args", None), config)
+        return result
+
+    return _validate_params
+
+
 PATCHES = (
     Patch(
         key="kv-cache-groups-by-depth",
@@ -117,6 +145,20 @@ PATCHES = (
             "kwargs",
         ),
         wrap=_alias_before_speculators,
+    ),
+    Patch(
+        key="knobs-at-admission",
+        module="vllm.v1.engine.input_processor",
+        name="InputProcessor._validate_params",
+        parameters=("self", "params", "supported_tasks"),
+        wrap=_knobs_checked,
+    ),
+    Patch(
+        key="exit-depths-in-outputs",
+        module="vllm.v1.engine.output_processor",
+        name="RequestState._new_completion_output",
+        parameters=("self", "token_ids", "finish_reason", "stop_reason"),
+        wrap=_with_exit_depths,
     ),
 )
 

@@ -49,6 +49,8 @@ class _Unseen:
 class LoopUSRunner(Runner):
     """Mixed in before vLLM's V1 runner of the platform; see `adopt`."""
 
+    num_prompt_logprobs: dict[str, int]
+
     def _init_loop(self) -> None:
         self._batch: LoopedBatch | None = None
         self._unseen: dict[str, _Unseen] = {}
@@ -89,9 +91,7 @@ class LoopUSRunner(Runner):
         assert batch is not None
         self._decoded, self._progress = batch.step(scheduler_output.num_scheduled_tokens)
         leaving = self._decoded.request_ids
-        result = super().execute_model(
-            self._only(leaving, scheduler_output), intermediate_tensors
-        )
+        result = super().execute_model(self._only(leaving, scheduler_output), intermediate_tensors)
         if leaving:
             return result
         return LoopUSRunnerOutput(req_ids=[], req_id_to_index={}, loop=self._progress)
@@ -173,7 +173,7 @@ class LoopUSRunner(Runner):
         )
 
     def _only(self, leaving: list[str], scheduler_output: "SchedulerOutput") -> "SchedulerOutput":
-        """The scheduler output as vLLM's runner is to see it: leaving requests, one position each."""
+        """What vLLM's runner is to see of a step: leaving requests, one position each."""
         batch = self._batch
         assert batch is not None
         new: list[NewRequestData] = []
@@ -224,7 +224,8 @@ class LoopUSRunner(Runner):
 
         vLLM's own function is called as for a prompt in chunks, once the depth is known.
         """
-        wanted, start = self.num_prompt_logprobs, self.query_start_loc.np.copy()
+        wanted: dict[str, int] = self.num_prompt_logprobs
+        start = self.query_start_loc.np.copy()
         prompts = self._decoded.prompts if self._decoded is not None else {}
         result: dict[str, Any] = {}
         for request_id in [name for name in wanted if name in prompts]:

@@ -8,6 +8,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_loopus.serving.batch import LoopProgress
+from vllm_loopus.serving.depths import packed
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 
 if TYPE_CHECKING:
@@ -66,7 +67,13 @@ class LoopUSScheduler(Scheduler):
                     request.num_computed_tokens = progress.computed[request_id]
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = leaving
-        return super().update_from_output(visible, model_runner_output)
+        outputs = super().update_from_output(visible, model_runner_output)
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                if output.new_token_ids:
+                    depth = progress.exit_depths[output.request_id]
+                    output.routed_experts = packed(depth)
+        return outputs
 
 
 def _salt_with_knobs(request: "Request", config: Any) -> None:

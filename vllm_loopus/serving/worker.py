@@ -17,12 +17,14 @@ else:
 class LoopUSWorker(PlatformWorker):
     """The platform's worker; its model runner runs the loop."""
 
+    model_runner: Any
+
     def init_device(self) -> Any:
         result = super().init_device()
         if self.use_v2_model_runner:
             raise ValueError(
-                "VLLM_USE_V2_MODEL_RUNNER=1 is not possible with a LoopUS model: early exit runs on "
-                "the V1 model runner; unset it"
+                "VLLM_USE_V2_MODEL_RUNNER=1 is not possible with a LoopUS model: early exit runs "
+                "on the V1 model runner; unset it"
             )
         self.model_runner = adopt(self.model_runner)
         return result

@@ -1,0 +1,207 @@
+"""Early exit in vLLM against the original's uncached forward: tokens and depths, in float32."""
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from tests.conftest import BACKBONES, GOLDEN, golden_cases
+from vllm_loopus import exit_depths
+
+RULES = ("halting_strategy", "q_eval_interval", "convergence_epsilon")  # an engine has one
+
+
+def by_rule(backbone: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for case in golden_cases(backbone):
+        groups.setdefault(tuple(case[name] for name in RULES), []).append(case)
+    return groups
+
+
+LONG = 40  # tokens, so that every sequence grows over a block boundary
+SETTINGS = [(backbone, rule) for backbone in BACKBONES for rule in by_rule(backbone)]
+MIXED = [setting for setting in SETTINGS if setting[1][:2] == ("threshold", 1)]
+
+
+def name_of(setting: Any) -> str:
+    backbone, (strategy, interval, _) = setting
+    return f"{backbone}-{strategy}-{interval}"
+
+
+def start(make_llm: Any, setting: Any, loopus: dict[str, Any] | None = None, **args: Any) -> Any:
+    backbone, (strategy, interval, epsilon) = setting
+    return make_llm(
+        GOLDEN / backbone,
+        hf_overrides={
+            "halting_strategy": strategy,
+            "exit_interval": interval,
+            "convergence_epsilon": epsilon,
+        },
+        additional_config={"loopus": loopus or {}},
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        **args,
+    )
+
+
+def params_of(case: dict[str, Any], **more: Any) -> Any:
+    from vllm import SamplingParams
+
+    knobs = {"max_loops": case["N"], "exit_threshold": case["q_threshold"]}
+    defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(**{**defaults, "extra_args": knobs, **more})
+
+
+def generate(llm: Any, cases: list[dict[str, Any]], **params: Any) -> list[Any]:
+    prompts = [{"prompt_token_ids": case["prompt"]} for case in cases]
+    outputs = llm.generate(prompts, [params_of(case, **params) for case in cases], use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
+
+
+def assert_golden(cases: list[dict[str, Any]], outputs: Iterable[Any]) -> None:
+    for case, output in zip(cases, outputs, strict=True):
+        assert list(output.token_ids) == case["tokens"]
+        assert exit_depths(output) == case["depths"]
+
+
+def counter(llm: Any, name: str) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
+def pool(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+
+
+def drive(
+    llm: Any, cases: list[dict[str, Any]], rng: random.Random, aborted: set[int] = frozenset()
+) -> dict[int, Any]:
+    """Requests arrive at random steps; those of `aborted` are aborted at random ones."""
+    engine = llm.llm_engine
+    waiting = list(range(len(cases)))
+    rng.shuffle(waiting)
+    # The engine makes its ids unique; what comes back carries the one given here.
+    running: dict[str, int] = {}
+    internal: dict[int, str] = {}
+    finished: dict[int, Any] = {}
+    while waiting or engine.has_unfinished_requests():
+        while waiting and rng.random() < 0.6:
+            index = waiting.pop()
+            request_id = f"{index}-{rng.random()}"
+            internal[index] = engine.add_request(
+                request_id, {"prompt_token_ids": cases[index]["prompt"]}, params_of(cases[index])
+            )
+            running[request_id] = index
+        for output in engine.step():
+            if output.finished:
+                finished[running.pop(output.request_id)] = output.outputs[0]
+        for request_id in [r for r, index in running.items() if index in aborted]:
+            if rng.random() < 0.2:
+                engine.abort_request([request_id])
+                del running[request_id]
+    return finished
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
+def test_alone_and_in_one_batch(make_llm: Any, setting: Any) -> None:
+    llm = start(make_llm, setting, enable_prefix_caching=False)
+    cases = by_rule(setting[0])[setting[1]]
+    for case in cases:
+        assert_golden([case], generate(llm, [case]))
+    assert_golden(cases, generate(llm, cases))
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("setting", MIXED, ids=name_of)
+@pytest.mark.parametrize("quorum", [0.05, 0.5, 1.0, "auto"])
+def test_random_order_and_arrival(make_llm: Any, setting: Any, quorum: float | str) -> None:
+    llm = start(make_llm, setting, {"exit_quorum": quorum}, max_num_seqs=12)
+    cases = by_rule(setting[0])[setting[1]]
+    for seed in range(2):
+        rng = random.Random(seed)
+        aborted = {i for i in range(len(cases)) if seed and rng.random() < 0.5}
+        outputs = drive(llm, cases, rng, aborted)
+        for index in set(range(len(cases))) - aborted:
+            assert_golden([cases[index]], [outputs[index]])
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("setting", MIXED, ids=name_of)
+@pytest.mark.parametrize("tokens", [16, 48])
+def test_chunks(make_llm: Any, setting: Any, tokens: int) -> None:
+    llm = start(make_llm, setting, max_num_batched_tokens=tokens, max_num_seqs=min(tokens, 24))
+    rows: list[int] = []
+    spy_on_passes(llm, rows)
+    cases = by_rule(setting[0])[setting[1]]
+    assert_golden(cases, generate(llm, cases))
+    assert rows and max(rows) <= tokens
+
+
+def spy_on_passes(llm: Any, rows: list[int]) -> None:
+    """Collects the rows of every pass and decoder call."""
+    core = llm.llm_engine.engine_core.engine_core
+    batch = core.model_executor.driver_worker.worker.model_runner._batch
+    original = batch.step
+
+    def step(*args: Any) -> Any:
+        result = original(*args)
+        rows.extend([*result[1].passes, result[1].decoder_rows])
+        return result
+
+    batch.step = step
+
+
+@pytest.mark.parametrize("setting", MIXED, ids=name_of)
+def test_prefix_hits_between_knobs(make_llm: Any, setting: Any) -> None:
+    """Prompts longer than a block, three times and under several knobs at once."""
+    llm = start(make_llm, setting, max_model_len=160)
+    cases = by_rule(setting[0])[setting[1]]
+    longest = max(len(case["prompt"]) for case in cases)
+    long = [case for case in cases if len(case["prompt"]) == longest]
+    if longest <= 32:  # golden answers of a prompt are the model's answers to its continuation
+        long = [
+            {**case, "prompt": case["prompt"] + case["tokens"][:18], "tokens": case["tokens"][18:],
+             "depths": case["depths"][18:]}
+            for case in long
+        ]  # fmt: skip
+    assert len({case["q_threshold"] for case in long}) > 1
+    for _ in range(3):
+        for case, output in zip(long, generate_shorter(llm, long), strict=True):
+            length = len(case["tokens"])
+            assert list(output.token_ids) == case["tokens"][:length]
+            assert exit_depths(output) == case["depths"][:length]
+    assert counter(llm, "vllm:prefix_cache_hits") >= 32 * len(long)
+
+
+def generate_shorter(llm: Any, cases: list[dict[str, Any]]) -> list[Any]:
+    outputs = llm.generate(
+        [{"prompt_token_ids": case["prompt"]} for case in cases],
+        [params_of(case, max_tokens=len(case["tokens"])) for case in cases],
+        use_tqdm=False,
+    )
+    return [output.outputs[0] for output in outputs]
+
+
+@pytest.mark.parametrize("setting", MIXED, ids=name_of)
+@pytest.mark.parametrize("quorum", [0.05, 1.0])
+def test_preemption(make_llm: Any, setting: Any, quorum: float) -> None:
+    """Sequences grow over a block boundary in a pool that has no room for it."""
+    cases = by_rule(setting[0])[setting[1]][:12]
+    reference = generate(start(make_llm, setting), cases, max_tokens=LONG)
+    blocks = 8 * 8 + 1
+    llm = start(
+        make_llm,
+        setting,
+        {"exit_quorum": quorum},
+        max_model_len=96,
+        num_gpu_blocks_override=blocks,
+        max_num_seqs=8,
+    )
+    outputs = generate(llm, cases, max_tokens=LONG)
+    assert counter(llm, "vllm:num_preemptions") > 0
+    for case, output, expected in zip(cases, outputs, reference, strict=True):
+        assert list(output.token_ids[:20]) == case["tokens"]
+        assert exit_depths(output)[:20] == case["depths"]
+        assert output.token_ids == expected.token_ids
+        assert exit_depths(output) == exit_depths(expected)
+    assert pool(llm).get_num_free_blocks() == blocks - 1

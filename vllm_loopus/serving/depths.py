@@ -1,0 +1,57 @@
+"""Exit depths of generated tokens, from the engine to the user's outputs.
+
+The scheduler sends them in `EngineCoreOutput.routed_experts`, an array for each token that vLLM
+keeps for mixtures of experts and that a LoopUS model has no other use for; `attach` takes them out
+again where vLLM builds a `CompletionOutput`, so that nothing else sees them. No vLLM is imported.
+"""
+
+from typing import Any
+
+import numpy as np
+
+ATTRIBUTE = "_loopus_exit_depths"  # of a request's state: all depths so far
+SPAN = "_loopus_exit_depths_from"  # of a completion: that list, and where its tokens begin
+
+
+def packed(depth: int) -> Any:
+    """The exit depth of one token as the engine core sends it."""
+    return np.array([depth], dtype=np.uint16)
+
+
+def attach(request_state: Any, completion: Any) -> None:
+    """Moves what has arrived for a request to its completion, just built."""
+    chunks = request_state.routed_experts_chunks
+    if chunks and chunks[0].ndim == 1:
+        if not hasattr(request_state, ATTRIBUTE):
+            setattr(request_state, ATTRIBUTE, [])
+        depths = getattr(request_state, ATTRIBUTE)
+        for chunk in chunks:
+            depths.extend(chunk.tolist())
+        chunks.clear()
+        completion.routed_experts = None
+    depths = getattr(request_state, ATTRIBUTE, None)
+    if depths is not None:
+        # vLLM may append the tokens of later deltas to this completion: the list is shared.
+        start = request_state.detokenizer.num_output_tokens() - len(completion.token_ids)
+        setattr(completion, SPAN, (depths, start))
+
+
+def exit_depths(output: Any) -> list[int]:
+    """The exit depth of each generated token of a `RequestOutput` or `CompletionOutput`.
+
+    For a streamed delta: of the tokens in it. Raises `ValueError` for a `RequestOutput` with more
+    than one completion (ask each of its `outputs`), and for outputs of another model.
+    """
+    completions = getattr(output, "outputs", None)
+    if completions is not None:
+        if len(completions) != 1:
+            raise ValueError(
+                f"the request has {len(completions)} completions; give one of its outputs"
+            )
+        output = completions[0]
+    if not hasattr(output, SPAN):
+        if len(output.token_ids) == 0:
+            return []
+        raise ValueError("this output has no exit depths: it is not from a LoopUS model")
+    depths, start = getattr(output, SPAN)
+    return list(depths[start : start + len(output.token_ids)])
