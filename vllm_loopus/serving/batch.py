@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllm_loopus.serving.boundary import BoundaryRule
+from vllm_loopus.serving.boundary import BoundaryRule, StepCosts
 from vllm_loopus.serving.knobs import RequestKnobs
 from vllm_loopus.serving.pages import BlockIds, PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
@@ -20,13 +20,14 @@ class LoopProgress:
     - `complete`: positions whose planes are complete at every depth; the prefix cache may have
       them.
     - `exit_depths`: for each request that got a token, the depth at which it left.
-    - `passes`, `decoder_rows`: rows of each pass, and of the decoder.
+    - `passes`, `pass_seconds`, `decoder_rows`: rows and time of each pass, rows of the decoder.
     """
 
     computed: dict[str, int] = field(default_factory=dict)
     complete: dict[str, int] = field(default_factory=dict)
     exit_depths: dict[str, int] = field(default_factory=dict)
     passes: list[int] = field(default_factory=list)
+    pass_seconds: list[float] = field(default_factory=list)
     decoder_rows: int = 0
 
 
@@ -103,7 +104,9 @@ class LoopedBatch:
         """The newest position of a sequence."""
         return self._running[request_id].sequence.done[0] - 1
 
-    def step(self, scheduled: Mapping[str, int]) -> tuple[Decoded, LoopProgress]:
+    def step(
+        self, scheduled: Mapping[str, int], costs: StepCosts | None = None
+    ) -> tuple[Decoded, LoopProgress]:
         """Runs a step over the scheduled requests; `scheduled` gives how many new positions each
         may begin. A sequence in flight goes on with what it has begun, whatever the number."""
         new_rows: list[Rows] = []
@@ -120,11 +123,15 @@ class LoopedBatch:
             tokens += running.tokens[start:end]
         self._executor.begin_step(tokens)
         sequences = [self._running[request_id].sequence for request_id in scheduled]
-        report = run_step(sequences, self._row_budget, self.rule, self._executor, new_rows)
+        report = run_step(sequences, self._row_budget, self.rule, self._executor, new_rows, costs)
         return self._executor.decoded, self._progress(sequences, report)
 
     def _progress(self, sequences: list[LoopedSequence], report: StepReport) -> LoopProgress:
-        progress = LoopProgress(passes=report.passes, decoder_rows=report.decoder_rows)
+        progress = LoopProgress(
+            passes=report.passes,
+            pass_seconds=report.pass_seconds,
+            decoder_rows=report.decoder_rows,
+        )
         for sequence in report.emitted:
             assert sequence.exit_depth is not None
             progress.exit_depths[sequence.request_id] = sequence.exit_depth

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_loopus.serving.batch import LoopedBatch, LoopProgress
 from vllm_loopus.serving.boundary import boundary_rule
+from vllm_loopus.serving.costs import COSTS
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 else:
     Runner = object
-
-logger = init_logger("vllm.loopus")
 
 
 @dataclass
@@ -75,7 +73,7 @@ class LoopUSRunner(Runner):
                 self.model, self.vllm_config, tables, self.attn_groups[0][0], self.device
             ),
             tables,
-            boundary_rule(options.exit_quorum),
+            boundary_rule(options.exit_quorum, config.max_loops, config.exit_interval),
             max_depth=config.max_loops,
             row_budget=self.scheduler_config.max_num_batched_tokens,
             takes_over=options.kv_policy == "last_exited",
@@ -89,7 +87,9 @@ class LoopUSRunner(Runner):
         self._receive(scheduler_output)
         batch = self._batch
         assert batch is not None
-        self._decoded, self._progress = batch.step(scheduler_output.num_scheduled_tokens)
+        self._decoded, self._progress = batch.step(
+            scheduler_output.num_scheduled_tokens, getattr(scheduler_output, COSTS, None)
+        )
         leaving = self._decoded.request_ids
         result = super().execute_model(self._only(leaving, scheduler_output), intermediate_tensors)
         if leaving:

@@ -8,6 +8,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_loopus.serving.batch import LoopProgress
+from vllm_loopus.serving.costs import COSTS, StepClock
 from vllm_loopus.serving.depths import packed
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 
@@ -40,12 +41,20 @@ class LoopUSScheduler(Scheduler):
         self.kv_cache_manager.__class__ = LateKVCacheManager
         self._loopus_config = self.vllm_config.model_config.hf_config
         options = EngineOptions.of(self.vllm_config.additional_config)
+        self._clock = StepClock()
         self._takes_over = options.kv_policy == "last_exited"
 
     def add_request(self, request: "Request") -> None:
         if self._takes_over and request.request_id not in self.requests:
             _salt_with_knobs(request, self._loopus_config)
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
+        self._clock.begin()
+        output = super().schedule(*args, **kwargs)
+        # Measured in one place and sent along: all ranks take the same decisions.
+        setattr(output, COSTS, self._clock.costs())
+        return output
 
     def update_from_output(
         self, scheduler_output: "SchedulerOutput", model_runner_output: Any
@@ -68,6 +77,9 @@ class LoopUSScheduler(Scheduler):
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = leaving
         outputs = super().update_from_output(visible, model_runner_output)
+        self._clock.end(
+            progress.passes, progress.pass_seconds, len(leaving), idle=not self.has_requests()
+        )
         for of_client in outputs.values():
             for output in of_client.outputs:
                 if output.new_token_ids:

@@ -3,11 +3,12 @@
 Plain control flow over an executor that does the computing; the property tests put a fake one in.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vllm_loopus.serving.boundary import BoundaryRule
+from vllm_loopus.serving.boundary import BoundaryRule, StepCosts
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
 
 
@@ -37,10 +38,11 @@ class StepExecutor(Protocol):
 
 @dataclass
 class StepReport:
-    """What a step did. `passes`: rows of each pass."""
+    """What a step did. `passes`: rows of each pass; `pass_seconds`: how long each took."""
 
     emitted: list[LoopedSequence] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
+    pass_seconds: list[float] = field(default_factory=list)
     decoder_rows: int = 0
 
 
@@ -50,6 +52,7 @@ def run_step(
     rule: BoundaryRule,
     executor: StepExecutor,
     new_rows: Sequence[Rows] = (),
+    costs: StepCosts | None = None,
 ) -> StepReport:
     """Refines the sequences in flight until the rule ends the passes, then decodes.
 
@@ -59,6 +62,7 @@ def run_step(
     nobody waits for others without bound.
     """
     report = StepReport()
+    rule.begin_step(costs)
     max_depth = max((sequence.max_depth for sequence in scheduled), default=0)
     if new_rows:
         executor.encode(list(new_rows))
@@ -68,7 +72,7 @@ def run_step(
     first = [rows.sequence for rows in new_rows]
     first += [sequence for sequence in order if id(sequence) not in new]
     for number in range(max_depth):
-        if not _run_pass(order if number else first, row_budget, executor, report):
+        if not _run_pass(order if number else first, row_budget, rule, executor, report):
             break
         ready = sum(s.wants_token and s.refined for s in scheduled)
         running = [s for s in scheduled if s.wants_token and s.in_flight and not s.refined]
@@ -83,7 +87,11 @@ def run_step(
 
 
 def _run_pass(
-    order: Sequence[LoopedSequence], budget: int, executor: StepExecutor, report: StepReport
+    order: Sequence[LoopedSequence],
+    budget: int,
+    rule: BoundaryRule,
+    executor: StepExecutor,
+    report: StepReport,
 ) -> bool:
     """One pass over whoever has something to refine and finds room; False when nobody has."""
     batch: list[Rows] = []
@@ -99,7 +107,9 @@ def _run_pass(
     if not batch:
         return False
     deciding = [i for i, rows in enumerate(batch) if rows.newest and rows.sequence.undecided]
+    started = time.perf_counter()
     leaves = executor.run_pass(batch, deciding)
+    report.pass_seconds.append(time.perf_counter() - started)
     report.passes.append(sum(map(len, batch)))
     for rows in batch:
         rows.sequence.advance(rows)
@@ -107,6 +117,7 @@ def _run_pass(
     for index, leaving in zip(deciding, leaves, strict=True):
         rows = batch[index]
         rows.sequence.decide(rows.depth, leaving)
+        rule.observe(rows.sequence, rows.depth)
         if rows.sequence.exit_depth is not None and rows.sequence.takes_over:
             taking_over.append(rows)
     taking_over = [rows for rows in taking_over if not rows.sequence.prefilling]
