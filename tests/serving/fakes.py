@@ -1,0 +1,305 @@
+"""Scheduler, model-runner adapter and staircase without a model.
+
+`FakeExecutor` stands for model and paged memory: K/V and states are names of what they should hold,
+a depth and a token prefix. It fails when a row reads what is not there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+from zlib import crc32
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.conftest import GOLDEN
+from vllm_loopus.serving.batch import LoopedBatch
+from vllm_loopus.serving.boundary import boundary_rule
+from vllm_loopus.serving.pages import PageTables
+from vllm_loopus.serving.passes import Decoded
+from vllm_loopus.serving.runner import LoopUSRunner
+from vllm_loopus.serving.scheduler import LoopUSScheduler
+from vllm_loopus.serving.staircase import LoopedSequence, Rows
+
+BLOCK = 4
+VOCABULARY = 50
+
+
+def digest(*parts: Any) -> int:
+    return crc32(repr(parts).encode())
+
+
+def next_token(tokens: Iterable[int]) -> int:
+    """What the fake model says after `tokens`."""
+    return digest("token", tuple(tokens)) % VOCABULARY
+
+
+def wanted_depth(tokens: Iterable[int], max_depth: int) -> int:
+    """Where the fake model's head lets the last of `tokens` leave, budgets aside."""
+    return 1 + digest("depth", tuple(tokens)) % max_depth
+
+
+def answer(
+    prompt: list[int], count: int, max_depth: int, max_loops: int, min_loops: int = 1
+) -> tuple[list[int], list[int]]:
+    """Tokens and exit depths of a request that runs alone."""
+    tokens, depths = list(prompt), []
+    for _ in range(count):
+        depths.append(max(min(wanted_depth(tokens, max_depth), max_loops), min_loops))
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :], depths
+
+
+class FakeExecutor:
+    """`StepExecutor` over names. `tokens_of` gives the tokens of a running request."""
+
+    def __init__(self, tables: PageTables, max_depth: int, budget: int) -> None:
+        self.tables, self.max_depth, self.budget = tables, max_depth, budget
+        self.batch: Any = None
+        self.memory: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
+        self.decoded = Decoded()
+        self.encoded: list[tuple[str, int]] = []
+        self.passes = 0
+
+    def begin_step(self, tokens: list[int]) -> None:
+        self.decoded = Decoded()
+
+    def want_prompt(self, request_id: str) -> None:
+        pass
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+    def prefix(self, sequence: LoopedSequence, position: int) -> tuple[int, ...]:
+        return tuple(self.batch._running[sequence.request_id].tokens[: position + 1])
+
+    def slot(self, sequence: LoopedSequence, depth: int, position: int) -> int:
+        layout = self.tables.layout([Rows(sequence, depth, position, position + 1)])
+        slot = int(layout.slots(layout.depth)[0])
+        assert slot >= BLOCK, "block 0 is vLLM's null block"
+        return slot
+
+    def write(self, kind: str, sequence: LoopedSequence, depth: int, position: int) -> None:
+        value = (depth, self.prefix(sequence, position))
+        self.memory[kind, self.slot(sequence, depth, position)] = value
+
+    def read(self, kind: str, sequence: LoopedSequence, depth: int, position: int) -> None:
+        found = self.memory.get((kind, self.slot(sequence, depth, position)))
+        assert found == (depth, self.prefix(sequence, position)), (kind, depth, position, found)
+
+    def encode(self, rows: list[Rows]) -> None:
+        assert sum(map(len, rows)) <= self.budget
+        self.encoded = [(r.sequence.request_id, p) for r in rows for p in range(r.start, r.end)]
+
+    def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
+        assert 0 < sum(map(len, rows)) <= self.budget
+        self.passes += 1
+        fresh = [
+            (r.sequence.request_id, p) for r in rows if r.depth == 1 for p in range(r.start, r.end)
+        ]
+        if fresh:
+            assert fresh == self.encoded, "h^0 is kept for the first pass alone"
+            self.encoded = []
+        for row in rows:
+            for position in range(row.start, row.end):
+                if row.depth > 1:
+                    self.read("state", row.sequence, row.depth - 1, position)
+        for row in rows:
+            for position in range(row.start, row.end):
+                self.write("state", row.sequence, row.depth, position)
+                self.write("reasoning", row.sequence, row.depth, position)
+        for row in rows:
+            for position in range(row.start):
+                self.read("reasoning", row.sequence, row.depth, position)
+        leaves = []
+        for index in deciding:
+            row = rows[index]
+            knobs, prefix = row.sequence.knobs, self.prefix(row.sequence, row.end - 1)
+            assert len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
+            wanted = wanted_depth(prefix, self.max_depth)
+            leaves.append(
+                (row.depth >= wanted and row.depth >= knobs.min_loops)
+                or row.depth >= knobs.max_loops
+            )
+        return leaves
+
+    def take_over(self, rows: list[Rows]) -> None:
+        raise AssertionError("not in exact")
+
+    def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
+        assert 0 < sum(map(len, rows)) <= self.budget
+        for row in rows:
+            for position in range(row.start, row.end):
+                self.read("state", row.sequence, row.depth, position)
+                self.write("decoder", row.sequence, row.depth, position)
+        for row in rows:
+            for position in range(row.start):
+                self.read("decoder", row.sequence, row.depth, position)
+            self.tables.mark_decoded(row)
+        self.decoded.request_ids = [sequence.request_id for sequence in emitting]
+
+
+class FakePlatformRunner:
+    """As much of vLLM's V1 runner as the adapter relies on."""
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        for name in scheduler_output.finished_req_ids:
+            self.requests.pop(name, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            assert new.req_id not in self.requests
+            self.requests[new.req_id] = SimpleNamespace(
+                prompt_token_ids=new.prompt_token_ids,
+                output_token_ids=[],
+                block_ids=tuple(map(list, new.block_ids)),
+            )
+        cached = scheduler_output.scheduled_cached_reqs
+        for index, name in enumerate(cached.req_ids):
+            state, blocks = self.requests[name], cached.new_block_ids[index]
+            assert cached.num_output_tokens[index] == len(state.output_token_ids)
+            if name in cached.resumed_req_ids:
+                state.block_ids = tuple(map(list, blocks))
+            elif blocks is not None:
+                for known, ids in zip(state.block_ids, blocks, strict=True):
+                    known.extend(ids)
+        self.step_requests = list(scheduler_output.num_scheduled_tokens)
+        return None
+
+    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
+        names, tokens = self.step_requests, []
+        for name in names:
+            state = self.requests[name]
+            tokens.append([next_token([*state.prompt_token_ids, *state.output_token_ids])])
+            state.output_token_ids += tokens[-1]
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=tokens,
+        )
+
+
+class FakeRunner(LoopUSRunner, FakePlatformRunner):
+    """The adapter over the fakes."""
+
+    def __init__(self, vllm_config: Any, num_blocks: int, quorum: float | str) -> None:
+        self.vllm_config = vllm_config
+        self.requests: dict[str, Any] = {}
+        self._init_loop()
+        depth = vllm_config.model_config.hf_config.max_loops
+        length = vllm_config.model_config.max_model_len
+        budget = vllm_config.scheduler_config.max_num_batched_tokens
+        tables = PageTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
+        self.executor = FakeExecutor(tables, depth, budget)
+        rule = boundary_rule(quorum, depth, 1)
+        self._batch = LoopedBatch(self.executor, tables, rule, depth, budget, takes_over=False)
+        self.executor.batch = self._batch
+
+
+@cache
+def engine_config(**options: Any) -> Any:
+    """vLLM's configuration for a small model; blocks of four tokens."""
+    max_loops = options.pop("max_loops")
+    config = EngineArgs(
+        model=str(GOLDEN / "qwen3"),
+        hf_overrides={"max_loops": max_loops},
+        skip_tokenizer_init=True,
+        **options,
+    ).create_engine_config()
+    config.cache_config.block_size = BLOCK
+    return config
+
+
+@dataclass
+class Engine:
+    """Scheduler and fake runner, stepped by hand."""
+
+    max_loops: int = 4
+    max_model_len: int = 40
+    num_blocks: int = 200
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 16
+    quorum: float | str = 0.5
+    policy: str = "fcfs"
+    prefix_caching: bool = True
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    depths: dict[str, list[int]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = engine_config(
+            max_loops=self.max_loops,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            scheduling_policy=self.policy,
+            enable_prefix_caching=self.prefix_caching,
+        )
+        config.cache_config.num_gpu_blocks = self.num_blocks
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=None)
+        groups = [KVCacheGroupSpec([f"plane.{depth}"], spec) for depth in range(self.max_loops)]
+        self.scheduler = LoopUSScheduler(
+            config,
+            KVCacheConfig(self.num_blocks, [], groups),
+            StructuredOutputManager(config),
+            block_size=BLOCK,
+            log_stats=True,
+        )
+        self.runner = FakeRunner(config, self.num_blocks, self.quorum)
+        hash_function = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_function)
+        self.hasher = get_request_block_hasher(BLOCK, hash_function)
+        self.stats: list[Any] = []
+        self.steps = 0
+
+    def add(self, name: str, prompt: list[int], max_tokens: int, **more: Any) -> Request:
+        knobs = {key: more.pop(key) for key in ("max_loops", "min_loops") if key in more}
+        priority = more.pop("priority", 0)
+        request = Request(
+            request_id=name,
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(
+                max_tokens=max_tokens, ignore_eos=True, extra_args=knobs, **more
+            ),
+            pooling_params=None,
+            arrival_time=float(len(self.outputs)),
+            priority=priority,
+            block_hasher=self.hasher,
+        )
+        self.outputs[name], self.depths[name] = [], []
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> Any:
+        """One engine step, as `EngineCore.step` does it. Returns what was scheduled."""
+        scheduled = self.scheduler.schedule()
+        result = self.runner.execute_model(scheduled)
+        if result is None:
+            result = self.runner.sample_tokens(None)
+        for of_client in self.scheduler.update_from_output(scheduled, result).values():
+            if of_client.scheduler_stats is not None:
+                self.stats.append(of_client.scheduler_stats)
+            for output in of_client.outputs:
+                self.outputs[output.request_id] += output.new_token_ids
+                if output.routed_experts is not None:
+                    self.depths[output.request_id] += output.routed_experts.tolist()
+                if output.finish_reason is not None:
+                    self.reasons[output.request_id] = str(output.finish_reason)
+        self.steps += 1
+        return scheduled
+
+    def run(self, most_steps: int = 10_000) -> None:
+        """Steps until nothing is left to do."""
+        while self.scheduler.has_requests():
+            assert self.steps < most_steps, "it does not finish"
+            self.step()
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()

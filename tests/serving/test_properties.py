@@ -1,0 +1,105 @@
+"""Scheduler, adapter and staircase under random arrivals, depths, preemptions and aborts."""
+
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.serving.fakes import BLOCK, Engine, answer
+
+# Prompts that share beginnings, so that prefix hits happen.
+PROMPT = st.tuples(st.integers(0, 1), st.integers(1, 22), st.integers(0, 2)).map(
+    lambda t: [(t[0] * 7 + i) % 50 for i in range(t[1])] + [40 + i for i in range(t[2])]
+)
+
+
+@st.composite
+def requests(draw: Any) -> dict[str, Any]:
+    max_loops = draw(st.integers(1, 4))
+    return {
+        "prompt": draw(PROMPT),
+        "max_tokens": draw(st.integers(1, 12)),
+        "max_loops": max_loops,
+        "min_loops": draw(st.integers(1, max_loops)),
+        "arrives": draw(st.integers(0, 12)),
+        "aborted_after": draw(st.none() | st.integers(0, 20)),
+    }
+
+
+def check_watermarks(engine: Engine, seen: dict[tuple[str, int], list[int]]) -> None:
+    """Ordered by depth, never going back while the sequence runs, never beyond its tokens."""
+    for name, running in engine.runner._batch._running.items():
+        sequence = running.sequence
+        assert sequence.done == sorted(sequence.done, reverse=True)
+        assert sequence.done[0] <= len(running.tokens)
+        assert all(v <= w for v, w in zip(sequence.decoded[1:], sequence.done[1:], strict=True))
+        before = seen.get((name, id(sequence)), [0] * len(sequence.done))
+        assert all(a >= b for a, b in zip(sequence.done, before, strict=True))
+        seen[name, id(sequence)] = list(sequence.done)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    items=st.lists(requests(), min_size=1, max_size=8),
+    quorum=st.sampled_from([0.05, 0.5, 1.0, "auto"]),
+    budget=st.sampled_from([4, 7, 16, 64]),
+    spare_blocks=st.sampled_from([0, 3, 200]),
+    caching=st.booleans(),
+)
+def test_everything_finishes_right(
+    items: list[dict[str, Any]],
+    quorum: float | str,
+    budget: int,
+    spare_blocks: int,
+    caching: bool,
+) -> None:
+    max_len, depth = 40, 4
+    blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
+    engine = Engine(
+        max_loops=depth,
+        max_model_len=max_len,
+        num_blocks=blocks,
+        max_num_batched_tokens=budget,
+        quorum=quorum,
+        prefix_caching=caching,
+    )
+    seen: dict[tuple[str, int], list[int]] = {}
+    aborted = set()
+    while engine.scheduler.has_requests() or any(
+        f"r{i}" not in engine.outputs for i in range(len(items))
+    ):
+        for index, item in enumerate(items):
+            name = f"r{index}"
+            if item["arrives"] == engine.steps or (
+                name not in engine.outputs and not engine.scheduler.has_requests()
+            ):
+                if name in engine.outputs:
+                    continue
+                engine.add(
+                    name,
+                    item["prompt"],
+                    item["max_tokens"],
+                    max_loops=item["max_loops"],
+                    min_loops=item["min_loops"],
+                )
+                item["from"] = engine.steps
+            after = item["aborted_after"]
+            if after is not None and engine.steps == item.get("from", -99) + after:
+                from vllm.v1.request import RequestStatus
+
+                if engine.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED):
+                    aborted.add(name)
+        engine.step()
+        check_watermarks(engine, seen)
+        assert engine.steps < 3000, "it does not finish"
+    for index, item in enumerate(items):
+        name = f"r{index}"
+        tokens, depths = answer(
+            item["prompt"], item["max_tokens"], depth, item["max_loops"], item["min_loops"]
+        )
+        count = len(engine.outputs[name])
+        assert engine.outputs[name] == tokens[:count]
+        assert engine.depths[name] == depths[:count]
+        assert name in aborted or count == item["max_tokens"]
+    assert engine.free_blocks == blocks - 1
+    assert not engine.runner._batch._running
