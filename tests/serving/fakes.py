@@ -123,7 +123,9 @@ class FakeExecutor:
         for index in deciding:
             row = rows[index]
             knobs, prefix = row.sequence.knobs, self.prefix(row.sequence, row.end - 1)
-            assert len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
+            assert (
+                len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
+            )
             wanted = wanted_depth(prefix, self.max_depth)
             leaves.append(
                 (row.depth >= wanted and row.depth >= knobs.min_loops)

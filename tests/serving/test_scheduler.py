@@ -1,0 +1,276 @@
+"""What vLLM's scheduler promises holds for ours, on a fake model. Exit depths vary by token."""
+
+import pytest
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
+
+from tests.serving.fakes import BLOCK, Engine, answer
+from vllm_loopus.serving.boundary import boundary_rule
+
+
+def assert_right(engine: Engine, name: str, prompt: list[int], count: int, **knobs: int) -> None:
+    tokens, depths = answer(
+        prompt, count, engine.max_loops, **{"max_loops": engine.max_loops, **knobs}
+    )
+    assert engine.outputs[name] == tokens
+    assert engine.depths[name] == depths
+
+
+def test_finishes_by_length_and_frees_everything() -> None:
+    engine = Engine(max_num_seqs=3)
+    prompts = {f"r{i}": [i, i + 1, i + 2] for i in range(7)}
+    for i, (name, prompt) in enumerate(prompts.items()):
+        engine.add(name, prompt, 3 + i)
+    while engine.scheduler.has_requests():
+        engine.step()
+        assert len(engine.scheduler.running) <= 3
+    for i, (name, prompt) in enumerate(prompts.items()):
+        assert_right(engine, name, prompt, 3 + i)
+        assert engine.reasons[name] == "length"
+    assert engine.free_blocks == engine.num_blocks - 1
+    assert not engine.scheduler.requests and not engine.scheduler.running
+
+
+def test_finishes_by_stop_token() -> None:
+    prompt = [5, 6, 7]
+    tokens, _ = answer(prompt, 12, 4, 4)
+    stop = next(t for i, t in enumerate(tokens) if i >= 3 and t not in tokens[:i])
+    engine = Engine()
+    engine.add("r", prompt, 12, stop_token_ids=[stop])
+    engine.run()
+    assert_right(engine, "r", prompt, tokens.index(stop) + 1)
+    assert engine.reasons["r"] == "stop"
+
+
+def test_finishes_at_max_model_len() -> None:
+    engine = Engine(max_model_len=12)
+    engine.add("r", [1, 2, 3, 4], 100)
+    engine.run()
+    assert_right(engine, "r", [1, 2, 3, 4], 8)
+    assert engine.reasons["r"] == "length"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 9])
+def test_abort(steps: int) -> None:
+    """Waiting, in flight at some depth, or between tokens: the neighbours do not notice."""
+    engine = Engine(max_num_seqs=2, quorum=0.05)
+    for i in range(4):
+        engine.add(f"r{i}", [i, 9, 9, 9, 9, 9], 6)
+    for _ in range(steps):
+        engine.step()
+    finished = [n for n in ("r0", "r3") if n in engine.reasons]
+    aborted = engine.scheduler.finish_requests(["r0", "r3"], RequestStatus.FINISHED_ABORTED)
+    assert len(aborted) == 2 - len(finished)
+    engine.run()
+    for name in ("r1", "r2"):
+        assert_right(engine, name, [int(name[1]), 9, 9, 9, 9, 9], 6)
+    assert engine.free_blocks == engine.num_blocks - 1
+    assert not engine.runner._batch._running
+
+
+def test_abort_of_unknown_request() -> None:
+    engine = Engine()
+    assert engine.scheduler.finish_requests("nobody", RequestStatus.FINISHED_ABORTED) == []
+
+
+@pytest.mark.parametrize("quorum", [0.05, 0.5, 1.0, "auto"])
+def test_preemption_gives_the_same_answers(quorum: float | str) -> None:
+    engine = Engine(num_blocks=4 * 10 + 1, max_num_seqs=4, quorum=quorum)
+    prompts = {f"r{i}": [i, 3, 3] for i in range(4)}
+    requests = {name: engine.add(name, prompt, 30) for name, prompt in prompts.items()}
+    engine.run()
+    assert sum(request.num_preemptions for request in requests.values()) > 0
+    for name, prompt in prompts.items():
+        assert_right(engine, name, prompt, 30)
+    assert engine.free_blocks == engine.num_blocks - 1
+
+
+def test_chunks_stay_in_the_budget() -> None:
+    """FakeExecutor fails on more rows than `max_num_batched_tokens`."""
+    engine = Engine(max_num_batched_tokens=4, max_num_seqs=4)
+    prompt = list(range(19))
+    engine.add("long", prompt, 4)
+    engine.add("short", [7, 7], 9)
+    scheduled = engine.step()
+    assert scheduled.num_scheduled_tokens == {"long": 4}
+    engine.run()
+    assert_right(engine, "long", prompt, 4)
+    assert_right(engine, "short", [7, 7], 9)
+
+
+def test_priorities() -> None:
+    engine = Engine(policy="priority", max_num_seqs=1)
+    for name, priority in (("low", 5), ("high", 0), ("middle", 3)):
+        engine.add(name, [priority, 1, 2], 4, priority=priority)
+    order: list[str] = []
+    while engine.scheduler.has_requests():
+        engine.step()
+        order += [name for name in engine.reasons if name not in order]
+    assert order == ["high", "middle", "low"]
+
+
+def test_preempts_the_lowest_priority() -> None:
+    engine = Engine(policy="priority", num_blocks=4 * 10 + 1, max_num_seqs=2)
+    low = engine.add("low", [1, 1, 1], 30, priority=9)
+    high = engine.add("high", [2, 2, 2], 30, priority=0)
+    engine.run()
+    assert low.num_preemptions > 0 and high.num_preemptions == 0
+    assert_right(engine, "low", [1, 1, 1], 30)
+    assert_right(engine, "high", [2, 2, 2], 30)
+
+
+def test_prefix_statistics() -> None:
+    engine = Engine()
+    prompt = list(range(2 * BLOCK + 1))
+    for name in ("first", "second"):
+        engine.add(name, prompt, 3)
+        engine.run()
+        assert_right(engine, name, prompt, 3)
+    stats = [s.prefix_cache_stats for s in engine.stats if s.prefix_cache_stats.requests]
+    assert [s.queries for s in stats] == [len(prompt), len(prompt)]
+    assert [s.hits for s in stats] == [0, 2 * BLOCK]
+
+
+def test_a_prompt_in_flight_is_not_published() -> None:
+    """A second request with the same prompt arrives while the first is at some middle depth."""
+    engine = Engine(quorum=0.05, max_num_batched_tokens=32)
+    # Leaves at depth 1 again and again, so that steps are one pass long.
+    engine.add("quick", [1], 12, max_loops=1)
+    engine.step()
+    prompt = list(range(2 * BLOCK + 1))
+    engine.add("first", prompt, 2)
+    engine.step()
+    sequence = engine.runner._batch._running["first"].sequence
+    assert sequence.in_flight and sequence.complete == 0
+    engine.add("second", prompt, 2)
+    scheduled = engine.step()
+    assert scheduled.num_scheduled_tokens["second"] == len(prompt)
+    engine.run()
+    for name in ("first", "second"):
+        assert_right(engine, name, prompt, 2)
+    assert_right(engine, "quick", [1], 12, max_loops=1)
+
+
+def test_answers_are_published_as_deep_as_they_are() -> None:
+    """Generated positions can be hit when a later token has taken them to the full depth."""
+    engine = Engine()
+    engine.add("first", [3, 4], 3 * BLOCK, min_loops=4)
+    engine.run()
+    assert_right(engine, "first", [3, 4], 3 * BLOCK, min_loops=4)
+    prompt = [3, 4, *engine.outputs["first"]]
+    engine.add("second", prompt, 2)
+    engine.run()
+    assert_right(engine, "second", prompt, 2)
+    hits = sum(s.prefix_cache_stats.hits for s in engine.stats)
+    assert hits == 3 * BLOCK
+
+
+def test_reset_of_the_prefix_cache_with_requests_in_flight() -> None:
+    engine = Engine(quorum=0.05)
+    for i in range(3):
+        engine.add(f"r{i}", [i, 8, 8, 8, 8], 8)
+    for _ in range(3):
+        engine.step()
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.run()
+    for i in range(3):
+        assert_right(engine, f"r{i}", [i, 8, 8, 8, 8], 8)
+
+
+def test_drain() -> None:
+    """Paused for new requests: those that run finish, those that wait stay; then all go on."""
+    engine = Engine(max_num_seqs=2)
+    for i in range(4):
+        engine.add(f"r{i}", [i, 2], 5)
+    engine.step()
+    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for _ in range(100):
+        engine.step()
+    assert set(engine.reasons) == {"r0", "r1"}
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.run()
+    for i in range(4):
+        assert_right(engine, f"r{i}", [i, 2], 5)
+    assert engine.scheduler.get_num_unfinished_requests() == 0
+
+
+def test_pause_in_flight() -> None:
+    engine = Engine(quorum=0.05, max_num_seqs=3)
+    for i in range(3):
+        engine.add(f"r{i}", [i, 2], 5)
+    engine.step()
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    before = dict(engine.outputs)
+    for _ in range(5):
+        assert engine.step().total_num_scheduled_tokens == 0
+    assert engine.outputs == before
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.run()
+    for i in range(3):
+        assert_right(engine, f"r{i}", [i, 2], 5)
+
+
+@pytest.mark.parametrize("quorum", [0.01, 0.5, 1.0, "auto"])
+@pytest.mark.parametrize("budget", [4, 8, 64])
+def test_nobody_starves(quorum: float | str, budget: int) -> None:
+    """A token waits a bounded number of steps, whatever the others do.
+
+    The longest in flight is served first. Each of `n` sequences may have to be caught up by as many
+    rows as it has positions, at each depth, through the row budget that new rows leave over.
+    """
+    seqs, length, depth = 4, 30, 4
+    engine = Engine(
+        max_loops=depth,
+        max_model_len=length,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        quorum=quorum,
+        num_blocks=400,
+    )
+    for i in range(12):
+        engine.add(f"r{i}", [i, i], 25)
+    rows = seqs * length * (depth + 1)  # reasoning at each depth, and the decoder
+    bound = depth + rows // max(1, budget - seqs + 1) + 1
+    longest = 0
+    while engine.scheduler.has_requests():
+        engine.step()
+        ages = [r.sequence.age for r in engine.runner._batch._running.values()]
+        longest = max([longest, *ages])
+        assert longest <= bound
+    for i in range(12):
+        assert_right(engine, f"r{i}", [i, i], 25)
+
+
+def test_a_sequence_that_leaves_makes_room_in_the_next_step() -> None:
+    engine = Engine(max_num_seqs=2, quorum=0.05)
+    engine.add("deep", [1, 2, 3], 5, min_loops=4)
+    engine.add("short", [4], 1, max_loops=1)
+    engine.add("waiting", [6], 3)
+    while "short" not in engine.reasons:
+        assert "waiting" not in engine.step().num_scheduled_tokens
+    assert "waiting" in engine.step().num_scheduled_tokens
+    engine.run()
+    assert_right(engine, "deep", [1, 2, 3], 5, min_loops=4)
+    assert_right(engine, "waiting", [6], 3)
+
+
+@pytest.mark.parametrize(("rule", "together"), [("auto", True), (0.01, False)])
+def test_known_budgets_meet_at_the_boundary(rule: float | str, together: bool) -> None:
+    """Two cohorts one pass out of step: `auto` waits once, and then they leave together."""
+    engine = Engine(quorum=0.01, max_num_seqs=9, num_blocks=800)
+    engine.add("quick", [1], 3, max_loops=1)  # leaves after each pass, so that steps are short
+    engine.step()
+    cohorts = [[f"a{i}" for i in range(4)], [f"b{i}" for i in range(4)]]
+    for cohort in cohorts:
+        for name in cohort:
+            engine.add(name, [ord(name[0]) % 50, int(name[1])], 12, min_loops=4)
+        engine.step()
+    assert engine.runner._batch._running["a0"].sequence.depth == 2
+    assert engine.runner._batch._running["b0"].sequence.depth == 1
+    assert "quick" in engine.reasons
+    engine.runner._batch.rule = boundary_rule(rule, 4, 1)
+    before = engine.steps
+    engine.run()
+    assert (engine.steps - before <= 14) == together
+    for name in [*cohorts[0], *cohorts[1]]:
+        assert_right(engine, name, [ord(name[0]) % 50, int(name[1])], 12, min_loops=4)
