@@ -45,6 +45,7 @@ def check_watermarks(engine: Engine, seen: dict[tuple[str, int], list[int]]) -> 
     budget=st.sampled_from([4, 7, 16, 64]),
     spare_blocks=st.sampled_from([0, 3, 200]),
     caching=st.booleans(),
+    kv_policy=st.sampled_from(["exact", "exact", "last_exited"]),
 )
 def test_everything_finishes_right(
     items: list[dict[str, Any]],
@@ -52,6 +53,7 @@ def test_everything_finishes_right(
     budget: int,
     spare_blocks: int,
     caching: bool,
+    kv_policy: str,
 ) -> None:
     max_len, depth = 40, 4
     blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
@@ -62,6 +64,7 @@ def test_everything_finishes_right(
         max_num_batched_tokens=budget,
         quorum=quorum,
         prefix_caching=caching,
+        kv_policy=kv_policy,
     )
     seen: dict[tuple[str, int], list[int]] = {}
     aborted = set()

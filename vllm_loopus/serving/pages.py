@@ -116,6 +116,20 @@ class BatchLayout:
         ]
         return blocks.astype(np.int64) * self.block_size + self.positions % self.block_size
 
+    def through(
+        self, entries: NDArray[np.int64], deeper_only: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Last rows of `entries`, and slots of their positions at deeper depths, or at all others:
+        a row for each slot [M]."""
+        depths = np.arange(1, self.tables.shape[1] + 1)
+        own = self.depth[entries][:, None]
+        entry, column = np.nonzero(depths > own if deeper_only else depths != own)
+        chosen = entries[entry]
+        rows = self.last_rows[chosen]
+        position = self.positions[rows]
+        blocks = self.tables[self.sequence[chosen], column, position // self.block_size]
+        return rows, blocks.astype(np.int64) * self.block_size + position % self.block_size
+
     def block_table(self) -> NDArray[np.int32]:
         """Block ids [E, blocks] of each entry at its depth, as many as the longest needs."""
         width = -(-int(self.ends.max()) // self.block_size)
@@ -157,8 +171,3 @@ class StatePages:
         """States [T, H] to slots [T]."""
         for rows, piece in zip(self._rows, states.split(self._widths, dim=1), strict=True):
             rows.index_copy_(0, slots, piece.to(rows.dtype))
-
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies the states at slots `source` [M] to slots `target` [M]."""
-        for rows in self._rows:
-            rows.index_copy_(0, target, rows.index_select(0, source))

@@ -82,9 +82,13 @@ class PagedExecutor:
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
         layout = self._tables.layout(rows)
         state = self._previous_states(layout)
-        with self._attention(layout, self._model.planes.reasoning_names) as slots:
+        through = self._through(rows, layout, deeper_only=True)
+        with self._attention(layout, self._model.planes.reasoning_names, through) as slots:
             update, new_state = self._model.refine(state, self._tensor(layout.positions))
         self._states.write(slots, new_state)
+        if through is not None:
+            repeated, more_slots = through
+            self._states.write(more_slots, new_state[repeated])
         if not deciding:
             return []
         sequences = [rows[index].sequence for index in deciding]
@@ -136,19 +140,12 @@ class PagedExecutor:
             sequence.survival = value
         return [bool(leaving) for leaving in leaves.tolist()]
 
-    def take_over(self, rows: list[Rows]) -> None:
-        source, target = self._to_other_planes(rows, deeper_only=True)
-        self._model.planes.copy_reasoning(source, target)
-        self._states.copy(source, target)
-
     def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
         layout = self._tables.layout(rows)
         states = self._states.read(self._tensor(layout.slots(layout.depth)))
-        with self._attention(layout, self._model.planes.decoder_names):
+        through = self._through(rows, layout, deeper_only=False)
+        with self._attention(layout, self._model.planes.decoder_names, through):
             hidden = self._model.decode(states, self._tensor(layout.positions))
-        generated = [r for r in rows if r.sequence.takes_over and not r.sequence.prefilling]
-        if generated := [r for r in generated if r.newest]:
-            self._model.planes.copy_decoder(*self._to_other_planes(generated, deeper_only=False))
         for index, entry in enumerate(rows):
             self._tables.mark_decoded(entry)
             name = entry.sequence.request_id
@@ -162,30 +159,25 @@ class PagedExecutor:
             self.decoded.hidden = hidden[self._tensor(layout.last_rows[newest])]
             self.decoded.request_ids = [sequence.request_id for sequence in emitting]
 
-    def _to_other_planes(
-        self, rows: list[Rows], deeper_only: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of each row's last position, and of the same position at other depths."""
-        source: list[Rows] = []
-        target: list[Rows] = []
-        for row in rows:
-            first = row.depth + 1 if deeper_only else 1
-            for depth in range(first, row.sequence.max_depth + 1):
-                if depth != row.depth:
-                    source.append(Rows(row.sequence, row.depth, row.end - 1, row.end))
-                    target.append(Rows(row.sequence, depth, row.end - 1, row.end))
-        if not source:
-            empty = torch.zeros(0, dtype=torch.int64, device=self._device)
-            return empty, empty
-        from_layout, to_layout = self._tables.layout(source), self._tables.layout(target)
-        return (
-            self._tensor(from_layout.slots(from_layout.depth)),
-            self._tensor(to_layout.slots(to_layout.depth)),
-        )
+    def _through(
+        self, rows: list[Rows], layout: BatchLayout, deeper_only: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rows [M] that are written to other depths too, and their slots there [M]."""
+        entries = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
+        if not entries:
+            return None
+        repeated, slots = layout.through(np.array(entries), deeper_only)
+        return (self._tensor(repeated), self._tensor(slots)) if len(repeated) else None
 
     @contextmanager
-    def _attention(self, layout: BatchLayout, layer_names: list[str]) -> Iterator[torch.Tensor]:
-        """Inside, the layers attend with each entry in the plane of its depth. Gives the slots."""
+    def _attention(
+        self,
+        layout: BatchLayout,
+        layer_names: list[str],
+        through: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Inside, the layers attend with each entry in the plane of its depth, and write K/V of the
+        rows in `through` to more slots. Gives the rows' own slots."""
         slots = self._tensor(layout.slots(layout.depth))
         query_start = torch.from_numpy(layout.offsets.astype(np.int32))
         lengths = np.diff(layout.offsets)
@@ -206,13 +198,17 @@ class PagedExecutor:
                 causal=True,
             ),
         )
+        written = slots if through is None else torch.cat([slots, through[1]])
+        planes = self._model.planes
+        planes.repeated = None if through is None else through[0]
         with set_forward_context(
             dict.fromkeys(layer_names, metadata),
             self._vllm_config,
             num_tokens=len(layout.positions),
-            slot_mapping=dict.fromkeys(layer_names, slots),
+            slot_mapping=dict.fromkeys(layer_names, written),
         ):
             yield slots
+        planes.repeated = None
 
     def _tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

@@ -10,9 +10,10 @@ every depth, and a row's depth is nothing but the block table and slot mapping i
 The encoder rides in the plane of depth 1, which every position has.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,6 +92,7 @@ class Planes:
         vllm_config: VllmConfig,
     ) -> None:
         """The three blocks, built; `state_bytes` is a state's size."""
+        self.repeated: torch.Tensor | None = None
         self._context = vllm_config.compilation_config.static_forward_context
         layers = attention_layers(reasoning) + attention_layers(decoder)
         like = layers[0]
@@ -113,21 +115,23 @@ class Planes:
         """The pages that hold the states, once vLLM has bound the K/V memory."""
         return [self._context[name].kv_cache for name in self.state_names]
 
-    def copy_reasoning(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies the reasoning layers' K/V from slots `source` [M] to slots `target` [M]."""
-        self._copy(self.reasoning_names, source, target)
+    def write_through(self) -> None:
+        """Lets K/V of a row go to more slots than one (policy `last_exited`): `repeated` names the
+        rows that the slot mapping goes on with after the batch's own."""
+        for name in self.layer_names:
+            self._context[name].impl.do_kv_cache_update = self._repeating(self._context[name].impl)
 
-    def copy_decoder(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """The same for the decoder's layers."""
-        self._copy(self.decoder_names, source, target)
+    def _repeating(self, impl: Any) -> Callable[..., None]:
+        update = impl.do_kv_cache_update
 
-    def _copy(self, names: list[str], source: torch.Tensor, target: torch.Tensor) -> None:
-        if not len(source):
-            return
-        for name in names:
-            kv = self._context[name].kv_cache  # [num_blocks, kv_heads, block_size, 2 * head_size]
-            size = kv.shape[2]
-            kv[target // size, :, target % size] = kv[source // size, :, source % size]
+        def do_kv_cache_update(
+            layer: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any
+        ) -> None:
+            if (rows := self.repeated) is not None:
+                key, value = torch.cat([key, key[rows]]), torch.cat([value, value[rows]])
+            update(layer, key, value, *rest)
+
+        return do_kv_cache_update
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:

@@ -82,6 +82,12 @@ class LoopedSequence:
         return self.done[0] <= self.prefill_end
 
     @property
+    def writes_through(self) -> bool:
+        """Whether deeper depths take over what the newest position has: a generated token in
+        `last_exited`."""
+        return self.takes_over and not self.prefilling
+
+    @property
     def depth(self) -> int:
         """The depth that the newest position has reached."""
         depth = 0
@@ -129,7 +135,7 @@ class LoopedSequence:
         forced = self.forced_depth
         if depth == forced if forced is not None else leaves:
             self.exit_depth = depth
-            if self.takes_over and not self.prefilling:
+            if self.writes_through:
                 for deeper in range(depth + 1, self.max_depth + 1):
                     self.done[deeper] = self.done[0]
 
@@ -142,7 +148,7 @@ class LoopedSequence:
         """What the decoder needs for the newest position's token, in order."""
         assert self.exit_depth is not None
         depth, end = self.exit_depth, self.done[0]
-        if not self.takes_over or self.prefilling:
+        if not self.writes_through:
             return [Rows(self, depth, self.decoded[depth], end)]
         # Generated positions were decoded once, for all depths.
         newest = Rows(self, depth, end - 1, end)

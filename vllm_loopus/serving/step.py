@@ -13,7 +13,11 @@ from vllm_loopus.serving.staircase import LoopedSequence, Rows
 
 
 class StepExecutor(Protocol):
-    """What a step needs done. Rows of one call may stand at different depths."""
+    """What a step needs done. Rows of one call may stand at different depths.
+
+    K/V and states of rows whose sequence `writes_through` go to all deeper depths as well, the
+    decoder's K/V to all depths.
+    """
 
     def encode(self, rows: list[Rows]) -> None:
         """Depth 0: runs the encoder and keeps `h^0` for the pass that follows."""
@@ -25,10 +29,6 @@ class StepExecutor(Protocol):
         Returns, for each index in `deciding`, whether the halting rule lets that newest position
         leave.
         """
-        ...
-
-    def take_over(self, rows: list[Rows]) -> None:
-        """Copies K/V and state of each single row to all deeper depths (`last_exited`)."""
         ...
 
     def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
@@ -113,16 +113,10 @@ def _run_pass(
     report.passes.append(sum(map(len, batch)))
     for rows in batch:
         rows.sequence.advance(rows)
-    taking_over = []
     for index, leaving in zip(deciding, leaves, strict=True):
         rows = batch[index]
         rows.sequence.decide(rows.depth, leaving)
         rule.observe(rows.sequence, rows.depth)
-        if rows.sequence.exit_depth is not None and rows.sequence.takes_over:
-            taking_over.append(rows)
-    taking_over = [rows for rows in taking_over if not rows.sequence.prefilling]
-    if taking_over:
-        executor.take_over(taking_over)
     return True
 
 

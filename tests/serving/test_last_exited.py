@@ -1,0 +1,116 @@
+"""Policy `last_exited`: one row a token and depth; K/V that depends on the knobs is not shared."""
+
+from typing import Any
+
+import pytest
+
+from tests.conftest import BACKBONES, GOLDEN, golden_cases
+from vllm_loopus import exit_depths
+
+
+def start(make_llm: Any, backbone: str, policy: str = "last_exited", **args: Any) -> Any:
+    return make_llm(
+        GOLDEN / backbone,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        additional_config={"loopus": {"kv_policy": policy}},
+        **args,
+    )
+
+
+def generate(llm: Any, prompts: list[list[int]], knobs: list[dict[str, Any]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    sampling = [
+        SamplingParams(
+            temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, extra_args=k
+        )
+        for k in knobs
+    ]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
+
+
+def hits(llm: Any) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_golden_where_all_tokens_leave_at_one_depth(make_llm: Any, backbone: str) -> None:
+    """Then nothing is taken over that would have been computed otherwise."""
+    cases = [c for c in golden_cases(backbone) if len(set(c["depths"])) == 1]
+    assert len({c["depths"][0] for c in cases}) > 1
+    llm = start(make_llm, backbone)
+    outputs = generate(
+        llm, [c["prompt"] for c in cases], [{"exit_depths": c["depths"]} for c in cases]
+    )
+    for case, output in zip(cases, outputs, strict=True):
+        assert list(output.token_ids) == case["tokens"]
+        assert exit_depths(output) == case["depths"]
+
+
+def test_alone_as_in_a_batch_and_one_row_a_token(make_llm: Any) -> None:
+    llm = start(make_llm, "phi3", enable_prefix_caching=False)
+    cases = [c for c in golden_cases("phi3") if len(set(c["depths"])) > 2][:6]
+    knobs = [{"max_loops": c["N"], "exit_threshold": c["q_threshold"]} for c in cases]
+    core = llm.llm_engine.engine_core.engine_core
+    batch = core.model_executor.driver_worker.worker.model_runner._batch
+    rows: list[int] = []
+    original = batch.step
+
+    def step(*args: Any) -> Any:
+        result = original(*args)
+        rows.extend(result[1].passes)
+        return result
+
+    batch.step = step
+    alone = []
+    for case, knob in zip(cases, knobs, strict=True):
+        rows.clear()
+        alone += generate(llm, [case["prompt"]], [knob])
+        prompt_rows = 8 * len(case["prompt"])
+        assert sum(rows) == prompt_rows + sum(exit_depths(alone[-1])[1:])
+    together = generate(llm, [c["prompt"] for c in cases], knobs)
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert exit_depths(one) == exit_depths(other)
+
+
+def test_it_is_an_approximation(make_llm: Any) -> None:
+    """Otherwise the policy would not have been in force."""
+    prompt = golden_cases("qwen3")[2]["prompt"]
+    knobs = [{"exit_depths": [1, 8, 1, 1, 8, 1, 1, 1, 8, 1, 1, 8, 1, 1, 8, 1, 1, 8, 8, 8]}]
+    taken = generate(start(make_llm, "qwen3"), [prompt], knobs)[0]
+    exact = generate(start(make_llm, "qwen3", "exact"), [prompt], knobs)[0]
+    assert taken.token_ids[0] == exact.token_ids[0]
+    assert taken.token_ids != exact.token_ids
+
+
+def test_blocks_are_shared_between_equal_knobs_only(make_llm: Any) -> None:
+    llm = start(make_llm, "qwen3")
+    prompt = max((c["prompt"] for c in golden_cases("qwen3")), key=len)
+    assert len(prompt) > 32
+    for knobs, expected in (
+        ({"max_loops": 4}, 0),
+        ({"max_loops": 5}, 0),
+        ({"max_loops": 4, "exit_threshold": 0.3}, 0),
+        ({"max_loops": 4}, 32),
+        ({}, 0),
+        ({"min_loops": 1}, 32),  # the default, said aloud
+    ):
+        before = hits(llm)
+        generate(llm, [prompt], [knobs])
+        assert hits(llm) - before == expected, knobs
+
+
+def test_preemption_finishes(make_llm: Any) -> None:
+    llm = start(make_llm, "llama", num_gpu_blocks_override=4 * 8 + 1, max_num_seqs=8)
+    cases = golden_cases("llama")[:8]
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": c["prompt"]} for c in cases], sampling, use_tqdm=False
+    )
+    assert all(len(o.outputs[0].token_ids) == 60 for o in outputs)
+    assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
