@@ -13,29 +13,44 @@ import torch
 from packaging.version import Version
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.conftest import GOLDEN, fixed_depth_cases
+from tests.conftest import GOLDEN, golden_cases
 from vllm_loopus import plugin
 
 ANSWER = """
 import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    model, prompts, options = json.loads(sys.argv[1])
+    model, prompts, options, knobs = json.loads(sys.argv[1])
     llm = LLM(model, dtype="float32", max_model_len=128, skip_tokenizer_init=True, **options)
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, extra_args=knob
+        )
+        for knob in knobs or [None] * len(prompts)
+    ]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    print("ANSWER", json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+    answers = [list(o.outputs[0].token_ids) for o in outputs]
+    if knobs:
+        from vllm_loopus import exit_depths
+        answers += [exit_depths(o) for o in outputs]
+    print("ANSWER", json.dumps(answers))
 """
 
 
 def answer(
-    tmp_path: Path, model: Path, prompts: list[list[int]], options: dict, **environment: str
+    tmp_path: Path,
+    model: Path,
+    prompts: list[list[int]],
+    options: dict,
+    knobs: list[dict] | None = None,
+    **environment: str,
 ) -> list[list[int]]:
-    """Greedy tokens of a fresh process that knows nothing of the package but the installed one."""
+    """Greedy tokens of a fresh process that knows nothing of the package but the installed one;
+    with `knobs` of each request, the exit depths after them."""
     script = tmp_path / "answer.py"
     script.write_text(ANSWER)
     result = subprocess.run(
-        [sys.executable, str(script), json.dumps([str(model), prompts, options])],
+        [sys.executable, str(script), json.dumps([str(model), prompts, options, knobs])],
         env={**os.environ, **environment},
         cwd=tmp_path,
         capture_output=True,
@@ -51,16 +66,19 @@ def answer(
     ("method", "backend"), [("spawn", "mp"), ("fork", "uni")], ids=["spawn-mp", "fork-uni"]
 )
 def test_engine_core_and_worker_processes(tmp_path: Path, method: str, backend: str) -> None:
-    cases = fixed_depth_cases("qwen3", 5)
-    tokens = answer(
+    cases = [c for c in golden_cases("qwen3") if c["halting_strategy"] == "threshold"][:8]
+    cases = [c for c in cases if c["q_eval_interval"] == 1]
+    assert any(len(set(case["depths"])) > 1 for case in cases)
+    answers = answer(
         tmp_path,
         GOLDEN / "qwen3",
         [case["prompt"] for case in cases],
-        {"hf_overrides": {"N": 5, "q_threshold": 2.0}, "distributed_executor_backend": backend},
+        {"distributed_executor_backend": backend},
+        [{"max_loops": case["N"], "exit_threshold": case["q_threshold"]} for case in cases],
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_WORKER_MULTIPROC_METHOD=method,
     )
-    assert tokens == [case["tokens"] for case in cases]
+    assert answers == [case["tokens"] for case in cases] + [case["depths"] for case in cases]
 
 
 def test_other_models_are_untouched(tmp_path: Path, make_llm: Any) -> None:

@@ -166,7 +166,6 @@ class FakePlatformRunner:
         for name in scheduler_output.finished_req_ids:
             self.requests.pop(name, None)
         for new in scheduler_output.scheduled_new_reqs:
-            assert new.req_id not in self.requests
             self.requests[new.req_id] = SimpleNamespace(
                 prompt_token_ids=new.prompt_token_ids,
                 output_token_ids=[],
@@ -279,7 +278,7 @@ class Engine:
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **more: Any) -> Request:
         knobs = {key: more.pop(key) for key in ("max_loops", "min_loops") if key in more}
-        priority = more.pop("priority", 0)
+        priority, resumable = more.pop("priority", 0), more.pop("resumable", False)
         request = Request(
             request_id=name,
             prompt_token_ids=list(prompt),
@@ -289,6 +288,7 @@ class Engine:
             pooling_params=None,
             arrival_time=float(len(self.outputs)),
             priority=priority,
+            resumable=resumable,
             block_hasher=self.hasher,
         )
         self.outputs[name], self.depths[name] = [], []

@@ -22,6 +22,8 @@ REFUSED = [
         },
         r"speculative_config=.*ngram.*remove it",
     ),
+    ({"async_scheduling": True}, r"async_scheduling=True .*leave it off"),
+    ({"enable_prompt_embeds": True}, r"enable_prompt_embeds=True .*leave it off"),
     ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8.*use 'auto'"),
     ({"hf_overrides": {"max_loops": 0}}, r"max_loops=0 .*1 to 256"),
     ({"hf_overrides": {"N": 0}}, r"max_loops=0 "),

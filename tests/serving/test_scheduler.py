@@ -210,6 +210,22 @@ def test_pause_in_flight() -> None:
         assert_right(engine, f"r{i}", [i, 2], 5)
 
 
+def test_streaming_input_session() -> None:
+    """A second turn on the same request: its planes are filled again where they had gaps."""
+    engine = Engine()
+    first, more = [4, 5, 6], [7, 8]
+    engine.add("session", first, 6, resumable=True)
+    for _ in range(30):
+        engine.step()
+    assert_right(engine, "session", first, 6)
+    # The last token of a turn is dropped: nothing has attended to it.
+    turn = [*first, *engine.outputs["session"][:-1], *more]
+    engine.add("session", more, 6, resumable=True)
+    for _ in range(30):
+        engine.step()
+    assert_right(engine, "session", turn, 6)
+
+
 @pytest.mark.parametrize("quorum", [0.01, 0.5, 1.0, "auto"])
 @pytest.mark.parametrize("budget", [4, 8, 64])
 def test_nobody_starves(quorum: float | str, budget: int) -> None:

@@ -87,6 +87,15 @@ class LoopUSScheduler(Scheduler):
                     output.routed_experts = packed(depth)
         return outputs
 
+    def _update_request_as_session(self, session: "Request", update: Any) -> None:
+        """A streaming-input session goes on: with what is complete at every depth, from the prefix
+        cache, for the planes of its answers may have gaps."""
+        super()._update_request_as_session(session, update)
+        self.kv_cache_manager.free(session)
+        session.num_computed_tokens = 0
+        if self._takes_over:
+            _salt_with_knobs(session, self._loopus_config)
+
 
 def _salt_with_knobs(request: "Request", config: Any) -> None:
     """In `last_exited` K/V depends on the knobs: give each setting a prefix cache of its own."""

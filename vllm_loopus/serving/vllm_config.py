@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+from vllm import envs
 from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -47,6 +48,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             )
         config.check()  # again: hf_overrides were applied after the config was built
         _use_the_base_tokenizer(model_config, config)
+        _select_the_v1_runner()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -142,6 +144,16 @@ def _run_eagerly(vllm_config: "VllmConfig") -> None:
         compilation.mode = CompilationMode.NONE
     if compilation.cudagraph_mode is None:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _select_the_v1_runner() -> None:
+    """Where vLLM would take its V2 model runner, as on GPUs. Asked for before our other hook runs.
+
+    A V2 runner that the user asks for is refused by the worker.
+    """
+    if not current_platform.is_cpu() and envs.VLLM_USE_V2_MODEL_RUNNER is None:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        logger.info("LoopUS models run on vLLM's V1 model runner")
 
 
 def _refuse(condition: bool, option: str, fix: str) -> None:
