@@ -11,9 +11,11 @@ LONG = 40  # tokens, so that every sequence grows over a block boundary
 CERTAIN = 1e-4  # a smaller gap between the best two logits may fall either way
 
 
-@pytest.fixture(params=[(b, n) for b in BACKBONES for n in BUDGETS], ids=lambda p: f"{p[0]}-{p[1]}")
-def setting(request: pytest.FixtureRequest) -> tuple[str, int]:
-    return request.param
+every = pytest.mark.parametrize(
+    "setting", [(b, n) for b in BACKBONES for n in BUDGETS], ids=lambda p: f"{p[0]}-{p[1]}"
+)
+# The other budgets go through chunks, hits and preemption in test_early_exit.py.
+middle = pytest.mark.parametrize("setting", [(b, 5) for b in BACKBONES], ids=lambda p: p[0])
 
 
 def start(make_llm: Any, setting: tuple[str, int], **engine_args: Any) -> Any:
@@ -54,6 +56,7 @@ def assert_same(candidate: Any, reference: Any) -> None:
         assert token == expected, f"token {index}"
 
 
+@every
 def test_alone_and_in_one_batch(make_llm: Any, setting: tuple[str, int]) -> None:
     llm = start(make_llm, setting, enable_prefix_caching=False)
     cases = fixed_depth_cases(*setting)
@@ -68,6 +71,7 @@ def test_alone_and_in_one_batch(make_llm: Any, setting: tuple[str, int]) -> None
             assert logits[int(token)] == pytest.approx(expected, abs=1e-3)
 
 
+@middle
 def test_chunks_and_prefix_hits(make_llm: Any, setting: tuple[str, int]) -> None:
     llm = start(make_llm, setting, max_num_batched_tokens=16, max_num_seqs=8)
     cases = fixed_depth_cases(*setting)
@@ -85,6 +89,7 @@ def test_chunks_and_prefix_hits(make_llm: Any, setting: tuple[str, int]) -> None
     assert hits[3] - hits[0] == 3 * 32
 
 
+@middle
 def test_preemption(make_llm: Any, setting: tuple[str, int]) -> None:
     max_loops = setting[1]
     cases = fixed_depth_cases(*setting)

@@ -11,6 +11,7 @@ class LinearCost:
     """Least squares of `fixed + slope * size` over past measurements, recent ones counting more."""
 
     MEMORY = 0.99
+    FLOOR = 0.1
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
@@ -26,14 +27,17 @@ class LinearCost:
 
     @property
     def fixed(self) -> float | None:
-        """The cost at size 0; None before there is anything to tell it from the slope."""
+        """The cost at size 0; None before there is anything to tell it from the slope.
+
+        At least `FLOOR` of the mean cost: an estimate of nothing is noise, and would let sequences
+        idle for free.
+        """
         spread = self._weight * self._xx - self._x * self._x
         if self._weight < 5 or spread < 1e-6 * self._xx * self._weight:
             return None
         slope = (self._weight * self._xy - self._x * self._y) / spread
-        # No part of the cost is negative.
-        slope = min(max(slope, 0.0), self._y / self._x)
-        return max((self._y - slope * self._x) / self._weight, 0.0)
+        fixed = (self._y - max(slope, 0.0) * self._x) / self._weight
+        return max(fixed, self.FLOOR * self._y / self._weight)
 
 
 class StepClock:

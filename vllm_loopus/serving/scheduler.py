@@ -59,8 +59,13 @@ class LoopUSScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: "SchedulerOutput", model_runner_output: Any
     ) -> Any:
+        """As in vLLM; the output of a runner that knows no loop is taken as complete."""
         progress: LoopProgress | None = getattr(model_runner_output, "loop", None)
         if progress is None:
+            for request_id in scheduler_output.num_scheduled_tokens:
+                request = self.requests.get(request_id)
+                if request is not None and request.status == RequestStatus.RUNNING:
+                    self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
             return super().update_from_output(scheduler_output, model_runner_output)
         leaving = {}
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():

@@ -1,0 +1,97 @@
+"""The quorum rules and the costs they go by."""
+
+import pytest
+
+from vllm_loopus.serving.boundary import AutoQuorum, FixedQuorum, StepCosts, boundary_rule
+from vllm_loopus.serving.costs import LinearCost
+from vllm_loopus.serving.knobs import RequestKnobs
+from vllm_loopus.serving.staircase import LoopedSequence
+
+DEPTH = 8
+
+
+def in_flight(depth: int, **knobs: int) -> LoopedSequence:
+    """A sequence whose newest token, a generated one, has reached `depth`."""
+    options = {"max_loops": DEPTH, "min_loops": 1, "exit_threshold": 0.5, **knobs}
+    sequence = LoopedSequence("r", RequestKnobs(**options), DEPTH, prefill_end=3, cached=3)
+    sequence.begin(1, wants_token=True)
+    for _ in range(depth):
+        rows = sequence.next_rows()
+        assert rows is not None
+        sequence.advance(rows)
+    return sequence
+
+
+def taught(chances: dict[int, float]) -> AutoQuorum:
+    """A rule that has seen tokens leave with these chances."""
+    rule = AutoQuorum(DEPTH)
+    for depth, chance in chances.items():
+        for number in range(2000):
+            sequence = in_flight(0)
+            sequence.exit_depth = depth if number % 100 < 100 * chance else None
+            rule.observe(sequence, depth)
+    return rule
+
+
+@pytest.mark.parametrize(
+    ("share", "ready", "running", "ends"),
+    [(0.05, 1, 15, True), (0.5, 7, 9, False), (0.5, 8, 8, True), (1.0, 15, 1, False)],
+)
+def test_fixed(share: float, ready: int, running: int, ends: bool) -> None:
+    assert FixedQuorum(share).ends(ready, [in_flight(1)] * running) == ends
+    assert isinstance(boundary_rule(share, DEPTH, 1), FixedQuorum)
+
+
+def test_what_is_known_of_a_budget() -> None:
+    rule = taught({2: 0.3})
+    assert rule.chance(in_flight(1)) == pytest.approx(0.3, abs=0.05)
+    assert rule.chance(in_flight(1, max_loops=2)) == 1.0
+    assert rule.chance(in_flight(1, min_loops=3)) == 0.0
+    assert rule.chance(in_flight(7)) == 1.0
+    assert AutoQuorum(DEPTH, exit_interval=2).chance(in_flight(2)) == 0.0
+
+
+def test_waits_for_those_who_are_about_to_leave() -> None:
+    rule = AutoQuorum(DEPTH)
+    rule.begin_step(StepCosts(per_pass=2.0, per_boundary=1.0))
+    assert not rule.ends(4, [in_flight(7)] * 12)
+    rule.begin_step(StepCosts(per_pass=2.0, per_boundary=1.0))
+    assert rule.ends(4, [in_flight(2, min_loops=8)] * 12)
+    assert rule.ends(4, [])
+
+
+def test_dear_boundaries_are_shared_by_more() -> None:
+    def share_at_the_end(per_boundary: float) -> int:
+        rule = taught(dict.fromkeys(range(1, DEPTH), 0.3))
+        rule.begin_step(StepCosts(per_pass=1.0, per_boundary=per_boundary))
+        ready = 1
+        while not rule.ends(ready, [in_flight(2)] * (16 - ready)):
+            ready += 1
+        return ready
+
+    assert share_at_the_end(0.01) < share_at_the_end(2.0) < share_at_the_end(20.0)
+
+
+def test_nobody_waits_for_ever() -> None:
+    rule = taught(dict.fromkeys(range(1, DEPTH), 0.01))
+    rule.begin_step(StepCosts(per_pass=1.0, per_boundary=1.0))
+    assert any(rule.ends(1, [in_flight(2)] * 15) for _ in range(100))
+
+
+def test_costs_are_learned() -> None:
+    cost = LinearCost()
+    assert cost.fixed is None
+    for size in (4, 8, 16, 5, 9, 30):
+        cost.add(size, 3.0 + 0.5 * size)
+    assert cost.fixed == pytest.approx(3.0)
+
+
+def test_costs_that_cannot_be_told_apart() -> None:
+    cost = LinearCost()
+    for _ in range(20):
+        cost.add(8, 1.0)
+    assert cost.fixed is None
+    cost = LinearCost()
+    for size in (4, 8, 16, 5, 9, 30):
+        cost.add(size, 0.5 * size - 1.0)  # a negative part
+    assert cost.fixed is not None and 0 < cost.fixed < 1
