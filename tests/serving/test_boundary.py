@@ -72,12 +72,6 @@ def test_dear_boundaries_are_shared_by_more() -> None:
     assert share_at_the_end(0.01) < share_at_the_end(2.0) < share_at_the_end(20.0)
 
 
-def test_nobody_waits_for_ever() -> None:
-    rule = taught(dict.fromkeys(range(1, DEPTH), 0.01))
-    rule.begin_step(StepCosts(per_pass=1.0, per_boundary=1.0))
-    assert any(rule.ends(1, [in_flight(2)] * 15) for _ in range(100))
-
-
 def test_costs_are_learned() -> None:
     cost = LinearCost()
     assert cost.fixed is None
