@@ -66,9 +66,13 @@ def answer(
     ("method", "backend"), [("spawn", "mp"), ("fork", "uni")], ids=["spawn-mp", "fork-uni"]
 )
 def test_engine_core_and_worker_processes(tmp_path: Path, method: str, backend: str) -> None:
-    cases = [c for c in golden_cases("qwen3") if c["halting_strategy"] == "threshold"][:8]
-    cases = [c for c in cases if c["q_eval_interval"] == 1]
-    assert any(len(set(case["depths"])) > 1 for case in cases)
+    cases = [
+        case
+        for case in golden_cases("qwen3")
+        if (case["halting_strategy"], case["q_eval_interval"]) == ("threshold", 1)
+        and len(set(case["depths"])) > 1
+    ]
+    assert len({case["q_threshold"] for case in cases}) > 1
     answers = answer(
         tmp_path,
         GOLDEN / "qwen3",
