@@ -151,8 +151,32 @@ def run_engine(
                 tokens = sum(map(len, depths))
                 rates[name].append(tokens / (time.perf_counter() - started))
                 counts[name] = log.counts(tokens)
-    costs = log.costs() if policy != "plain" else None
-    return {"rates": rates, "counts": counts, "costs": costs}
+    if policy == "plain":
+        return {"rates": rates, "counts": counts, "costs": None, "around": None}
+    return {"rates": rates, "counts": counts, "costs": log.costs(), "around": around_model(llm)}
+
+
+def around_model(llm: Any) -> dict[str, float]:
+    """Milliseconds of a pass with early exit off: in the model, and of the loop around it."""
+    core = llm.llm_engine.engine_core.engine_core
+    model = core.model_executor.driver_worker.worker.model_runner.model
+    log, refine, inside = StepLog(core.scheduler), model.refine, []
+
+    def timed_refine(*args: Any) -> Any:
+        started = time.perf_counter()
+        result = refine(*args)
+        inside.append(time.perf_counter() - started)
+        return result
+
+    model.refine = timed_refine
+    log.begin("around")
+    generate(llm, [[MAX_DEPTH] * 9] * core.scheduler.max_num_running_reqs)
+    passes = [seconds for step in log.steps["around"] for seconds in step[2]]
+    inside = inside[: len(passes)]  # the last step is not logged
+    return {
+        "model": 1e3 * sum(inside) / len(inside),
+        "around": 1e3 * (sum(passes) - sum(inside)) / len(inside),
+    }
 
 
 def generate(llm: Any, exits: list[list[int]]) -> None:
@@ -180,11 +204,11 @@ class StepLog:
 
     def __init__(self, scheduler: Any) -> None:
         self.steps: dict[str, list[tuple[float, list[int], list[float], int, int]]] = {}
-        self._name, self._started = "", 0.0
+        self._name = ""
         schedule, update = scheduler.schedule, scheduler.update_from_output
 
         def timed_schedule(*args: Any, **kwargs: Any) -> Any:
-            now, self._started = time.perf_counter(), time.perf_counter()
+            now = time.perf_counter()
             if self._pending is not None:
                 self.steps[self._name].append((now - self._before, *self._pending))
             self._pending, self._before = None, now
@@ -274,7 +298,8 @@ def line(row: dict[str, Any]) -> str:
         f"  rows/pass {counts['rows']:.1f} (simulated {row['simulated_rows']:.1f})"
         f"  decoder rows/token {counts['decoder_rows']:.2f}\n    costs, ms: pass "
         f"{costs['c0']:.1f} + {costs['c1']:.2f} rows, boundary {costs['d0']:.1f} + "
-        f"{costs['d1']:.2f} tokens + {costs['d2']:.2f} decoder rows"
+        f"{costs['d1']:.2f} tokens + {costs['d2']:.2f} decoder rows\n    a pass at full depth, ms: "
+        f"{row['around']['model']:.2f} in the model, {row['around']['around']:.2f} around it"
     )
 
 

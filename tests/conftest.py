@@ -38,6 +38,26 @@ def fixed_depth_cases(backbone: str, max_loops: int) -> list[dict[str, Any]]:
     ]
 
 
+def counter(llm: Any, name: str) -> int:
+    """The value of one of vLLM's counters."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def spy_on_steps(llm: Any) -> list[Any]:
+    """A list that gets the `LoopProgress` of every step from now on."""
+    core = llm.llm_engine.engine_core.engine_core
+    batch = core.model_executor.driver_worker.worker.model_runner._batch
+    original, seen = batch.step, []
+
+    def step(*args: Any) -> Any:
+        result = original(*args)
+        seen.append(result[1])
+        return result
+
+    batch.step = step
+    return seen
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _isolated_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Aliases of the person who runs the tests must not matter, nor be changed."""

@@ -59,7 +59,7 @@ def answer(
 
 
 class FakeExecutor:
-    """`StepExecutor` over names. `tokens_of` gives the tokens of a running request."""
+    """`StepExecutor` over names. `batch` is to be set to the batch it works for."""
 
     def __init__(self, tables: PageTables, max_depth: int, budget: int) -> None:
         self.tables, self.max_depth, self.budget = tables, max_depth, budget
@@ -144,7 +144,7 @@ class FakeExecutor:
         for depth in depths:
             self.memory[kind, self.slot(row.sequence, depth, row.end - 1)] = value
 
-    def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
+    def decode(self, rows: list[Rows]) -> None:
         assert 0 < sum(map(len, rows)) <= self.budget
         for row in rows:
             for position in range(row.start, row.end):
@@ -156,7 +156,7 @@ class FakeExecutor:
             for position in range(row.start):
                 self.read("decoder", row.sequence, row.depth, position)
             self.tables.mark_decoded(row)
-        self.decoded.request_ids = [sequence.request_id for sequence in emitting]
+        self.decoded.request_ids = [row.sequence.request_id for row in rows if row.newest]
 
 
 class FakePlatformRunner:
@@ -181,6 +181,12 @@ class FakePlatformRunner:
                 for known, ids in zip(state.block_ids, blocks, strict=True):
                     known.extend(ids)
         self.step_requests = list(scheduler_output.num_scheduled_tokens)
+        for name in self.step_requests:  # what vLLM's runner was told is what there is
+            tables = self._batch._tables
+            table = tables._tables[tables._index[name]]
+            for row, ids in zip(table, self.requests[name].block_ids, strict=True):
+                assert row[: len(ids)].tolist() == ids
+            assert [len(ids) for ids in self.requests[name].block_ids] == tables._lengths[name]
         return None
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:

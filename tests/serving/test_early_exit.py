@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import BACKBONES, GOLDEN, golden_cases
+from tests.conftest import BACKBONES, GOLDEN, counter, golden_cases, spy_on_steps
 from vllm_loopus import exit_depths
 
 RULES = ("halting_strategy", "q_eval_interval", "convergence_epsilon")  # an engine has one
@@ -49,7 +49,8 @@ def params_of(case: dict[str, Any], **more: Any) -> Any:
     from vllm import SamplingParams
 
     knobs = {"max_loops": case["N"], "exit_threshold": case["q_threshold"]}
-    defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
+    length = len(case["tokens"])
+    defaults = {"temperature": 0, "max_tokens": length, "ignore_eos": True, "detokenize": False}
     return SamplingParams(**{**defaults, "extra_args": knobs, **more})
 
 
@@ -63,10 +64,6 @@ def assert_golden(cases: list[dict[str, Any]], outputs: Iterable[Any]) -> None:
     for case, output in zip(cases, outputs, strict=True):
         assert list(output.token_ids) == case["tokens"]
         assert exit_depths(output) == case["depths"]
-
-
-def counter(llm: Any, name: str) -> int:
-    return sum(m.value for m in llm.get_metrics() if m.name == name)
 
 
 def pool(llm: Any) -> Any:
@@ -115,7 +112,8 @@ def test_alone_and_in_one_batch(make_llm: Any, setting: Any) -> None:
 @pytest.mark.parametrize(
     ("setting", "quorum"),
     [(setting, quorum) for setting in MIXED[:1] for quorum in (0.05, 0.5, 1.0, "auto")]
-    + [(setting, quorum) for setting in MIXED[1:] for quorum in (0.05, "auto")],
+    + [(setting, quorum) for setting in MIXED[1:] for quorum in (0.05, "auto")]
+    + [(setting, "auto") for setting in SETTINGS if setting not in MIXED],
     ids=lambda value: value if isinstance(value, str) else str(value)[:30],
 )
 def test_random_order_and_arrival(make_llm: Any, setting: Any, quorum: float | str) -> None:
@@ -130,29 +128,15 @@ def test_random_order_and_arrival(make_llm: Any, setting: Any, quorum: float | s
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
-@pytest.mark.parametrize("setting", MIXED, ids=name_of)
+@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
 @pytest.mark.parametrize("tokens", [16, 48])
 def test_chunks(make_llm: Any, setting: Any, tokens: int) -> None:
     llm = start(make_llm, setting, max_num_batched_tokens=tokens, max_num_seqs=min(tokens, 24))
-    rows: list[int] = []
-    spy_on_passes(llm, rows)
+    steps = spy_on_steps(llm)
     cases = by_rule(setting[0])[setting[1]]
     assert_golden(cases, generate(llm, cases))
-    assert rows and max(rows) <= tokens
-
-
-def spy_on_passes(llm: Any, rows: list[int]) -> None:
-    """Collects the rows of every pass and decoder call."""
-    core = llm.llm_engine.engine_core.engine_core
-    batch = core.model_executor.driver_worker.worker.model_runner._batch
-    original = batch.step
-
-    def step(*args: Any) -> Any:
-        result = original(*args)
-        rows.extend([*result[1].passes, result[1].decoder_rows])
-        return result
-
-    batch.step = step
+    rows = [n for step in steps for n in [*step.passes, step.decoder_rows]]
+    assert 0 < max(rows) <= tokens
 
 
 @pytest.mark.parametrize("setting", MIXED, ids=name_of)
@@ -170,20 +154,8 @@ def test_prefix_hits_between_knobs(make_llm: Any, setting: Any) -> None:
         ]  # fmt: skip
     assert len({case["q_threshold"] for case in long}) > 1
     for _ in range(3):
-        for case, output in zip(long, generate_shorter(llm, long), strict=True):
-            length = len(case["tokens"])
-            assert list(output.token_ids) == case["tokens"][:length]
-            assert exit_depths(output) == case["depths"][:length]
+        assert_golden(long, generate(llm, long))
     assert counter(llm, "vllm:prefix_cache_hits") >= 32 * len(long)
-
-
-def generate_shorter(llm: Any, cases: list[dict[str, Any]]) -> list[Any]:
-    outputs = llm.generate(
-        [{"prompt_token_ids": case["prompt"]} for case in cases],
-        [params_of(case, max_tokens=len(case["tokens"])) for case in cases],
-        use_tqdm=False,
-    )
-    return [output.outputs[0] for output in outputs]
 
 
 @pytest.mark.parametrize("setting", MIXED, ids=name_of)

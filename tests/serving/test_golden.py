@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import BACKBONES, GOLDEN, fixed_depth_cases
+from tests.conftest import BACKBONES, GOLDEN, counter, fixed_depth_cases
 
 BUDGETS = (8, 5, 1)
 LONG = 40  # tokens, so that every sequence grows over a block boundary
 CERTAIN = 1e-4  # a smaller gap between the best two logits may fall either way
-
 
 every = pytest.mark.parametrize(
     "setting", [(b, n) for b in BACKBONES for n in BUDGETS], ids=lambda p: f"{p[0]}-{p[1]}"
@@ -39,10 +38,6 @@ def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 20) -> list[A
     )
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [output.outputs[0] for output in outputs]
-
-
-def counter(llm: Any, name: str) -> int:
-    return sum(m.value for m in llm.get_metrics() if m.name == name)
 
 
 def assert_same(candidate: Any, reference: Any) -> None:

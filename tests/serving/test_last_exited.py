@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import BACKBONES, GOLDEN, golden_cases
+from tests.conftest import BACKBONES, GOLDEN, counter, golden_cases, spy_on_steps
 from vllm_loopus import exit_depths
 
 
@@ -31,10 +31,6 @@ def generate(llm: Any, prompts: list[list[int]], knobs: list[dict[str, Any]]) ->
     return [output.outputs[0] for output in outputs]
 
 
-def hits(llm: Any) -> int:
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
-
-
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_golden_where_all_tokens_leave_at_one_depth(make_llm: Any, backbone: str) -> None:
     """Then nothing is taken over that would have been computed otherwise."""
@@ -53,23 +49,15 @@ def test_alone_as_in_a_batch_and_one_row_a_token(make_llm: Any) -> None:
     llm = start(make_llm, "phi3", enable_prefix_caching=False)
     cases = [c for c in golden_cases("phi3") if len(set(c["depths"])) > 2][:6]
     knobs = [{"max_loops": c["N"], "exit_threshold": c["q_threshold"]} for c in cases]
-    core = llm.llm_engine.engine_core.engine_core
-    batch = core.model_executor.driver_worker.worker.model_runner._batch
-    rows: list[int] = []
-    original = batch.step
-
-    def step(*args: Any) -> Any:
-        result = original(*args)
-        rows.extend(result[1].passes)
-        return result
-
-    batch.step = step
+    steps = spy_on_steps(llm)
     alone = []
     for case, knob in zip(cases, knobs, strict=True):
-        rows.clear()
+        steps.clear()
         alone += generate(llm, [case["prompt"]], [knob])
         prompt_rows = 8 * len(case["prompt"])
-        assert sum(rows) == prompt_rows + sum(exit_depths(alone[-1])[1:])
+        assert sum(n for step in steps for n in step.passes) == prompt_rows + sum(
+            exit_depths(alone[-1])[1:]
+        )
     together = generate(llm, [c["prompt"] for c in cases], knobs)
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
@@ -98,9 +86,9 @@ def test_blocks_are_shared_between_equal_knobs_only(make_llm: Any) -> None:
         ({}, 0),
         ({"min_loops": 1}, 32),  # the default, said aloud
     ):
-        before = hits(llm)
+        before = counter(llm, "vllm:prefix_cache_hits")
         generate(llm, [prompt], [knobs])
-        assert hits(llm) - before == expected, knobs
+        assert counter(llm, "vllm:prefix_cache_hits") - before == expected, knobs
 
 
 def test_preemption_finishes(make_llm: Any) -> None:
@@ -113,4 +101,4 @@ def test_preemption_finishes(make_llm: Any) -> None:
         [{"prompt_token_ids": c["prompt"]} for c in cases], sampling, use_tqdm=False
     )
     assert all(len(o.outputs[0].token_ids) == 60 for o in outputs)
-    assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+    assert counter(llm, "vllm:num_preemptions") > 0

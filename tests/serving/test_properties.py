@@ -4,8 +4,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm.v1.request import RequestStatus
 
 from tests.serving.fakes import BLOCK, Engine, answer
+from vllm_loopus.serving.staircase import LoopedSequence
 
 # Prompts that share beginnings, so that prefix hits happen.
 PROMPT = st.tuples(st.integers(0, 1), st.integers(1, 22), st.integers(0, 2)).map(
@@ -26,16 +28,17 @@ def requests(draw: Any) -> dict[str, Any]:
     }
 
 
-def check_watermarks(engine: Engine, seen: dict[tuple[str, int], list[int]]) -> None:
+def check_watermarks(engine: Engine, seen: dict[str, tuple[LoopedSequence, list[int]]]) -> None:
     """Ordered by depth, never going back while the sequence runs, never beyond its tokens."""
     for name, running in engine.runner._batch._running.items():
         sequence = running.sequence
         assert sequence.done == sorted(sequence.done, reverse=True)
         assert sequence.done[0] <= len(running.tokens)
         assert all(v <= w for v, w in zip(sequence.decoded[1:], sequence.done[1:], strict=True))
-        before = seen.get((name, id(sequence)), [0] * len(sequence.done))
-        assert all(a >= b for a, b in zip(sequence.done, before, strict=True))
-        seen[name, id(sequence)] = list(sequence.done)
+        earlier, before = seen.get(name, (None, []))
+        if earlier is sequence:
+            assert all(a >= b for a, b in zip(sequence.done, before, strict=True))
+        seen[name] = sequence, list(sequence.done)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -66,18 +69,15 @@ def test_everything_finishes_right(
         prefix_caching=caching,
         kv_policy=kv_policy,
     )
-    seen: dict[tuple[str, int], list[int]] = {}
+    seen: dict[str, tuple[LoopedSequence, list[int]]] = {}
     aborted = set()
     while engine.scheduler.has_requests() or any(
         f"r{i}" not in engine.outputs for i in range(len(items))
     ):
         for index, item in enumerate(items):
             name = f"r{index}"
-            if item["arrives"] == engine.steps or (
-                name not in engine.outputs and not engine.scheduler.has_requests()
-            ):
-                if name in engine.outputs:
-                    continue
+            idle = not engine.scheduler.has_requests()
+            if name not in engine.outputs and (item["arrives"] <= engine.steps or idle):
                 engine.add(
                     name,
                     item["prompt"],
@@ -87,11 +87,12 @@ def test_everything_finishes_right(
                 )
                 item["from"] = engine.steps
             after = item["aborted_after"]
-            if after is not None and engine.steps == item.get("from", -99) + after:
-                from vllm.v1.request import RequestStatus
-
-                if engine.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED):
-                    aborted.add(name)
+            if (
+                after is not None
+                and engine.steps == item.get("from", -99) + after
+                and engine.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+            ):
+                aborted.add(name)
         engine.step()
         check_watermarks(engine, seen)
         assert engine.steps < 3000, "it does not finish"

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -90,7 +91,6 @@ def test_cpu_memory_is_a_share_of_what_is_free(
     make_llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM's own default, 92 % of all memory, does not start on a machine in use."""
-    psutil = pytest.importorskip("psutil")
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     free = psutil.virtual_memory().available
     size = make_llm(

@@ -78,9 +78,9 @@ class RequestKnobs:
         Raises `VLLMValidationError` (HTTP 400) naming the parameter, its value and the fix.
         """
         given = extra_args or {}
-        max_loops = _loops(given, "max_loops", config.max_loops, config.max_loops, "served")
+        max_loops = _loops(given, "max_loops", config.max_loops, config.max_loops, "the served ")
         default_min = min(config.min_loops, max_loops)
-        min_loops = _loops(given, "min_loops", default_min, max_loops, "max_loops")
+        min_loops = _loops(given, "min_loops", default_min, max_loops)
         threshold = given.get("exit_threshold")
         if threshold is None:
             threshold = config.exit_threshold
@@ -97,13 +97,12 @@ class RequestKnobs:
         return cls(max_loops, min_loops, float(threshold), tuple(depths))
 
 
-def _loops(given: Mapping[str, Any], name: str, default: int, most: int, what: str) -> int:
+def _loops(given: Mapping[str, Any], name: str, default: int, most: int, whose: str = "") -> int:
     value = given.get(name)
     if value is None:
         return default
     if not _is_integer(value) or not 1 <= value <= most:
-        limit = f"the served max_loops={most}" if what == "served" else f"max_loops={most}"
-        _refuse(name, value, f"must be a whole number from 1 to {limit}")
+        _refuse(name, value, f"must be a whole number from 1 to {whose}max_loops={most}")
     return int(value)
 
 

@@ -6,10 +6,13 @@ state of a position at a depth: planes differ in their blocks alone (see `planes
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.serving.staircase import Rows
 
@@ -109,12 +112,20 @@ class BatchLayout:
     entry: NDArray[np.int64]  # [T]
     positions: NDArray[np.int64]  # [T]
 
+    @cached_property
+    def own_slots(self) -> NDArray[np.int64]:
+        """Slot of every row [T] at its own depth."""
+        return self.slots(self.depth)
+
     def slots(self, depth: NDArray[np.int64]) -> NDArray[np.int64]:
         """Slot of every row [T] in the plane of its entry's `depth` [E]."""
-        blocks = self.tables[
-            self.sequence[self.entry], depth[self.entry] - 1, self.positions // self.block_size
-        ]
-        return blocks.astype(np.int64) * self.block_size + self.positions % self.block_size
+        return self._slots(self.sequence[self.entry], depth[self.entry], self.positions)
+
+    def _slots(
+        self, sequence: NDArray[Any], depth: NDArray[Any], positions: NDArray[Any]
+    ) -> NDArray[np.int64]:
+        blocks = self.tables[sequence, depth - 1, positions // self.block_size]
+        return blocks.astype(np.int64) * self.block_size + positions % self.block_size
 
     def through(
         self, entries: NDArray[np.int64], deeper_only: bool
@@ -126,13 +137,11 @@ class BatchLayout:
         entry, column = np.nonzero(depths > own if deeper_only else depths != own)
         chosen = entries[entry]
         rows = self.last_rows[chosen]
-        position = self.positions[rows]
-        blocks = self.tables[self.sequence[chosen], column, position // self.block_size]
-        return rows, blocks.astype(np.int64) * self.block_size + position % self.block_size
+        return rows, self._slots(self.sequence[chosen], depths[column], self.positions[rows])
 
     def block_table(self) -> NDArray[np.int32]:
         """Block ids [E, blocks] of each entry at its depth, as many as the longest needs."""
-        width = -(-int(self.ends.max()) // self.block_size)
+        width = cdiv(int(self.ends.max()), self.block_size)
         return np.ascontiguousarray(self.tables[self.sequence, self.depth - 1, :width])
 
     @property
@@ -150,7 +159,6 @@ class StatePages:
     """
 
     def __init__(self, pages: list[torch.Tensor], hidden_size: int) -> None:
-        self.hidden_size = hidden_size
         self._rows: list[torch.Tensor] = []
         self._widths: list[int] = []
         left = hidden_size

@@ -136,13 +136,15 @@ class PagedExecutor:
             step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
             survival=self._column([s.survival for s in sequences]),
         )
-        for sequence, value in zip(sequences, survival.tolist(), strict=True):
-            sequence.survival = value
-        return [bool(leaving) for leaving in leaves.tolist()]
+        if self._rule.strategy == "cdf":  # the others leave it as it is: one sync a pass
+            for sequence, value in zip(sequences, survival.tolist(), strict=True):
+                sequence.survival = value
+        decisions: list[bool] = leaves.tolist()
+        return decisions
 
-    def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
+    def decode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout(rows)
-        states = self._states.read(self._tensor(layout.slots(layout.depth)))
+        states = self._states.read(self._tensor(layout.own_slots))
         through = self._through(rows, layout, deeper_only=False)
         with self._attention(layout, self._model.planes.decoder_names, through):
             hidden = self._model.decode(states, self._tensor(layout.positions))
@@ -157,7 +159,7 @@ class PagedExecutor:
         newest = [index for index, entry in enumerate(rows) if entry.newest]
         if newest:
             self.decoded.hidden = hidden[self._tensor(layout.last_rows[newest])]
-            self.decoded.request_ids = [sequence.request_id for sequence in emitting]
+            self.decoded.request_ids = [rows[index].sequence.request_id for index in newest]
 
     def _through(
         self, rows: list[Rows], layout: BatchLayout, deeper_only: bool
@@ -178,7 +180,7 @@ class PagedExecutor:
     ) -> Iterator[torch.Tensor]:
         """Inside, the layers attend with each entry in the plane of its depth, and write K/V of the
         rows in `through` to more slots. Gives the rows' own slots."""
-        slots = self._tensor(layout.slots(layout.depth))
+        slots = self._tensor(layout.own_slots)
         query_start = torch.from_numpy(layout.offsets.astype(np.int32))
         lengths = np.diff(layout.offsets)
         seq_lens = torch.from_numpy(layout.ends.astype(np.int32))

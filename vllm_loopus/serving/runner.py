@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
@@ -48,9 +49,9 @@ class LoopUSRunner(Runner):
     """Mixed in before vLLM's V1 runner of the platform; see `adopt`."""
 
     num_prompt_logprobs: dict[str, int]
+    _batch: LoopedBatch  # from initialize_kv_cache on
 
     def _init_loop(self) -> None:
-        self._batch: LoopedBatch | None = None
         self._unseen: dict[str, _Unseen] = {}
         self._knobs: dict[str, RequestKnobs] = {}
         self._decoded: Decoded | None = None
@@ -63,7 +64,7 @@ class LoopUSRunner(Runner):
         block_size = groups[0].kv_cache_spec.block_size
         tables = PageTables(
             num_depths=len(groups),
-            max_blocks=-(-self.max_model_len // block_size),
+            max_blocks=cdiv(self.max_model_len, block_size),
             num_blocks=kv_cache_config.num_blocks,
             block_size=block_size,
         )
@@ -88,53 +89,48 @@ class LoopUSRunner(Runner):
     ) -> Any:
         """As in vLLM: None when `sample_tokens` is to follow, else the step's output."""
         self._receive(scheduler_output)
-        batch = self._batch
-        assert batch is not None
-        self._decoded, self._progress = batch.step(
+        self._decoded, self._progress = self._batch.step(
             scheduler_output.num_scheduled_tokens, getattr(scheduler_output, COSTS, None)
         )
         leaving = self._decoded.request_ids
         result = super().execute_model(self._only(leaving, scheduler_output), intermediate_tensors)
         if leaving:
             return result
+        self._decoded = None
         return LoopUSRunnerOutput(req_ids=[], req_id_to_index={}, loop=self._progress)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        batch = self._batch
-        assert batch is not None
         for request_id, tokens in zip(output.req_ids, output.sampled_token_ids, strict=True):
             for token in tokens:
-                batch.sampled(request_id, token)
+                self._batch.sampled(request_id, token)
         self._decoded = None
         return LoopUSRunnerOutput(**vars(output), loop=self._progress)
 
     def _receive(self, scheduler_output: "SchedulerOutput") -> None:
         """Brings the batch up to date with the scheduler."""
-        batch = self._batch
-        assert batch is not None
         if blocks := scheduler_output.new_block_ids_to_zero:
             self._zero_block_ids(blocks)
         for request_id in scheduler_output.finished_req_ids:
-            batch.remove(request_id)
+            self._batch.remove(request_id)
             self._unseen.pop(request_id, None)
             self._knobs.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
-            batch.remove(request_id)
+            self._batch.remove(request_id)
         config = self.vllm_config.model_config.hf_config
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             assert new.prompt_token_ids is not None and params is not None
             self._knobs[new.req_id] = RequestKnobs.of(params.extra_args, config)
             self._unseen[new.req_id] = _Unseen(new, False, _copied(new.block_ids))
-            batch.add(
+            self._batch.add(
                 new.req_id,
                 new.prompt_token_ids,
                 new.block_ids,
                 new.num_computed_tokens,
                 self._knobs[new.req_id],
-                wants_prompt=params.prompt_logprobs is not None,
+                wants_prompt=_wants_prompt(new),
             )
         cached = scheduler_output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
@@ -143,7 +139,7 @@ class LoopUSRunner(Runner):
                 assert blocks is not None
                 self._resume(request_id, blocks, cached.num_computed_tokens[index])
             elif blocks is not None:
-                batch.grow(request_id, blocks)
+                self._batch.grow(request_id, blocks)
                 unseen = self._unseen.setdefault(
                     request_id, _Unseen(None, False, tuple([] for _ in blocks))
                 )
@@ -152,8 +148,6 @@ class LoopUSRunner(Runner):
 
     def _resume(self, request_id: str, blocks: tuple[list[int], ...], computed: int) -> None:
         """A preempted request comes back: all it had is to be computed again."""
-        batch = self._batch
-        assert batch is not None
         unseen = self._unseen.get(request_id)
         new = unseen.new if unseen is not None else None
         if new is not None:  # preempted before its first token
@@ -163,27 +157,23 @@ class LoopUSRunner(Runner):
             tokens = [*(state.prompt_token_ids or ()), *state.output_token_ids]
             generated = len(state.output_token_ids)
         self._unseen[request_id] = _Unseen(new, new is None, _copied(blocks))
-        batch.add(
+        self._batch.add(
             request_id,
             tokens,
             blocks,
             computed,
             self._knobs[request_id],
             num_generated=generated,
-            wants_prompt=new is not None
-            and new.sampling_params is not None
-            and new.sampling_params.prompt_logprobs is not None,
+            wants_prompt=new is not None and _wants_prompt(new),
         )
 
     def _only(self, leaving: list[str], scheduler_output: "SchedulerOutput") -> "SchedulerOutput":
         """What vLLM's runner is to see of a step: leaving requests, one position each."""
-        batch = self._batch
-        assert batch is not None
         new: list[NewRequestData] = []
         cached = CachedRequestData([], set(), [], {}, [], [], [])
         for request_id in leaving:
             unseen = self._unseen.pop(request_id, None)
-            position = batch.position(request_id)
+            position = self._batch.position(request_id)
             if unseen is not None and unseen.new is not None:
                 new.append(
                     replace(unseen.new, block_ids=unseen.blocks, num_computed_tokens=position)
@@ -227,9 +217,11 @@ class LoopUSRunner(Runner):
 
         vLLM's own function is called as for a prompt in chunks, once the depth is known.
         """
+        if self._decoded is None or not self._decoded.prompts:
+            return {}
+        prompts = self._decoded.prompts
         wanted: dict[str, int] = self.num_prompt_logprobs
         start = self.query_start_loc.np.copy()
-        prompts = self._decoded.prompts if self._decoded is not None else {}
         result: dict[str, Any] = {}
         for request_id in [name for name in wanted if name in prompts]:
             hidden, state = prompts[request_id], self.requests[request_id]
@@ -256,6 +248,10 @@ def adopt(runner: Any) -> Any:
     runner.__class__ = type(f"LoopUS{kind.__name__}", (LoopUSRunner, kind), {})
     runner._init_loop()
     return runner
+
+
+def _wants_prompt(new: NewRequestData) -> bool:
+    return new.sampling_params is not None and new.sampling_params.prompt_logprobs is not None
 
 
 def _copied(blocks: tuple[list[int], ...]) -> tuple[list[int], ...]:

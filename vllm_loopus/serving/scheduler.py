@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+KNOBS_IN_SALT = "|loopus:"  # separates them from the salt that the request came with
+
+
 class LateKVCacheManager(KVCacheManager):
     """Publishes blocks to the prefix cache when they are computed at every depth, not before.
 
@@ -106,6 +109,9 @@ def _salt_with_knobs(request: "Request", config: Any) -> None:
     """In `last_exited` K/V depends on the knobs: give each setting a prefix cache of its own."""
     params = request.sampling_params
     knobs = RequestKnobs.of(params.extra_args if params is not None else None, config)
-    request.cache_salt = f"{request.cache_salt or ''}|{knobs}"
+    suffix = f"{KNOBS_IN_SALT}{knobs}"
+    if (request.cache_salt or "").endswith(suffix):  # a session that goes on
+        return
+    request.cache_salt = f"{request.cache_salt or ''}{suffix}"
     request.block_hashes = []
     request.update_block_hashes()

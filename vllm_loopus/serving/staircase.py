@@ -120,16 +120,6 @@ class LoopedSequence:
         depths = self.knobs.exit_depths
         return depths[self.num_generated] if self.num_generated < len(depths) else None
 
-    @property
-    def latest_exit(self) -> int:
-        """The depth at which the token in flight leaves at the latest."""
-        return self.forced_depth or self.knobs.max_loops
-
-    @property
-    def earliest_exit(self) -> int:
-        """The depth before which it cannot leave."""
-        return self.forced_depth or self.knobs.min_loops
-
     def decide(self, depth: int, leaves: bool) -> None:
         """The newest position reached `depth`; `leaves` is the halting rule's word."""
         forced = self.forced_depth

@@ -31,8 +31,8 @@ class StepExecutor(Protocol):
         """
         ...
 
-    def decode(self, rows: list[Rows], emitting: list[LoopedSequence]) -> None:
-        """Runs the decoder and keeps the hidden states of the newest positions of `emitting`."""
+    def decode(self, rows: list[Rows]) -> None:
+        """Runs the decoder and keeps the hidden states of the newest positions among `rows`."""
         ...
 
 
@@ -66,11 +66,9 @@ def run_step(
     max_depth = max((sequence.max_depth for sequence in scheduled), default=0)
     if new_rows:
         executor.encode(list(new_rows))
-    new = {id(rows.sequence) for rows in new_rows}
     # Oldest first; new ones before all in the first pass, for h^0 is not kept.
     order = sorted(scheduled, key=lambda sequence: -sequence.age)
-    first = [rows.sequence for rows in new_rows]
-    first += [sequence for sequence in order if id(sequence) not in new]
+    first = sorted(order, key=lambda sequence: sequence.depth > 0)
     for number in range(max_depth):
         if not _run_pass(order if number else first, row_budget, rule, executor, report):
             break
@@ -124,7 +122,6 @@ def _decode(
     order: Sequence[LoopedSequence], budget: int, executor: StepExecutor, report: StepReport
 ) -> None:
     batch: list[Rows] = []
-    emitting: list[LoopedSequence] = []
     for sequence in order:
         if not (sequence.refined and sequence.wants_token) or not budget:
             continue
@@ -132,16 +129,14 @@ def _decode(
             rows.end = min(rows.end, rows.start + budget)
             budget -= len(rows)
             batch.append(rows)
-            if rows.newest:
-                emitting.append(sequence)
             if not budget:
                 break
     if not batch:
         return
-    executor.decode(batch, emitting)
+    executor.decode(batch)
+    report.decoder_rows = sum(map(len, batch))
     for rows in batch:
         rows.sequence.advance_decoder(rows)
-    report.decoder_rows = sum(map(len, batch))
-    for sequence in emitting:
-        sequence.finish()
-    report.emitted = emitting
+        if rows.newest:
+            rows.sequence.finish()
+            report.emitted.append(rows.sequence)
