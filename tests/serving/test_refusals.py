@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 
 from tests.conftest import GOLDEN
 
@@ -92,7 +92,8 @@ def test_cpu_memory_is_a_share_of_what_is_free(
 ) -> None:
     """vLLM's own default, 92 % of all memory, does not start on a machine in use."""
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
-    free = psutil.virtual_memory().available
+    nodes = {cpu.numa_node for cpu in get_allowed_cpu_list()}
+    free = min(get_memory_node_info(node).available_memory for node in nodes)
     size = make_llm(
         GOLDEN / "qwen3", skip_tokenizer_init=True
     ).llm_engine.vllm_config.cache_config.kv_cache_memory_bytes

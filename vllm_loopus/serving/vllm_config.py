@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from vllm import envs
 from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.serving.knobs import EngineOptions
@@ -129,9 +130,13 @@ def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
         or cache.gpu_memory_utilization != CacheConfig.gpu_memory_utilization
     ):
         return
-    cache.kv_cache_memory_bytes = int(CPU_CACHE_SHARE * psutil.virtual_memory().available)
+    nodes = {cpu.numa_node for cpu in get_allowed_cpu_list()}
+    free = min(get_memory_node_info(node).available_memory for node in nodes)  # vLLM's own check
+    ranks = cdiv(vllm_config.parallel_config.world_size, len(nodes))
+    cache.kv_cache_memory_bytes = int(CPU_CACHE_SHARE * free) // ranks
     logger.info(
-        "K/V takes %.1f GiB, %d %% of the free memory; VLLM_CPU_KVCACHE_SPACE (GiB) overrides",
+        "K/V takes %.1f GiB a rank, %d %% of the memory node's free memory; "
+        "VLLM_CPU_KVCACHE_SPACE (GiB) overrides",
         cache.kv_cache_memory_bytes / 2**30,
         100 * CPU_CACHE_SHARE,
     )
