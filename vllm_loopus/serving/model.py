@@ -103,7 +103,12 @@ class ReasoningBlock(LayerRun):
 
 
 class Decoder(LayerRun):
-    """`D` without the LM head: `h^d` [T, H] -> normed hidden states [T, H]."""
+    """`D` without the LM head: `h^d` [T, H] -> normed hidden states [T, H].
+
+    Of most rows only the K/V is needed, by the positions after them. `wanted` [M] are the rows
+    whose hidden states are used; the last layer's MLP, the bulk of a layer, runs on these alone,
+    and what comes out for the others means nothing.
+    """
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: LoopUSConfig = vllm_config.model_config.hf_config
@@ -115,13 +120,35 @@ class Decoder(LayerRun):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.lm_head",
         )
+        self._wanted: torch.Tensor | None = None
+        if self.layers:
+            mlp: Any = self.layers[-1].mlp
+            mlp.register_forward_pre_hook(self._select)
+            mlp.register_forward_hook(self._spread)
 
-    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not self.layers:
             return self.norm(state)
+        self._wanted, self._num_rows = wanted, len(state)
         hidden, residual = self.run_layers(state.clone(), positions)
         normed, _ = self.norm(hidden, residual)
         return normed
+
+    def _select(self, mlp: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return args if self._wanted is None else (args[0][self._wanted],)
+
+    def _spread(
+        self, mlp: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor:
+        if self._wanted is None:
+            return output
+        rows = output.new_zeros(self._num_rows, output.shape[-1])
+        return rows.index_copy_(0, self._wanted, output)
 
 
 class LoopUSForCausalLM(nn.Module):
@@ -185,8 +212,14 @@ class LoopUSForCausalLM(nn.Module):
         dtype = next(self.q_head.parameters()).dtype
         return torch.sigmoid(self.q_head(seen.to(dtype))).squeeze(-1).float()
 
-    def decode(self, state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.decoder(state, positions)
+    def decode(
+        self,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`h^d` [T, H] -> normed hidden states [T, H], of use for the rows `wanted` [M] (all)."""
+        return self.decoder(state, positions, wanted)
 
     def at_depth(self, depth: int) -> AbstractContextManager[None]:
         return self.planes.at_depth(depth)

@@ -147,7 +147,9 @@ class PagedExecutor:
         states = self._states.read(self._tensor(layout.own_slots))
         through = self._through(rows, layout, deeper_only=False)
         with self._attention(layout, self._model.planes.decoder_names, through):
-            hidden = self._model.decode(states, self._tensor(layout.positions))
+            hidden = self._model.decode(
+                states, self._tensor(layout.positions), self._wanted(rows, layout)
+            )
         for index, entry in enumerate(rows):
             self._tables.mark_decoded(entry)
             name = entry.sequence.request_id
@@ -160,6 +162,22 @@ class PagedExecutor:
         if newest:
             self.decoded.hidden = hidden[self._tensor(layout.last_rows[newest])]
             self.decoded.request_ids = [rows[index].sequence.request_id for index in newest]
+
+    def _wanted(self, rows: list[Rows], layout: BatchLayout) -> torch.Tensor | None:
+        """Rows [M] of the decoder whose hidden states are used: newest, and prompts to score.
+
+        None for all. At least one row, for layers that cannot run on none.
+        """
+        parts = [
+            np.arange(start, end)
+            if entry.sequence.request_id in self._prompt_parts
+            else np.arange(end - entry.newest, end)
+            for entry, start, end in zip(rows, layout.offsets, layout.offsets[1:], strict=False)
+        ]
+        wanted = np.concatenate(parts)
+        if len(wanted) == len(layout.positions):
+            return None
+        return self._tensor(wanted if len(wanted) else np.array([0]))
 
     def _through(
         self, rows: list[Rows], layout: BatchLayout, deeper_only: bool
