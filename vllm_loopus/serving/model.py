@@ -120,7 +120,8 @@ class Decoder(LayerRun):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.lm_head",
         )
-        self._wanted: torch.Tensor | None = None
+        self._wanted: torch.Tensor | None = None  # of the call in progress, for the hooks
+        self._num_rows = 0
         if self.layers:
             mlp: Any = self.layers[-1].mlp
             mlp.register_forward_pre_hook(self._select)
