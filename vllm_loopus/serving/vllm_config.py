@@ -16,6 +16,7 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_
 from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.knobs import EngineOptions
 
 if TYPE_CHECKING:
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.loopus")
 
 CPU_CACHE_SHARE = 0.4
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "tekken.json",
-)
 
 
 class LoopUSVllmConfig(VerifyAndUpdateConfig):
