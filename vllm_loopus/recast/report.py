@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vllm_loopus.recast.cut import Cut, range_text
 
@@ -76,16 +77,16 @@ def _curve(
     axes: Axes, title: str, x: range, values: list[float], cut: Cut, label: str | None = None
 ) -> None:
     """A curve over layers (x from 0 to L-1) or over the states before and after them (0 to L)."""
-    offset = (
-        0.5 if len(x) == cut.num_layers else 0.0
-    )  # a layer stands on the middle of its interval
+    over_layers = len(x) == cut.num_layers
+    first = -0.5 if over_layers else 0.0  # layer l takes state l to state l + 1
     for block, run in cut.runs.items():
         if run:
-            axes.axvspan(run[0] - 0.5 + offset, run[-1] + 0.5 + offset, alpha=0.12,
-                         color=COLOURS[block], linewidth=0)  # fmt: skip
-    axes.plot([i + offset for i in x], values, marker=".", color="#333333", label=label)
+            ends = run[0] + first, run[-1] + 1 + first
+            axes.axvspan(*ends, alpha=0.12, color=COLOURS[block], linewidth=0)
+    axes.plot(x, values, marker=".", color="#333333", label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("layer" if offset else "state")
+    axes.set_xlabel("layer" if over_layers else "state")
 
 
 def _heat_map(axes: Axes, cosine: list[list[float]], cut: Cut) -> None:
