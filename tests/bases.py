@@ -36,7 +36,7 @@ GEMMA = {
     "final_logit_softcapping": 3.0,
     "tie_word_embeddings": True,
 }
-# By model_type: the names of the transformers classes without their ending, and config fields.
+# By model_type: the transformers model and config, and fields of the config.
 BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen2": (
@@ -112,7 +112,7 @@ def base_config(model_type: str, **changes: Any) -> Any:
 
 
 def save_base(model_type: str, folder: Path, seed: int = 1) -> None:
-    """A random model and a tokenizer. Norms and biases, which begin as constants, are random too."""
+    """A random model, norms and biases included, and a tokenizer."""
     torch.manual_seed(seed)
     model = getattr(transformers, BASES[model_type][0])(base_config(model_type))
     with torch.no_grad():

@@ -35,6 +35,11 @@ class Backbone:
     attention_softcap: str | None = None
     logit_softcap: str | None = None
 
+    def value(self, base: Any, difference: str) -> Any:
+        """What `base`, a config, holds in the field that `difference` names; None for no field."""
+        field = getattr(self, difference)
+        return None if field is None else getattr(base, field)
+
 
 def load_class(path: str) -> Any:
     """The class that `path` (`module:Class`) names."""
@@ -44,7 +49,7 @@ def load_class(path: str) -> Any:
 
 _SPLIT = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 _MERGED = {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_up_proj"]}
-_GEMMA = {
+_GEMMA: dict[str, Any] = {
     "vllm_norm": "vllm.model_executor.layers.layernorm:GemmaRMSNorm",
     "windows": "listed",
     "scaled_embedding": True,

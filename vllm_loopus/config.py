@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from vllm_loopus.backbones import BACKBONES, Backbone
+from vllm_loopus.base_attention import BaseAttention
 
 ARCHITECTURE = "LoopUSForCausalLM"
 HALTING_STRATEGIES = ("threshold", "cdf", "convergence")
@@ -21,16 +22,6 @@ MISSING_BASE = (
     "released format)"
 )
 MAX_RECURSION_DEPTH = 256  # more planes than this is a typing mistake, not a model
-FULL, SLIDING = "full_attention", "sliding_attention"
-# Those whose table is a function of the position alone, but for "longrope": see `exact_context`.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-# Fields that transformers or vLLM acts upon and the other does not, and what switches them off.
-NOT_REPRODUCED: dict[str, Any] = {
-    "is_causal": True,
-    "use_bidirectional_attention": False,
-    "dual_chunk_attention_config": None,
-    "llama_4_scaling": None,
-}
 
 
 class LoopUSConfig(PreTrainedConfig):
@@ -128,6 +119,16 @@ class LoopUSConfig(PreTrainedConfig):
         return _backbone_of(self.base.model_type)
 
     @property
+    def attention(self) -> BaseAttention:
+        """How the base's layers attend."""
+        return BaseAttention(self.base, self.backbone)
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The base's cap on logits, None for none."""
+        return self.backbone.value(self.base, "logit_softcap")
+
+    @property
     def hidden_size(self) -> int:
         return int(self.get_text_config().hidden_size) if self.base_config is not None else 0
 
@@ -139,7 +140,7 @@ class LoopUSConfig(PreTrainedConfig):
         """Raises `ValueError` naming field, value and fix when fields do not fit together."""
         self.base  # noqa: B018  (raises when missing)
         self._check_layers()
-        self._check_attention()
+        self.attention.check()
         if not 1 <= self.max_loops <= MAX_RECURSION_DEPTH:
             raise ValueError(
                 f"max_loops={self.max_loops} must be from 1 to {MAX_RECURSION_DEPTH}; "
@@ -202,108 +203,6 @@ class LoopUSConfig(PreTrainedConfig):
                         "reasoning and decoder must be ascending runs in this order"
                     )
                 previous = index
-
-    def _check_attention(self) -> None:
-        base = self.base
-        for name, value in NOT_REPRODUCED.items():
-            if getattr(base, name, value) not in (value, None):
-                raise ValueError(
-                    f"base_config.{name}={getattr(base, name)!r} is not supported: set it to "
-                    f"{value!r} if the context served does without it"
-                )
-        self._check_windows()
-        for table in self._rope_tables():
-            kind = table.get("rope_type", "default")
-            if kind not in ROPE_TYPES:
-                raise ValueError(
-                    f"rope_type={kind!r} of base_config.rope_parameters is not supported; "
-                    f"supported: {', '.join(ROPE_TYPES)}"
-                )
-            share = table.get("partial_rotary_factor", 1.0)
-            if share != 1.0 and not self.backbone.partial_rotary:
-                raise ValueError(
-                    f"partial_rotary_factor={share} of base_config.rope_parameters is not "
-                    f"supported for {base.model_type} models; remove it"
-                )
-
-    def _check_windows(self) -> None:
-        window = getattr(self.base, "sliding_window", None)
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ValueError(
-                f"base_config.sliding_window={window!r} must be a number of positions, or null for "
-                "full attention"
-            )
-        if window is not None and self.backbone.windows == "none":
-            raise ValueError(
-                f"base_config.sliding_window={window} means nothing to a {self.base.model_type} "
-                "model; set it to null"
-            )
-        types, listed = self.attention_types, getattr(self.base, "layer_types", None)
-        if listed is not None and list(listed) != types:
-            raise ValueError(
-                f"base_config.layer_types={list(listed)} with sliding_window={window} is not what "
-                f"a {self.base.model_type} model does; it does {types}: remove layer_types"
-            )
-        if unknown := set(types) - {FULL, SLIDING}:
-            raise ValueError(
-                f"base_config.layer_types lists {sorted(unknown)}; only {FULL} and {SLIDING} are "
-                "supported"
-            )
-        if len(types) != self.base.num_hidden_layers:
-            raise ValueError(
-                f"base_config.layer_types has {len(types)} entries for "
-                f"num_hidden_layers={self.base.num_hidden_layers}; list one a layer"
-            )
-
-    def _rope_tables(self) -> list[dict[str, Any]]:
-        """The base's rotary parameters: one set, or one a layer type."""
-        parameters = getattr(self.base, "rope_parameters", None) or {}
-        if self.backbone.rotary_by_layer_type:
-            return [table for table in parameters.values() if table]
-        return [parameters]
-
-    @property
-    def attention_types(self) -> list[str]:
-        """`full_attention` or `sliding_attention` for each layer of the base."""
-        base, windows = self.base, self.backbone.windows
-        if windows == "listed":
-            return list(base.layer_types)
-        slides = windows == "all" and getattr(base, "sliding_window", None) is not None
-        return [SLIDING if slides else FULL] * base.num_hidden_layers
-
-    def window(self, layer: int) -> int | None:
-        """How many positions a layer of the base attends to, its own included; None for all."""
-        if self.attention_types[layer] == FULL:
-            return None
-        window: int | None = self.base.sliding_window
-        return window
-
-    @property
-    def logit_softcap(self) -> float | None:
-        """The cap on logits, None for none."""
-        return self._softcap(self.backbone.logit_softcap)
-
-    @property
-    def attention_softcap(self) -> float | None:
-        """The cap on attention scores, None for none."""
-        return self._softcap(self.backbone.attention_softcap)
-
-    def _softcap(self, field: str | None) -> float | None:
-        return getattr(self.base, field) if field is not None else None
-
-    @property
-    def exact_context(self) -> int | None:
-        """The longest sequence whose rotary table does not depend on its length; None for any.
-
-        LongRoPE rotates by other frequencies once a sequence outgrows the original context, K/V
-        of all its positions included.
-        """
-        lengths = [
-            table["original_max_position_embeddings"]
-            for table in self._rope_tables()
-            if table.get("rope_type") == "longrope"
-        ]
-        return min(lengths, default=None)
 
 
 class ReleasedLoopUSConfig(LoopUSConfig):

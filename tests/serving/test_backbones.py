@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.bases import BASES, SIZES, WINDOW, load_base, save_base
 from vllm_loopus import exit_depths
@@ -94,6 +95,14 @@ def generate(case: Case, **options: Any) -> list[Any]:
     return case.llm.generate(prompts, params, use_tqdm=False)
 
 
+def test_windows_are_masks_alone(case: Case) -> None:
+    """Every plane keeps all its positions: a deeper token may ask for any of them."""
+    core = case.llm.llm_engine.engine_core.engine_core
+    groups = core.scheduler.kv_cache_config.kv_cache_groups
+    assert len(groups) == MAX_LOOPS
+    assert all(type(group.kv_cache_spec) is FullAttentionSpec for group in groups)
+
+
 def test_early_exit(case: Case) -> None:
     expected = [reference(case, prompt) for prompt in case.prompts]
     assert len({depth for _, depths in expected for depth in depths}) > 1
@@ -103,17 +112,22 @@ def test_early_exit(case: Case) -> None:
 
 @torch.no_grad()
 def test_one_open_loop_is_the_base(case: Case) -> None:
-    """Runs last on the case's engine: it opens the gate (a = 1) in place."""
     core = case.llm.llm_engine.engine_core.engine_core
-    model = core.model_executor.driver_worker.worker.model_runner.model
-    model.reasoning.gate.delta_proj.bias.fill_(-100)
-    outputs = generate(
-        case,
-        max_tokens=1,
-        logprobs=VOCABULARY,
-        prompt_logprobs=VOCABULARY,
-        extra_args={"max_loops": 1},
+    bias = (
+        core.model_executor.driver_worker.worker.model_runner.model.reasoning.gate.delta_proj.bias
     )
+    trained = bias.clone()
+    bias.fill_(-100)  # a = 1: the update is taken whole
+    try:
+        outputs = generate(
+            case,
+            max_tokens=1,
+            logprobs=VOCABULARY,
+            prompt_logprobs=VOCABULARY,
+            extra_args={"max_loops": 1},
+        )
+    finally:
+        bias.copy_(trained)
     for prompt, output in zip(case.prompts, outputs, strict=True):
         expected = case.base(torch.tensor([prompt])).logits[0].log_softmax(-1)
         found = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]

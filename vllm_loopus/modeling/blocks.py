@@ -8,7 +8,8 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vllm_loopus.backbones import load_class
-from vllm_loopus.config import SLIDING, LoopUSConfig
+from vllm_loopus.base_attention import SLIDING
+from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.gate import SelectiveGate
 
 
@@ -38,7 +39,7 @@ class Positions:
         base = config.base
         windowed = getattr(base, "sliding_window", None) is not None
         rotary, masks = {}, {}
-        for kind in set(config.attention_types):
+        for kind in set(config.attention.types):
             create = (
                 create_sliding_window_causal_mask
                 if kind == SLIDING and windowed
@@ -72,7 +73,7 @@ class LayerRun(nn.Module):
         layer_class = load_class(config.backbone.hf_layer)
         indices = list(indices)
         self.layers = nn.ModuleList(layer_class(config.base, index) for index in indices)
-        self.attention_types = [config.attention_types[index] for index in indices]
+        self.attention_types = [config.attention.types[index] for index in indices]
 
     def run_layers(self, hidden: torch.Tensor, positions: Positions) -> torch.Tensor:
         for layer, kind in zip(self.layers, self.attention_types, strict=True):

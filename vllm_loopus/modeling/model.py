@@ -62,9 +62,11 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LoopUSConfig) -> None:
         config.check()
+        # It has no cap on attention scores, and would leave one out without a word.
+        self._supports_sdpa = config.attention.softcap is None
         super().__init__(config)
         # The layers read the attention implementation from the config they are built with.
-        config.base._attn_implementation = _attention_of(config)
+        config.base._attn_implementation = config._attn_implementation
         self.encoder = Encoder(config)
         self.reasoning = ReasoningBlock(config)
         self.decoder = Decoder(config)
@@ -234,14 +236,6 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 def register_models() -> None:
     """Make `AutoModelForCausalLM` know LoopUS configs. Safe to call again."""
     AutoModelForCausalLM.register(LoopUSConfig, LoopUSForCausalLM, exist_ok=True)
-
-
-def _attention_of(config: LoopUSConfig) -> str | None:
-    """The attention implementation for the base's layers: "sdpa" has no cap on scores."""
-    implementation: str | None = config._attn_implementation
-    if implementation == "sdpa" and config.attention_softcap is not None:
-        return "eager"
-    return implementation
 
 
 def _last_valid(attention_mask: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:

@@ -41,13 +41,13 @@ class LayerRun(nn.Module):
         layer_class = load_class(config.backbone.vllm_layer)
         # vLLM's layers look their type up by their number, which counts inside the run here.
         base = copy.copy(config.base)
-        base.layer_types = [config.attention_types[index] for index in indices]
+        base.layer_types = [config.attention.types[index] for index in indices]
         self.layers = nn.ModuleList()
         for number, index in enumerate(indices):
             # Those that do not look it up take the window of the cache config.
             windowed = copy.copy(vllm_config)
             windowed.cache_config = copy.copy(vllm_config.cache_config)
-            windowed.cache_config.sliding_window = config.window(index)
+            windowed.cache_config.sliding_window = config.attention.window(index)
             # vLLM's layers take either the whole vLLM config or the parts they need.
             offered = {
                 "vllm_config": windowed,

@@ -43,12 +43,12 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             )
         config.check()  # again: hf_overrides were applied after the config was built
         _check_valid_dtype(config.base.model_type, model_config.dtype)
-        context = config.exact_context
+        context = config.attention.exact_context
         _refuse(
             context is not None and model_config.max_model_len > context,
             f"max_model_len={model_config.max_model_len}",
-            f"base_config's longrope rotates by other frequencies beyond {context} positions, which "
-            f"changes K/V computed before; set max_model_len to {context} or less",
+            f"longrope of base_config rotates by other frequencies beyond {context} positions, "
+            f"which changes K/V computed before; set max_model_len to {context} or less",
         )
         _use_the_base_tokenizer(model_config, config)
         _select_the_v1_runner()
