@@ -5,45 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
+from tests.bases import BASES, WINDOW, load_base, save_base
 from vllm_loopus.recast.cut import layer_runs, recast, rename
-from vllm_loopus.tiny.tokenizer import build_tokenizer
-
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-BASES = {
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES)),
-}
 
 
 @pytest.fixture(params=BASES)
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    torch.manual_seed(1)
-    model_class, config = BASES[request.param]
     folder = tmp_path / "base"
-    model_class(config).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    save_base(request.param, folder)
     return folder
 
 
@@ -54,8 +25,8 @@ def test_one_open_loop_is_the_base(base: Path, tmp_path: Path, encoder: int, dec
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         model.reasoning.gate.delta_proj.bias.fill_(-100)  # a = 1: the update is taken whole
-        ids = torch.randint(0, 128, (2, 20))
-        expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
+        ids = torch.randint(0, 128, (2, 2 * WINDOW))
+        expected = load_base(base)(ids).logits
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
 
 
