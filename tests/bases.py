@@ -111,10 +111,10 @@ def base_config(model_type: str, **changes: Any) -> Any:
     return getattr(transformers, config_class)(**{**SIZES, **fields, **changes})
 
 
-def save_base(model_type: str, folder: Path, seed: int = 1) -> None:
-    """A random model, norms and biases included, and a tokenizer."""
+def save_base(model_type: str, folder: Path, seed: int = 1, **changes: Any) -> None:
+    """A random model, norms and biases included, and a tokenizer; `changes` are to its config."""
     torch.manual_seed(seed)
-    model = getattr(transformers, BASES[model_type][0])(base_config(model_type))
+    model = getattr(transformers, BASES[model_type][0])(base_config(model_type, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

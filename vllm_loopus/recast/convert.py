@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import (
@@ -183,7 +184,7 @@ def convert(source: str, out: Path, options: WriteOptions) -> LoopUSConfig:
             f"{source}: model_type={model_type!r} is no LoopUS checkpoint; vllm-loopus recast "
             "makes one from a pretrained model"
         )
-    config = LoopUSConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)  # by model_type, in either format
     found = read_tensors(weight_files(folder, LEGACY_WEIGHTS))
     tensors = {
         current_name(name): tensor

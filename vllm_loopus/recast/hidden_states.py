@@ -15,6 +15,7 @@ from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from vllm_loopus.backbones import BACKBONES
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.tensors import TensorSource
 
@@ -43,13 +44,16 @@ class HiddenStates:
     ):
         """`device_map` as in transformers; without it the model is streamed to `device`."""
         self.device = device
+        # Of transformers' attention only "eager" caps scores; the others leave a cap out silently.
+        capped = BACKBONES[base.config.model_type].value(base.config, "attention_softcap")
+        options = {"dtype": dtype, "attn_implementation": "sdpa" if capped is None else "eager"}
         if device_map is not None:
             model = AutoModelForCausalLM.from_pretrained(
-                base.folder, dtype=dtype, device_map=device_map
+                base.folder, device_map=device_map, **options
             )
             self._decoder = _text_decoder(model, base.num_layers)
         else:
-            self._decoder = _streamed(base, device, dtype)
+            self._decoder = _streamed(base, device, options)
         self._decoder.eval()
         self.norm: nn.Module = self._decoder.norm
         self.bytes_per_token = 4 * (base.num_layers + 1) * int(base.config.hidden_size)
@@ -92,14 +96,15 @@ def default_dtype(device: torch.device, base: Base) -> torch.dtype:
     return stored if native else torch.float32
 
 
-def _streamed(base: Base, device: torch.device, dtype: torch.dtype) -> Any:
+def _streamed(base: Base, device: torch.device, options: dict[str, Any]) -> Any:
     _give_freed_memory_back()
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = False
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, **options)
     # A lookup gains nothing from the wider dtype, and an embedding may be a model's largest tensor.
     decoder = _text_decoder(model, base.num_layers)
+    dtype = options["dtype"]
     decoder.embed_tokens.to(base.config.dtype or dtype)
     decoder.embed_tokens.register_forward_hook(lambda _module, _args, output: output.to(dtype))
     cpu_offload(model, execution_device=device, state_dict=StreamedWeights(base.tensors))

@@ -85,8 +85,6 @@ def sequences(
     found = 0
     while len(sequence := list(islice(budget, length))) > 1:
         found += len(sequence)
-        if found < LEAST_TOKENS:
-            break
         yield torch.tensor(sequence)
     if found < LEAST_TOKENS:
         raise ValueError(f"the sample has {found} tokens; at least {LEAST_TOKENS} are needed")
