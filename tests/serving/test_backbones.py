@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.bases import BASES, SIZES, WINDOW, load_base, save_base
 from vllm_loopus import exit_depths
-from vllm_loopus.recast.cut import recast
+from vllm_loopus.recast.convert import recast
 
 VOCABULARY = SIZES["vocab_size"]
 MAX_LOOPS = 4
