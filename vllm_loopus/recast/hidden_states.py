@@ -44,7 +44,7 @@ class HiddenStates:
     ):
         """`device_map` as in transformers; without it the model is streamed to `device`."""
         self.device = device
-        # Of transformers' attention only "eager" caps scores; the others leave a cap out silently.
+        # "sdpa" leaves a cap on attention scores out without a word.
         capped = BACKBONES[base.config.model_type].value(base.config, "attention_softcap")
         options = {"dtype": dtype, "attn_implementation": "sdpa" if capped is None else "eager"}
         if device_map is not None:
