@@ -123,6 +123,8 @@ def _text_decoder(model: nn.Module, num_layers: int) -> Any:
     """The part of a model that holds embedding, layers and final norm."""
     for module in model.modules():
         layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
+        # A vision tower may have as many layers, but embeds no tokens.
+        if isinstance(layers, nn.ModuleList) and hasattr(module, "embed_tokens"):
+            assert len(layers) == num_layers
             return module
-    raise ValueError(f"{type(model).__name__} has no list of {num_layers} layers to analyse")
+    raise ValueError(f"{type(model).__name__} has no text decoder to analyse")
