@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import cpu_offload, init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from vllm_loopus.backbones import BACKBONES
 from vllm_loopus.recast.base import Base
@@ -48,9 +48,8 @@ class HiddenStates:
         capped = BACKBONES[base.config.model_type].value(base.config, "attention_softcap")
         options = {"dtype": dtype, "attn_implementation": "sdpa" if capped is None else "eager"}
         if device_map is not None:
-            model = AutoModelForCausalLM.from_pretrained(
-                base.folder, device_map=device_map, **options
-            )
+            # Without the head, and of wrappers that are no causal LM for transformers, too.
+            model = AutoModel.from_pretrained(base.folder, device_map=device_map, **options)
             self._decoder = _text_decoder(model, base.num_layers)
         else:
             self._decoder = _streamed(base, device, options)
