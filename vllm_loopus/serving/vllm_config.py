@@ -87,7 +87,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             "kv_transfer_config",
             "KV connectors do not know planes by depth; remove it",
         )
-        EngineOptions.of(vllm_config.additional_config)
+        EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
         _run_eagerly(vllm_config)
         _size_cpu_cache(vllm_config)
         _loop_inside_the_step(vllm_config)
