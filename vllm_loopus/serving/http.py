@@ -26,7 +26,7 @@ RECORDER = "_loopus_recorder"  # attribute of a context of the Responses API
 
 
 def depth_fields(depths: list[int]) -> dict[str, Any]:
-    """What an answer says of a choice: exit depths of its tokens, and their mean (None for none)."""
+    """What an answer says of a choice: exit depths of its tokens, their mean (None for none)."""
     mean = round(sum(depths) / len(depths), 4) if depths else None
     return {"exit_depths": depths, "mean_exit_depth": mean}
 

@@ -20,6 +20,9 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 class KnobError(VLLMValidationError, ValueError):
     """A knob of a request that cannot be: HTTP 400 naming the parameter, offline a `ValueError`."""
 
+    def __init__(self, message: str, parameter: str) -> None:
+        super().__init__(message, parameter=parameter)
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -29,8 +32,8 @@ class EngineOptions:
       the K/V and state of the exit depth to all deeper depths instead, an approximation.
     - `exit_quorum`: the share of the sequences in flight that must have left before a step decodes
       and samples them, or `auto`.
-    - `reasoning_effort`: `max_loops` of requests that name an effort and no `max_loops`, for example
-      `{"low": 2, "high": 8}`. Efforts that are not listed, and by default all, change nothing.
+    - `reasoning_effort`: `max_loops` of requests that name an effort and no `max_loops`, for
+      example `{"low": 2, "high": 8}`. Efforts not listed, and by default all, change nothing.
     """
 
     kv_policy: str = "exact"
@@ -181,9 +184,7 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     try:
-        return (
-            not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-        )
+        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
     except OverflowError:  # an integer beyond the range of floats
         return False
 

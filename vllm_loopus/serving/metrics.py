@@ -1,8 +1,8 @@
 """Metrics of the loop: in `/metrics`, in `llm.get_metrics()`, and a line in the periodic log.
 
-A stat logger of vLLM's kind. It is built after vLLM's own Prometheus logger, which unregisters every
-metric named `vllm:...` when it starts, and is asked before it, to take out what travels in fields
-of vLLM's (`stats.py`). `docs/metrics.md` says what each metric means.
+A stat logger of vLLM's kind. It is built after vLLM's own Prometheus logger, which unregisters
+every metric named `vllm:...` when it starts, and is asked before it, to take out what travels in
+fields of vLLM's (`stats.py`). `docs/metrics.md` says what each metric means.
 """
 
 from typing import Any
@@ -199,12 +199,9 @@ def add_loop_logger(manager: Any, vllm_config: Any, logs: bool) -> None:
     """
     if not isinstance(getattr(vllm_config.model_config, "hf_config", None), LoopUSConfig):
         return
-    prometheus = next(
-        (x for x in manager.stat_loggers if isinstance(x, PrometheusStatLogger)), None
-    )
-    manager.stat_loggers.insert(
-        0, LoopStatLogger(vllm_config, manager.engine_indexes, prometheus, logs)
-    )
+    loggers = manager.stat_loggers
+    prometheus = next((x for x in loggers if isinstance(x, PrometheusStatLogger)), None)
+    loggers.insert(0, LoopStatLogger(vllm_config, manager.engine_indexes, prometheus, logs))
 
 
 def _saved(rows: int, full_depth_rows: int) -> float:

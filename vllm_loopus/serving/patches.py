@@ -135,7 +135,7 @@ def _handlers_adopted(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loop_logged(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(
+    def __init__(  # noqa: N807
         self: Any,
         vllm_config: Any,
         engine_idxs: Any = None,

@@ -1,7 +1,7 @@
 """What the loop did, from the engine core to the metrics of the front end.
 
-It travels in `SchedulerStats.kv_connector_stats`, a mapping that vLLM keeps for KV connectors, which
-LoopUS models refuse; `LoopStats.received` takes it out before vLLM's own loggers look.
+It travels in `SchedulerStats.kv_connector_stats`, a mapping that vLLM keeps for KV connectors,
+which LoopUS models refuse; `LoopStats.received` takes it out before vLLM's own loggers look.
 """
 
 from collections.abc import Mapping

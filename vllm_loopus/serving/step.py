@@ -42,8 +42,8 @@ class StepReport:
 
     - `passes`: rows of each pass; `pass_seconds`: how long each took.
     - `encoded_rows`: new positions; `catch_up_rows`: rows of passes before them.
-    - `wanting`: sequences that wanted a token when the passes ended; `ready`: those of them that had
-      left. `waiting`: sequences that had left before a pass, summed over the passes.
+    - `wanting`: sequences that wanted a token when the passes ended; `ready`: those of them that
+      had left. `waiting`: sequences that had left before a pass, summed over the passes.
     """
 
     emitted: list[LoopedSequence] = field(default_factory=list)

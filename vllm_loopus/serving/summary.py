@@ -43,15 +43,13 @@ class ModelFacts:
 
     def rows(self) -> list[tuple[str, str]]:
         """What to print, a name and a text each."""
-        depths = self.kv_bytes_a_token
+        cut = f"encoder {self.encoder}, reasoning {self.reasoning}, decoder {self.decoder}"
+        sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in self.kv_bytes_a_token.items()]
         return [
-            ("cut", f"encoder {self.encoder}, reasoning {self.reasoning}, decoder {self.decoder}"),
+            ("cut", cut),
             ("loops", f"{self.min_loops} to {self.max_loops}"),
             ("halting", self.halting),
-            (
-                "K/V a token",
-                ", ".join(f"{size / 1024:.2f} KiB at {d}" for d, size in depths.items()),
-            ),
+            ("K/V a token", ", ".join(sizes)),
         ]
 
 
