@@ -160,7 +160,7 @@ class LoopedChat(LoopedHandler):
     async def create_chat_completion(
         self, request: Any, raw_request: "Request | None" = None
     ) -> Any:
-        await self.admit(request, raw_request, request.reasoning_effort)
+        await self.admit(request, raw_request, getattr(request, "reasoning_effort", None))
         return await super().create_chat_completion(request, raw_request)
 
     async def chat_completion_full_generator(
@@ -213,7 +213,7 @@ class LoopedChatBatch(LoopedOtherChat):
     async def create_batch_chat_completion(
         self, request: Any, raw_request: "Request | None" = None
     ) -> Any:
-        await self.admit(request, raw_request, request.reasoning_effort)
+        await self.admit(request, raw_request, getattr(request, "reasoning_effort", None))
         return await super().create_batch_chat_completion(request, raw_request)
 
 

@@ -21,7 +21,7 @@ class KnobError(VLLMValidationError, ValueError):
     """A knob of a request that cannot be: HTTP 400 naming the parameter, offline a `ValueError`."""
 
     def __init__(self, message: str, parameter: str) -> None:
-        super().__init__(message, parameter=parameter)
+        VLLMValidationError.__init__(self, message, parameter=parameter)
 
 
 @dataclass(frozen=True)
