@@ -19,8 +19,8 @@ NUMBERS = st.one_of(
 SCALARS = st.one_of(NUMBERS, st.booleans(), st.none(), st.text(max_size=8))
 ANYTHING = st.recursive(
     SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)
     ),
     max_leaves=6,
 )
@@ -48,22 +48,26 @@ FIELDS = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_no_server_error(address: str, client: OpenAI, endpoint: str) -> None:
+    accepted = 0
     with httpx.Client(base_url=f"{address}/v1/", timeout=60) as http:
 
         @settings(
-            max_examples=80,
+            max_examples=250,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         )
         @given(fields=FIELDS, extra=st.dictionaries(NAMES, ANYTHING, max_size=2))
         def fuzz(fields: dict[str, Any], extra: dict[str, Any]) -> None:
+            nonlocal accepted
             body = json.dumps({**ENDPOINTS[endpoint], **extra, **fields})
             answer = http.post(endpoint, content=body, headers={"Content-Type": "application/json"})
             assert answer.status_code < 500, (body, answer.text)
+            accepted += answer.status_code == 200
             assert '"InternalServerError"' not in answer.text, (body, answer.text)
 
         fuzz()
+    assert accepted > 5  # not everything was refused
     get(address, "/health")
     answer = client.completions.create(model=SERVED, prompt="(3+4)=", max_tokens=3)
     assert answer.usage.completion_tokens

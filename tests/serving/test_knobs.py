@@ -30,9 +30,9 @@ def test_meant_to_be_a_knob(config: LoopUSConfig, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["kv_transfer_params", "ec_transfer_params", "session_id", "diffusion_max_steps", "target_token",
-     "complexity", "perplexity_limit", "flexitime", "max_tokens", "min_tokens", "threshold", "depth",
-     "", "x" * 1000],
+    ["kv_transfer_params", "ec_transfer_params", "session_id", "diffusion_max_steps", "depth",
+     "complexity", "perplexity_limit", "flexitime", "max_tokens", "min_tokens", "threshold",
+     "target_token", "", "x" * 1000],
 )  # fmt: skip
 def test_belongs_to_others(config: LoopUSConfig, name: str) -> None:
     check_request({name: 2}, config, 16, 128)
@@ -78,7 +78,7 @@ def test_bad_values(
 
 def test_exit_depths_without_a_token_limit(config: LoopUSConfig) -> None:
     check_request({"exit_depths": [1] * 128}, config, None, 128)
-    with pytest.raises(KnobError, match="has 129 entries.*max_model_len is 128"):
+    with pytest.raises(KnobError, match=r"has 129 entries.*max_model_len is 128"):
         check_request({"exit_depths": [1] * 129}, config, None, 128)
 
 

@@ -3,14 +3,19 @@
 import typer
 
 from vllm_loopus.cli.alias import alias_app
+from vllm_loopus.cli.doctor import doctor
+from vllm_loopus.cli.info import info
 
 app = typer.Typer(
     name="vllm-loopus",
     help="Tools around LoopUS models on vLLM.",
+    epilog="Exit codes: 0 done, 1 a problem was found, 2 the input is wrong.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
+app.command()(doctor)
+app.command()(info)
 
 
 @app.callback()

@@ -32,9 +32,9 @@ class ModelFacts:
     def of(cls, config: LoopUSConfig, layout: KVLayout) -> "ModelFacts":
         return cls(
             base=config.base.model_type,
-            encoder=_layers(config.encoder_layer_indices),
-            reasoning=_layers(config.reasoning_layer_indices),
-            decoder=_layers(config.decoder_layer_indices),
+            encoder=layers(config.encoder_layer_indices),
+            reasoning=layers(config.reasoning_layer_indices),
+            decoder=layers(config.decoder_layer_indices),
             max_loops=config.max_loops,
             min_loops=config.min_loops,
             halting=halting_rule(config),
@@ -71,13 +71,11 @@ def layout_of(config: LoopUSConfig, dtype_bytes: int, tensor_parallel: int = 1) 
     return KVLayout.of(config, kv_bytes, config.hidden_size * dtype_bytes)
 
 
-def sequences_that_fit(
-    layout: KVLayout, num_blocks: int, block_size: int, length: int, depth: int
-) -> float:
+def sequences_that_fit(num_blocks: int, block_size: int, length: int, depth: int) -> float:
     """Sequences of `length` tokens whose every token holds its planes up to `depth`. One block of
     the pool is vLLM's null block."""
     blocks = -(-length // block_size) * depth
-    return max(num_blocks - 1, 0) / blocks if layout.max_loops >= depth else 0.0
+    return max(num_blocks - 1, 0) / blocks
 
 
 def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -> str:
@@ -88,7 +86,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
     options = EngineOptions.of(vllm_config.additional_config)
     block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     fit = sequences_that_fit(
-        layout, kv_cache_config.num_blocks, block_size, model.max_model_len, layout.max_loops
+        kv_cache_config.num_blocks, block_size, model.max_model_len, layout.max_loops
     )
     items = ", ".join(f"{name} {size / 1024:.2f}" for name, size in layout.items().items())
     rows = [
@@ -128,7 +126,7 @@ def _efforts(mapping: Any) -> str:
     return ", ".join(f"{effort}: {loops} loops" for effort, loops in mapping.items())
 
 
-def _layers(indices: Any) -> str:
+def layers(indices: Any) -> str:
     if not indices:
         return "no layer"
     first, last = indices[0], indices[-1]
