@@ -59,10 +59,12 @@ def load_config(model: str) -> LoopUSConfig:
     from transformers import AutoConfig
 
     target = resolve(model)
+    if Path(target).is_dir() and not (Path(target) / "config.json").is_file():
+        raise ValueError(f"{target} holds no config.json; give a checkpoint folder")
     try:
         config = AutoConfig.from_pretrained(target)
     except OSError as error:
-        raise ValueError(f"{target} holds no config.json that can be read: {error}") from error
+        raise ValueError(f"the config of {target} cannot be read: {error}") from error
     if not isinstance(config, LoopUSConfig):
         raise ValueError(f"{target} is a {config.model_type} model, not a LoopUS model")
     return config
