@@ -140,10 +140,18 @@ def test_names_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert by_check(checks.names())["aliases"].status == "error"
 
 
-def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0.0007")
-    (finding,) = checks.memory("loopus-tiny")
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_loopus.serving import memory
+
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: (2 * 2**20, 1))
+    monkeypatch.delenv(checks.CPU_CACHE)
+    (finding,) = checks.memory("loopus-tiny")  # 40 % of 2 MiB: four blocks, of which 8 are needed
     assert finding.status == "warning" and "--max-model-len 128" in finding.fix
+    monkeypatch.setenv(checks.CPU_CACHE, "1")
+    too_much, _ = checks.memory("loopus-tiny")
+    assert too_much.status == "error" and "vLLM will not start" in too_much.found
+    monkeypatch.setenv(checks.CPU_CACHE, "0.5")
+    assert by_check(checks.variables())[checks.CPU_CACHE].status == "error"
     (finding,) = checks.memory("loopus-tini")
     assert finding.status == "error" and "not a known alias" in finding.found
 

@@ -18,6 +18,7 @@ from vllm_loopus.plugin import installed_vllm, unsupported_version
 
 OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "loopus"
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 PROBE_SECONDS = 180
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
@@ -181,7 +182,7 @@ def names() -> Iterator[Finding]:
 
 
 def variables() -> Iterator[Finding]:
-    """Environment variables that LoopUS models cannot live with."""
+    """Environment variables that LoopUS models, or vLLM, cannot live with."""
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         yield Finding(
             "VLLM_USE_V2_MODEL_RUNNER",
@@ -190,24 +191,31 @@ def variables() -> Iterator[Finding]:
             "unset VLLM_USE_V2_MODEL_RUNNER",
         )
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        yield Finding(
-            "HF_HUB_OFFLINE",
-            NOTE,
-            "set: of models on the hub, only those in the cache can be served",
-        )
+        shown = "set: of models on the hub, only those in the cache can be served"
+        yield Finding("HF_HUB_OFFLINE", NOTE, shown)
+    given = os.environ.get(CPU_CACHE)
+    if given and not given.isdigit():
+        fix = "a whole number; for less than 1 GiB --kv-cache-memory-bytes"
+        yield Finding(CPU_CACHE, ERROR, f"{CPU_CACHE}={given!r} is not a number of GiB", fix)
 
 
 def memory(model: str) -> Iterator[Finding]:
-    """Whether K/V of one sequence fits."""
+    """Whether K/V of one sequence fits, on a CPU."""
     from vllm_loopus.cli.info import estimate_kv, load_config
+    from vllm_loopus.serving.memory import free_cpu_memory
 
+    given = os.environ.get(CPU_CACHE, "")
+    gib = float(given) if given.isdigit() and int(given) else None
     try:
         config = load_config(model)
-        given = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-        estimate = estimate_kv(config, float(given) if given else None)
+        estimate = estimate_kv(config, gib)
     except ValueError as error:
         yield Finding("K/V memory", ERROR, str(error))
         return
+    free = free_cpu_memory()[0] / 2**30
+    if gib is not None and gib > free:
+        shown = f"{CPU_CACHE}={given} GiB, but {free:.1f} GiB are free: vLLM will not start"
+        yield Finding("K/V memory", ERROR, shown, "a smaller one, or unset it")
     depth, fit = config.max_loops, estimate.sequences
     size, gib = estimate.bytes_a_token[depth] / 1024, estimate.memory_bytes / 2**30
     shown = (
@@ -223,7 +231,7 @@ def memory(model: str) -> Iterator[Finding]:
         WARNING,
         shown,
         f"--max-model-len {max(longest // 128 * 128, 128)}, fewer loops (--hf-overrides "
-        f"'{{\"max_loops\": ...}}'), or more memory (VLLM_CPU_KVCACHE_SPACE)",
+        f"'{{\"max_loops\": ...}}'), or more memory ({CPU_CACHE})",
     )
 
 
