@@ -65,23 +65,27 @@ def draw(points: list[Point], title: str, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loopus"})
     from matplotlib import pyplot
 
     ordered = sorted(points, key=lambda point: point.depth)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot([p.depth for p in ordered], [100 * p.quality for p in ordered], "o-")
-    for point in ordered:
-        axes.annotate(
-            f"{point.threshold:g}",
-            (point.depth, 100 * point.quality),
-            xytext=(4, 6),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    for (depth, quality), labels in _labels(ordered).items():
+        place = {"xytext": (4, 6), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(labels, (depth, 100 * quality), **place)
     axes.set(xlabel="mean exit depth (passes a token)", ylabel="right answers, %", title=title)
     axes.grid(alpha=0.3)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(100 * p.quality for p in points))
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def _labels(points: list[Point]) -> dict[tuple[float, float], str]:
+    """Thresholds by the place where they are drawn: several give the same."""
+    places: dict[tuple[float, float], list[str]] = {}
+    for point in points:
+        places.setdefault((point.depth, point.quality), []).append(f"{point.threshold:g}")
+    return {place: ", ".join(thresholds) for place, thresholds in places.items()}
 
 
 def parse() -> argparse.Namespace:

@@ -5,6 +5,7 @@ import typer
 from vllm_loopus.cli.alias import alias_app
 from vllm_loopus.cli.doctor import doctor
 from vllm_loopus.cli.info import info
+from vllm_loopus.cli.recast import analyze, convert, recast
 
 app = typer.Typer(
     name="vllm-loopus",
@@ -14,8 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
-app.command()(doctor)
-app.command()(info)
+for command in (doctor, info, recast, analyze, convert):
+    app.command()(command)
 
 
 @app.callback()

@@ -6,11 +6,11 @@ mixed here. The request itself is checked, not the parsed one alone: parsing mak
 drops fields that it does not know.
 """
 
-import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.serving.answers import DepthRecorder, mark
 from vllm_loopus.serving.depths import exit_depths
 from vllm_loopus.serving.knob_names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS
 from vllm_loopus.serving.knobs import EngineOptions, KnobError, check_names, check_request
@@ -23,42 +23,6 @@ else:
 
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
 RECORDER = "_loopus_recorder"  # attribute of a context of the Responses API
-
-
-def depth_fields(depths: list[int]) -> dict[str, Any]:
-    """What an answer says of a choice: exit depths of its tokens, their mean (None for none)."""
-    mean = round(sum(depths) / len(depths), 4) if depths else None
-    return {"exit_depths": depths, "mean_exit_depth": mean}
-
-
-def mark(answer: Any, depths: list[int]) -> None:
-    """Puts the fields into a response, or into one of its choices."""
-    for name, value in depth_fields(depths).items():
-        setattr(answer, name, value)
-
-
-class DepthRecorder:
-    """Collects the exit depths of each choice of a request while its outputs pass by."""
-
-    def __init__(self) -> None:
-        self.depths: dict[int, list[int]] = {}
-
-    def add(self, outputs: Iterable[Any], first: int = 0) -> None:
-        """`CompletionOutput`s, deltas or whole; `first` is the choice of the one with index 0."""
-        for output in outputs:
-            self.depths.setdefault(first + output.index, []).extend(exit_depths(output))
-
-    async def stream(self, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-        """Server-sent events; the chunk with a choice's finish reason gets the fields."""
-        async for chunk in chunks:
-            if not chunk.startswith("data: {"):
-                yield chunk
-                continue
-            event = json.loads(chunk.removeprefix("data: "))
-            finished = [c for c in event.get("choices", ()) if c.get("finish_reason")]
-            for choice in finished:
-                choice.update(depth_fields(self.depths.get(choice["index"], [])))
-            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n" if finished else chunk
 
 
 class LoopedHandler(GenerateBaseServing):

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
+from vllm.config.model import _check_valid_dtype
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
 
@@ -22,14 +24,6 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger("vllm.loopus")
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "tekken.json",
-)
 
 
 class LoopUSVllmConfig(VerifyAndUpdateConfig):
@@ -46,6 +40,14 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
                 "first or correct architectures"
             )
         config.check()  # again: hf_overrides were applied after the config was built
+        _check_valid_dtype(config.base.model_type, model_config.dtype)
+        context = config.attention.exact_context
+        _refuse(
+            context is not None and model_config.max_model_len > context,
+            f"max_model_len={model_config.max_model_len}",
+            f"longrope of base_config rotates by other frequencies beyond {context} positions, "
+            f"which changes K/V computed before; set max_model_len to {context} or less",
+        )
         _use_the_base_tokenizer(model_config, config)
         _select_the_v1_runner()
 
