@@ -20,7 +20,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 class KnobError(VLLMValidationError, ValueError):
     """A knob of a request that cannot be: HTTP 400 naming the parameter, offline a `ValueError`."""
 
-    def __init__(self, message: str, parameter: str) -> None:
+    def __init__(self, message: str, parameter: str | None = None) -> None:
         VLLMValidationError.__init__(self, message, parameter=parameter)
 
 
