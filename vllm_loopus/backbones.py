@@ -5,7 +5,8 @@ Adding a backbone is one entry in `BACKBONES`, and a row in `tests/bases.py`. Cl
 transformers model.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
@@ -34,11 +35,13 @@ class Backbone:
     # Config fields of the caps on attention scores and logits (`cap * tanh(x / cap)`).
     attention_softcap: str | None = None
     logit_softcap: str | None = None
+    # Config fields that only one side acts upon, and what switches them off.
+    not_reproduced: Mapping[str, Any] = field(default_factory=dict)
 
     def value(self, base: Any, difference: str) -> Any:
         """What `base`, a config, holds in the field that `difference` names; None for no field."""
-        field = getattr(self, difference)
-        return None if field is None else getattr(base, field)
+        name = getattr(self, difference)
+        return None if name is None else getattr(base, name)
 
 
 def load_class(path: str) -> Any:
@@ -80,7 +83,13 @@ def _backbone(
 BACKBONES: dict[str, Backbone] = {
     backbone.model_type: backbone
     for backbone in (
-        _backbone("qwen3", "Qwen3", "qwen3:Qwen3DecoderLayer", windows="listed"),
+        _backbone(
+            "qwen3",
+            "Qwen3",
+            "qwen3:Qwen3DecoderLayer",
+            windows="listed",
+            not_reproduced={"attention_bias": False},  # vLLM's output projection has none
+        ),
         _backbone("qwen2", "Qwen2", "qwen2:Qwen2DecoderLayer", windows="listed"),
         _backbone("llama", "Llama", "llama:LlamaDecoderLayer"),
         _backbone("mistral", "Mistral", "llama:LlamaDecoderLayer", windows="all"),

@@ -62,7 +62,7 @@ class BaseAttention:
 
     def check(self) -> None:
         """Raises `ValueError` naming field, value and fix for what the two sides do not share."""
-        for name, value in NOT_REPRODUCED.items():
+        for name, value in {**NOT_REPRODUCED, **self.backbone.not_reproduced}.items():
             if getattr(self.base, name, value) not in (value, None):
                 raise ValueError(
                     f"base_config.{name}={getattr(self.base, name)!r} is not supported: set it to "

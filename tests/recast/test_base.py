@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.bases import base_config, save_base
 from tests.conftest import GOLDEN
-from vllm_loopus.recast.base import EMBEDDING, HEAD, Base
+from vllm_loopus.recast.base import EMBEDDING, HEAD, Base, find_checkpoint
 from vllm_loopus.recast.convert import plan
 from vllm_loopus.recast.cut import Cut
 from vllm_loopus.recast.tensors import CheckpointError
@@ -177,6 +178,28 @@ def test_names_that_are_nothing(name: str) -> None:
 def test_the_hub_is_asked_and_its_absence_told() -> None:
     with pytest.raises(CheckpointError, match="Qwen/Qwen3-4B could not be fetched from the hub"):
         Base.open("Qwen/Qwen3-4B")
+
+
+@pytest.mark.parametrize("kept", ["model.safetensors", "pytorch_model.bin"])
+def test_what_is_fetched(kept: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors, and pickled weights only where there are none; never other copies of both."""
+    on_the_hub = ["config.json", "tokenizer.json", "consolidated.safetensors", "flax_model.msgpack",
+                  "original/consolidated.pth", "LICENSE", kept]  # fmt: skip
+    fetched: set[str] = set()
+    folder = base.parent / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("a/b", "v1")
+        found = {f for f in on_the_hub if any(fnmatch(f, pattern) for pattern in allow_patterns)}
+        fetched.update(found)
+        for file in found:
+            (folder / file).touch()
+        return str(folder)
+
+    monkeypatch.setattr("vllm_loopus.recast.base.snapshot_download", snapshot_download)
+    assert find_checkpoint("a/b", "v1") == folder
+    assert fetched == {"config.json", "tokenizer.json", "LICENSE", kept}
 
 
 def test_a_snapshot_of_the_hub_tells_its_revision(base: Path, tmp_path: Path) -> None:

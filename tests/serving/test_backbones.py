@@ -13,9 +13,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.bases import BASES, SIZES, WINDOW, load_base, save_base
 from vllm_loopus import exit_depths
+from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.recast.convert import recast
 
-VOCABULARY = SIZES["vocab_size"]
+VOCABULARY = SIZES["vocab_size"]  # of the trained one too
+TRAINED = "loopus-tiny-base"
 MAX_LOOPS = 4
 CERTAIN = 1e-4  # a smaller margin may fall either way
 NEW_TOKENS = 6
@@ -31,15 +33,17 @@ class Case:
     prompts: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=[*BASES, TRAINED])
 def case(
     request: pytest.FixtureRequest, make_llm: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp(request.param)
-    save_base(request.param, folder / "base")
+    base = EMBEDDED[TRAINED] if request.param == TRAINED else folder / "base"
+    if request.param != TRAINED:
+        save_base(request.param, base)
     looped = folder / "looped"
     recast(
-        str(folder / "base"),
+        str(base),
         looped,
         encoder=1,
         decoder=1,
@@ -50,7 +54,7 @@ def case(
     spread_confidence(looped)
     generator = torch.Generator().manual_seed(3)
     yield Case(
-        base=load_base(folder / "base"),
+        base=load_base(base),
         looped=AutoModelForCausalLM.from_pretrained(looped, dtype=torch.float32),
         llm=make_llm(
             looped,

@@ -18,13 +18,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from vllm_loopus.aliases import known_aliases
 from vllm_loopus.backbones import BACKBONES
-from vllm_loopus.modeling.checkpoint import IGNORED_SUFFIXES
+from vllm_loopus.modeling.checkpoint import IGNORED_SUFFIXES, LEGACY_WEIGHTS
 from vllm_loopus.recast.cut import LEAST_LAYERS
 from vllm_loopus.recast.tensors import CheckpointError, TensorSource, read_tensors, weight_files
 
-# Everything but the weights, and what may travel with a recast model unchanged.
-TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
-SAFETENSORS_FILES, PICKLED_FILES = ("*.safetensors",), ("*.bin", "*.pt")
+# What is fetched of a repository: its other weight files would double the download.
+TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
+SAFETENSORS_FILES = ("model*.safetensors",)
+PICKLED_FILES = ("pytorch_model*.bin", LEGACY_WEIGHTS)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Where the text model's tensors stand in checkpoints of this and earlier years of transformers.
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")

@@ -37,7 +37,6 @@ from vllm_loopus.recast.tensors import (
 
 FORMATS = ("loopus", "lds")
 SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB)", re.IGNORECASE)
-SLACK = 16 * 2**20  # bytes of everything but weights
 OUTSIDE_LAYERS = {
     EMBEDDING: "encoder.embed_tokens.weight",
     "model.norm.weight": "decoder.norm.weight",
@@ -246,7 +245,7 @@ def _write(
     companions: tuple[str, ...],
     options: WriteOptions,
 ) -> None:
-    needed = sum(tensor.nbytes for tensor in tensors.values()) + SLACK
+    needed = sum(tensor.nbytes for tensor in tensors.values())
     check_output(out, force=options.force, needed=needed, reads=source)
     with complete_folder(out) as folder:
         if options.checkpoint_format == "lds":

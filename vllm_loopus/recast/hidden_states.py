@@ -44,7 +44,7 @@ class HiddenStates:
     ):
         """`device_map` as in transformers; without it the model is streamed to `device`."""
         self.device = device
-        # Of transformers' attention only "eager" caps scores; the others leave a cap out silently.
+        # "sdpa" leaves a cap on attention scores out without a word.
         capped = BACKBONES[base.config.model_type].value(base.config, "attention_softcap")
         options = {"dtype": dtype, "attn_implementation": "sdpa" if capped is None else "eager"}
         if device_map is not None:
@@ -123,6 +123,8 @@ def _text_decoder(model: nn.Module, num_layers: int) -> Any:
     """The part of a model that holds embedding, layers and final norm."""
     for module in model.modules():
         layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
+        # A vision tower may have as many layers, but embeds no tokens.
+        if isinstance(layers, nn.ModuleList) and hasattr(module, "embed_tokens"):
+            assert len(layers) == num_layers
             return module
-    raise ValueError(f"{type(model).__name__} has no list of {num_layers} layers to analyse")
+    raise ValueError(f"{type(model).__name__} has no text decoder to analyse")

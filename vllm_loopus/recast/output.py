@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+BESIDE_WEIGHTS = 8 * 2**20  # bytes of tokenizer, report and the rest
+
 
 def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = None) -> None:
-    """Whether `needed` bytes can be written to the new folder `out`, before any work starts.
+    """Whether `needed` bytes of weights can be written to the new folder `out`, before any work.
 
     `reads` is the folder that the work reads from. Raises `FileExistsError` when `out` is there and
     `force` is not given, or when replacing it would delete what is read, and `OSError` when the
@@ -28,6 +30,7 @@ def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = No
                 "replaces checkpoints only: choose another folder"
             )
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    needed += BESIDE_WEIGHTS
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
