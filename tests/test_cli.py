@@ -167,11 +167,11 @@ def test_json_of_alias_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_shell_completion() -> None:
     environment = {
         "_VLLM_LOOPUS_COMPLETE": "complete_bash",
-        "COMP_WORDS": "vllm-loopus info loopus-t",
+        "COMP_WORDS": "vllm-loopus info loopus-ph",
         "COMP_CWORD": "2",
     }
     result = CliRunner().invoke(app, [], prog_name="vllm-loopus", env=environment)
-    assert result.stdout.split() == ["loopus-tiny"]
+    assert result.stdout.split() == ["loopus-phi-4"]
 
 
 def test_exit_codes_are_told() -> None:
