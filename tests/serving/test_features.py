@@ -211,6 +211,13 @@ def test_bad_knobs_are_refused_at_admission(llm: Any, knobs: Any, message: str) 
     assert not llm.llm_engine.has_unfinished_requests()
 
 
+def test_misspelt_knobs_are_refused_at_admission(llm: Any) -> None:
+    with pytest.raises(ValueError, match=r"'max_loop' is not a knob .* did you mean max_loops\?"):
+        run(llm, [params(extra_args={"max_loop": 2})])
+    with pytest.raises(ValueError, match=r"exit_depths has 13 entries.*max_tokens is 12"):
+        run(llm, [params(extra_args={"exit_depths": [1] * 13})])
+
+
 # From here on tests start engines of their own, which ends the shared one.
 
 

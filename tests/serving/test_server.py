@@ -1,43 +1,13 @@
 """A real `vllm serve loopus-tiny` answers as any model does."""
 
-import os
-import time
-import urllib.request
-from collections.abc import Iterator
-
 import pytest
 from openai import NotFoundError, OpenAI
 
-from examples.demo import running_server
+from tests.serving.conftest import SERVED as MODEL
+from tests.serving.conftest import get
 from vllm_loopus.aliases import EMBEDDED
 
-MODEL = "loopus-tiny"
 QUESTION = "(3+4)="
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment.pop("HF_HUB_OFFLINE", None)  # a user has not set it, and nothing may be fetched
-    arguments = ("--model", MODEL, "--max-model-len", "256")
-    with log.open("w") as output:
-        try:
-            with running_server(*arguments, environment=environment, output=output) as address:
-                yield address
-        except RuntimeError as error:
-            raise RuntimeError(log.read_text()[-3000:]) from error
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> OpenAI:
-    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
-def get(address: str, path: str) -> str:
-    with urllib.request.urlopen(address + path, timeout=10) as response:
-        assert response.status == 200
-        return response.read().decode()
 
 
 def test_models_and_health(address: str, client: OpenAI) -> None:
@@ -102,23 +72,6 @@ def test_stop_string(client: OpenAI) -> None:
     answer = client.completions.create(**options, stop=stop, extra_body=everything)
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].text == text[: text.index(stop)]
-
-
-def test_metrics_count_the_tokens(address: str, client: OpenAI) -> None:
-    def generated() -> float:
-        lines = get(address, "/metrics").splitlines()
-        return sum(
-            float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total")
-        )
-
-    before = generated()
-    client.completions.create(
-        model=MODEL, prompt=QUESTION, max_tokens=7, extra_body={"ignore_eos": True}
-    )
-    deadline = time.monotonic() + 10
-    while generated() - before < 7 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert generated() - before == 7
 
 
 def test_unknown_model(client: OpenAI) -> None:

@@ -1,34 +1,19 @@
 """`vllm-loopus alias`: short names for LoopUS checkpoints."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vllm_loopus import aliases
+from vllm_loopus.cli.output import JsonOption, errors_told, print_json, print_table
 
 alias_app = typer.Typer(name="alias", help="Short names for checkpoints.", no_args_is_help=True)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    """An `AliasError` becomes a line on standard error and exit code 2."""
-    try:
-        yield
-    except aliases.AliasError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 @alias_app.command("list")
 def list_aliases(as_json: JsonOption = False) -> None:
     """Every alias, where it leads, and who says so."""
-    with _errors_told():
+    with errors_told(aliases.AliasError):
         own = aliases.user_aliases()
         known = aliases.known_aliases()
     rows: list[dict[str, str | None]] = [
@@ -41,31 +26,51 @@ def list_aliases(as_json: JsonOption = False) -> None:
         if name not in known
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        print_json(rows)
         return
-    table = Table("alias", "leads to", "from")
-    for row in rows:
-        table.add_row(*(cell or "-" for cell in row.values()))
-    Console().print(table)
+    print_table(
+        ("alias", "leads to", "from"), [[cell or "-" for cell in row.values()] for row in rows]
+    )
 
 
 @alias_app.command("add")
 def add(
     name: Annotated[str, typer.Argument(help="The alias, for example loopus-qwen3-4b.")],
     target: Annotated[str, typer.Argument(help="A checkpoint folder, or owner/name on the hub.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Register an alias. It wins over an embedded or published one of the same name."""
-    with _errors_told():
+    with errors_told(aliases.AliasError):
         aliases.add_alias(name, target)
-    typer.echo(f"{name} -> {aliases.known_aliases()[name]}")
+        leads_to = aliases.known_aliases()[name]
+    if as_json:
+        print_json({"name": name, "target": leads_to})
+    else:
+        typer.echo(f"{name} -> {leads_to}")
 
 
 @alias_app.command("remove")
-def remove(name: Annotated[str, typer.Argument(help="An alias of yours.")]) -> None:
+def remove(
+    name: Annotated[
+        str, typer.Argument(help="An alias of yours.", autocompletion=lambda: list(_own()))
+    ],
+    as_json: JsonOption = False,
+) -> None:
     """Forget an alias of yours."""
-    with _errors_told():
+    with errors_told(aliases.AliasError):
         aliases.remove_alias(name)
-    typer.echo(f"{name} removed")
+    if as_json:
+        print_json({"name": name, "target": None})
+    else:
+        typer.echo(f"{name} removed")
+
+
+def _own() -> dict[str, str]:
+    """The user's aliases, for shell completion; none from a damaged file."""
+    try:
+        return aliases.user_aliases()
+    except aliases.AliasError:
+        return {}
 
 
 def _origin(name: str, own: dict[str, str]) -> str:

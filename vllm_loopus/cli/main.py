@@ -3,16 +3,19 @@
 import typer
 
 from vllm_loopus.cli.alias import alias_app
+from vllm_loopus.cli.doctor import doctor
+from vllm_loopus.cli.info import info
 from vllm_loopus.cli.recast import analyze, convert, recast
 
 app = typer.Typer(
     name="vllm-loopus",
     help="Tools around LoopUS models on vLLM.",
+    epilog="Exit codes: 0 done, 1 a problem was found, 2 the input is wrong.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
-for command in (recast, analyze, convert):
+for command in (doctor, info, recast, analyze, convert):
     app.command()(command)
 
 

@@ -8,6 +8,7 @@ from vllm_loopus.serving.knobs import RequestKnobs
 from vllm_loopus.serving.pages import BlockIds, PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.stats import LoopStats
 from vllm_loopus.serving.step import StepReport, run_step
 
 
@@ -21,6 +22,7 @@ class LoopProgress:
       them.
     - `exit_depths`: for each request that got a token, the depth at which it left.
     - `passes`, `pass_seconds`, `decoder_rows`: rows and time of each pass, rows of the decoder.
+    - `stats`: what the step adds to the metrics.
     """
 
     computed: dict[str, int] = field(default_factory=dict)
@@ -29,6 +31,7 @@ class LoopProgress:
     passes: list[int] = field(default_factory=list)
     pass_seconds: list[float] = field(default_factory=list)
     decoder_rows: int = 0
+    stats: LoopStats = field(default_factory=LoopStats)
 
 
 @dataclass
@@ -131,6 +134,7 @@ class LoopedBatch:
             passes=report.passes,
             pass_seconds=report.pass_seconds,
             decoder_rows=report.decoder_rows,
+            stats=LoopStats.of_step(report),
         )
         for sequence in report.emitted:
             assert sequence.exit_depth is not None

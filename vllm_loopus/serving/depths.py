@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 ATTRIBUTE = "_loopus_exit_depths"  # of a request's state: all depths so far
+COUNTED = "loopus_exit_depths"  # of a step's statistics: depths of the tokens counted in it
 SPAN = "_loopus_exit_depths_from"  # of a completion: that list, and where its tokens begin
 
 
@@ -34,6 +35,14 @@ def attach(request_state: Any, completion: Any) -> None:
         # vLLM may append the tokens of later deltas to this completion: the list is shared.
         start = request_state.detokenizer.num_output_tokens() - len(completion.token_ids)
         setattr(completion, SPAN, (depths, start))
+
+
+def count(iteration_stats: Any, output: Any) -> None:
+    """Notes the depth of an engine core's output for the step's statistics, where the front end
+    counts its tokens: depths and tokens counted are the same number."""
+    depths = output.routed_experts
+    if depths is not None and depths.ndim == 1:
+        vars(iteration_stats).setdefault(COUNTED, []).extend(depths.tolist())
 
 
 def exit_depths(output: Any) -> list[int]:

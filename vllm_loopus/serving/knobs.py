@@ -1,17 +1,27 @@
 """What a user may set: per engine in `additional_config`, per request in `extra_args`."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.serving.knob_names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS, objection
 
 SECTION = "loopus"  # of additional_config
 KV_POLICIES = ("exact", "last_exited")
 AUTO = "auto"
+# What the OpenAI server takes as `reasoning_effort` (vLLM's ChatCompletionRequest).
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+class KnobError(VLLMValidationError, ValueError):
+    """A knob of a request that cannot be: HTTP 400 naming the parameter, offline a `ValueError`."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter)
 
 
 @dataclass(frozen=True)
@@ -22,10 +32,13 @@ class EngineOptions:
       the K/V and state of the exit depth to all deeper depths instead, an approximation.
     - `exit_quorum`: the share of the sequences in flight that must have left before a step decodes
       and samples them, or `auto`.
+    - `reasoning_effort`: `max_loops` of requests that name an effort and no `max_loops`, for
+      example `{"low": 2, "high": 8}`. Efforts not listed, and by default all, change nothing.
     """
 
     kv_policy: str = "exact"
     exit_quorum: float | str = AUTO
+    reasoning_effort: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, additional_config: Any) -> "EngineOptions":
@@ -55,7 +68,17 @@ class EngineOptions:
             raise ValueError(
                 f"exit_quorum={quorum!r} must be a number above 0 and at most 1, or {AUTO!r}"
             )
+        _check_efforts(options.reasoning_effort)
         return options
+
+    def check(self, config: LoopUSConfig) -> None:
+        """Raises `ValueError` for an option that does not fit the model."""
+        for effort, loops in self.reasoning_effort.items():
+            if loops > config.max_loops:
+                raise ValueError(
+                    f"reasoning_effort[{effort!r}]={loops} must be at most the served "
+                    f"max_loops={config.max_loops}"
+                )
 
 
 @dataclass(frozen=True)
@@ -75,7 +98,7 @@ class RequestKnobs:
     def of(cls, extra_args: Mapping[str, Any] | None, config: LoopUSConfig) -> "RequestKnobs":
         """Knobs of a request over the checkpoint's defaults.
 
-        Raises `VLLMValidationError` (HTTP 400) naming the parameter, its value and the fix.
+        Raises `KnobError` (HTTP 400) naming the parameter, its value and the fix.
         """
         given = extra_args or {}
         max_loops = _loops(given, "max_loops", config.max_loops, config.max_loops, "the served ")
@@ -97,6 +120,55 @@ class RequestKnobs:
         return cls(max_loops, min_loops, float(threshold), tuple(depths))
 
 
+def check_request(
+    extra_args: Mapping[str, Any] | None,
+    config: LoopUSConfig,
+    max_tokens: int | None,
+    max_model_len: int,
+    custom_processors: bool = False,
+) -> None:
+    """What admission checks: names and values of a request's knobs.
+
+    `custom_processors`: the engine has logits processors of the user's, whose arguments travel in
+    the same place (see `knob_names`). Raises `KnobError` (HTTP 400).
+    """
+    given = extra_args or {}
+    check_names(given, custom_processors)
+    depths = given.get("exit_depths")
+    most = max_model_len if max_tokens is None else min(max_tokens, max_model_len)
+    if isinstance(depths, list | tuple) and len(depths) > most:
+        limit = "max_model_len" if most == max_model_len else "max_tokens"
+        message = f"has {len(depths)} entries, one a generated token; {limit} is {most}"
+        raise KnobError(f"exit_depths {message}", parameter="exit_depths")
+    if given.get(RETURN_EXIT_DEPTHS) not in (None, 0, 1):
+        _refuse(RETURN_EXIT_DEPTHS, given[RETURN_EXIT_DEPTHS], "must be 0, 1, true or false")
+    RequestKnobs.of(given, config)
+
+
+def check_names(given: Iterable[str], custom_processors: bool = False) -> None:
+    """Raises `KnobError` for a name that was meant to be a knob of ours and is none."""
+    for name in given:
+        if name not in REQUEST_KNOBS and (reason := objection(name, custom_processors)):
+            raise KnobError(f"{_shown(name)} {reason}", parameter=name[:100])
+
+
+def _check_efforts(efforts: Any) -> None:
+    if not isinstance(efforts, Mapping):
+        raise ValueError(
+            f"reasoning_effort={efforts!r} must be a mapping of efforts to loops, for example "
+            '{"low": 2, "high": 8}'
+        )
+    for effort, loops in efforts.items():
+        if effort not in EFFORTS:
+            raise ValueError(
+                f"reasoning_effort has no effort {effort!r}; there are {', '.join(EFFORTS)}"
+            )
+        if not _is_integer(loops) or loops < 1:
+            raise ValueError(
+                f"reasoning_effort[{effort!r}]={loops!r} must be a whole number, 1 or more"
+            )
+
+
 def _loops(given: Mapping[str, Any], name: str, default: int, most: int, whose: str = "") -> int:
     value = given.get(name)
     if value is None:
@@ -111,10 +183,19 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
 
 
 def _refuse(name: str, value: Any, fix: str) -> None:
-    shown = repr(value)
-    shown = shown if len(shown) <= 100 else shown[:100] + "..."
-    raise VLLMValidationError(f"{name}={shown} {fix}", parameter=name.partition("[")[0])
+    raise KnobError(f"{name}={_shown(value)} {fix}", parameter=name.partition("[")[0])
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "<a huge integer>"
+    return shown if len(shown) <= 100 else shown[:100] + "..."

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_loopus.aliases import explain_unknown_alias
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.serving.depths import attach
+from vllm_loopus.serving.depths import attach, count
 
 MARK = "_vllm_loopus_patch"
 
@@ -108,12 +108,64 @@ def _knobs_checked(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, params, supported_tasks)
         config = self.model_config.hf_config
         if isinstance(config, LoopUSConfig):
-            from vllm_loopus.serving.knobs import RequestKnobs
+            from vllm_loopus.serving.knobs import check_request
 
-            RequestKnobs.of(getattr(params, "extra_args", None), config)
+            check_request(
+                getattr(params, "extra_args", None),
+                config,
+                getattr(params, "max_tokens", None),
+                self.model_config.max_model_len,
+                bool(self.model_config.logits_processors),
+            )
         return result
 
     return _validate_params
+
+
+def _handlers_adopted(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def init_generate_state(
+        engine_client: Any, state: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        await original(engine_client, state, *args, **kwargs)
+        from vllm_loopus.serving.http import adopt_handlers
+
+        adopt_handlers(engine_client.vllm_config, state)
+
+    return init_generate_state
+
+
+def _loop_logged(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(  # noqa: N807
+        self: Any,
+        vllm_config: Any,
+        engine_idxs: Any = None,
+        custom_stat_loggers: Any = None,
+        enable_default_loggers: bool = True,
+        aggregate_engine_logging: bool = False,
+        client_count: int = 1,
+    ) -> None:
+        original(
+            self,
+            vllm_config,
+            engine_idxs,
+            custom_stat_loggers,
+            enable_default_loggers,
+            aggregate_engine_logging,
+            client_count,
+        )
+        from vllm_loopus.serving.metrics import add_loop_logger
+
+        add_loop_logger(self, vllm_config, logs=enable_default_loggers and client_count == 1)
+
+    return __init__
+
+
+def _depths_counted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def update_from_output(self: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        count(self, output)
+        return original(self, output, *args, **kwargs)
+
+    return update_from_output
 
 
 PATCHES = (
@@ -159,6 +211,50 @@ PATCHES = (
         name="RequestState._new_completion_output",
         parameters=("self", "token_ids", "finish_reason", "stop_reason"),
         wrap=_with_exit_depths,
+    ),
+    Patch(
+        key="exit-depths-in-iteration-stats",
+        module="vllm.v1.metrics.stats",
+        name="IterationStats.update_from_output",
+        parameters=(
+            "self",
+            "output",
+            "engine_core_timestamp",
+            "is_prefilling",
+            "req_stats",
+            "lora_states",
+            "lora_name",
+        ),
+        wrap=_depths_counted,
+    ),
+    Patch(
+        key="loop-in-stat-loggers",
+        module="vllm.v1.metrics.loggers",
+        name="StatLoggerManager.__init__",
+        parameters=(
+            "self",
+            "vllm_config",
+            "engine_idxs",
+            "custom_stat_loggers",
+            "enable_default_loggers",
+            "aggregate_engine_logging",
+            "client_count",
+        ),
+        wrap=_loop_logged,
+    ),
+    Patch(
+        key="knobs-and-depths-over-http",
+        module="vllm.entrypoints.generate.api_router",
+        name="init_generate_state",
+        parameters=(
+            "engine_client",
+            "state",
+            "args",
+            "request_logger",
+            "supported_tasks",
+            "default_chat_template_kwargs",
+        ),
+        wrap=_handlers_adopted,
     ),
 )
 

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
@@ -30,8 +29,6 @@ from vllm.v1.core.kv_cache_utils import create_kv_cache_group_specs
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 from vllm_loopus.serving.kv_layout import KVLayout
-
-logger = init_logger("vllm.loopus")
 
 # Order of the layers in a group. The encoder stands last, so that the planes of deeper depths,
 # which have none, hold all their layers at the same indices.
@@ -110,7 +107,6 @@ class Planes:
             vllm_config.model_config.hf_config, kv_bytes_per_token(like, vllm_config), state_bytes
         )
         self.state_names = [f"state.{piece}" for piece in range(self.layout.state_rows)]
-        logger.info_once("LoopUS K/V: %s", self.layout)
         for depth in range(1, self.layout.max_loops + 1):
             for layer in layers if depth > 1 else []:
                 PagedRows(layer_name_at(layer.layer_name, depth), layer, vllm_config)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.parallel_state import is_global_first_rank
+from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
@@ -21,12 +23,16 @@ from vllm_loopus.serving.costs import COSTS
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
+from vllm_loopus.serving.summary import start_up_summary
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 else:
     Runner = object
+
+
+logger = init_logger("vllm.loopus")
 
 
 @dataclass
@@ -82,6 +88,9 @@ class LoopUSRunner(Runner):
             row_budget=self.scheduler_config.max_num_batched_tokens,
             takes_over=takes_over,
         )
+        if is_global_first_rank():
+            summary = start_up_summary(self.vllm_config, self.model.planes.layout, kv_cache_config)
+            logger.info("LoopUS model:\n%s", summary)
 
     @torch.inference_mode()
     def execute_model(

@@ -11,6 +11,7 @@ from vllm_loopus.serving.batch import LoopProgress
 from vllm_loopus.serving.costs import COSTS, StepClock
 from vllm_loopus.serving.depths import packed
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
+from vllm_loopus.serving.stats import LoopStats, blocks_by_depth
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -45,6 +46,7 @@ class LoopUSScheduler(Scheduler):
         self._loopus_config = self.vllm_config.model_config.hf_config
         options = EngineOptions.of(self.vllm_config.additional_config)
         self._clock = StepClock()
+        self._stats = LoopStats()
         self._takes_over = options.kv_policy == "last_exited"
 
     def add_request(self, request: "Request") -> None:
@@ -82,6 +84,7 @@ class LoopUSScheduler(Scheduler):
                 request.num_in_flight_tokens -= scheduled
                 if runs:
                     request.num_computed_tokens = progress.computed[request_id]
+        self._stats.add(progress.stats)
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = leaving
         outputs = super().update_from_output(visible, model_runner_output)
@@ -94,6 +97,15 @@ class LoopUSScheduler(Scheduler):
                     depth = progress.exit_depths[output.request_id]
                     output.routed_experts = packed(depth)
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM, with what the loop did since they were made last."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self._stats.blocks = blocks_by_depth(self.kv_cache_manager)
+            self._stats.send_with(stats)
+            self._stats = LoopStats()
+        return stats
 
     def _update_request_as_session(self, session: "Request", update: Any) -> None:
         """A streaming-input session goes on: with what is complete at every depth, from the prefix

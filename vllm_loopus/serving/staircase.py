@@ -31,6 +31,11 @@ class Rows:
         """Whether the sequence's newest position is among the rows."""
         return self.end == self.sequence.done[0]
 
+    @property
+    def catch_up(self) -> int:
+        """How many of the rows are positions before those in flight."""
+        return max(min(self.end, self.sequence.begun) - self.start, 0)
+
 
 class LoopedSequence:
     """One running sequence. Its newest positions are *in flight* from `begin` to `finish`.
@@ -62,6 +67,7 @@ class LoopedSequence:
         self.takes_over = takes_over
         self.num_generated = num_generated
         self.done = [cached] * (max_depth + 1)
+        self.begun = cached  # the first position in flight
         self.decoded = [0, *(decoded or [0] * max_depth)]
         self.in_flight = False
         self.wants_token = False
@@ -72,6 +78,7 @@ class LoopedSequence:
     def begin(self, count: int, wants_token: bool) -> None:
         """`count` new positions are encoded; the last one's token is wanted or not."""
         assert not self.in_flight and count > 0
+        self.begun = self.done[0]
         self.done[0] += count
         self.in_flight, self.wants_token = True, wants_token
         self.exit_depth, self.survival, self.age = None, 1.0, 0

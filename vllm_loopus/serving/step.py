@@ -38,12 +38,23 @@ class StepExecutor(Protocol):
 
 @dataclass
 class StepReport:
-    """What a step did. `passes`: rows of each pass; `pass_seconds`: how long each took."""
+    """What a step did.
+
+    - `passes`: rows of each pass; `pass_seconds`: how long each took.
+    - `encoded_rows`: new positions; `catch_up_rows`: rows of passes before them.
+    - `wanting`: sequences that wanted a token when the passes ended; `ready`: those of them that
+      had left. `waiting`: sequences that had left before a pass, summed over the passes.
+    """
 
     emitted: list[LoopedSequence] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     pass_seconds: list[float] = field(default_factory=list)
+    encoded_rows: int = 0
+    catch_up_rows: int = 0
     decoder_rows: int = 0
+    waiting: int = 0
+    ready: int = 0
+    wanting: int = 0
 
 
 def run_step(
@@ -61,7 +72,7 @@ def run_step(
     longest in flight first to be served. A step has at most as many passes as there are depths, so
     nobody waits for others without bound.
     """
-    report = StepReport()
+    report = StepReport(encoded_rows=sum(map(len, new_rows)))
     rule.begin_step(costs)
     max_depth = max((sequence.max_depth for sequence in scheduled), default=0)
     if new_rows:
@@ -72,9 +83,11 @@ def run_step(
     for number in range(max_depth):
         if not _run_pass(order if number else first, row_budget, rule, executor, report):
             break
-        ready = sum(s.wants_token and s.refined for s in scheduled)
+        report.waiting += report.ready
+        report.ready = sum(s.wants_token and s.refined for s in scheduled)
         running = [s for s in scheduled if s.wants_token and s.in_flight and not s.refined]
-        if ready and rule.ends(ready, running):
+        report.wanting = report.ready + len(running)
+        if report.ready and rule.ends(report.ready, running):
             break
     _decode(order, row_budget, executor, report)
     for sequence in scheduled:
@@ -109,6 +122,7 @@ def _run_pass(
     leaves = executor.run_pass(batch, deciding)
     report.pass_seconds.append(time.perf_counter() - started)
     report.passes.append(sum(map(len, batch)))
+    report.catch_up_rows += sum(rows.catch_up for rows in batch)
     for rows in batch:
         rows.sequence.advance(rows)
     for index, leaving in zip(deciding, leaves, strict=True):

@@ -13,19 +13,17 @@ from vllm.config.model import _check_valid_dtype
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
-from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.knobs import EngineOptions
+from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger("vllm.loopus")
-
-CPU_CACHE_SHARE = 0.4
 
 
 class LoopUSVllmConfig(VerifyAndUpdateConfig):
@@ -89,7 +87,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             "kv_transfer_config",
             "KV connectors do not know planes by depth; remove it",
         )
-        EngineOptions.of(vllm_config.additional_config)
+        EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
         _run_eagerly(vllm_config)
         _size_cpu_cache(vllm_config)
         _loop_inside_the_step(vllm_config)
@@ -132,9 +130,8 @@ def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
         or cache.gpu_memory_utilization != CacheConfig.gpu_memory_utilization
     ):
         return
-    nodes = {cpu.numa_node for cpu in get_allowed_cpu_list()}
-    free = min(get_memory_node_info(node).available_memory for node in nodes)  # vLLM's own check
-    ranks = cdiv(vllm_config.parallel_config.world_size, len(nodes))
+    free, nodes = free_cpu_memory()
+    ranks = cdiv(vllm_config.parallel_config.world_size, nodes)
     cache.kv_cache_memory_bytes = int(CPU_CACHE_SHARE * free) // ranks
     logger.info(
         "K/V takes %.1f GiB a rank, %d %% of the memory node's free memory; "

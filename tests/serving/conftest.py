@@ -1,0 +1,76 @@
+"""One `vllm serve loopus-tiny` for all tests that talk HTTP: a start takes half a minute."""
+
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from examples.demo import running_server
+
+SERVED = "loopus-tiny"
+MAX_LOOPS = 8
+EFFORTS = {"low": 2, "medium": 4}
+ARGUMENTS = (
+    *("--model", SERVED, "--max-model-len", "256", "--dtype", "float32"),
+    *("--hf-overrides", json.dumps({"max_loops": MAX_LOOPS, "exit_threshold": 0.5})),
+    *("--additional-config", json.dumps({"loopus": {"reasoning_effort": EFFORTS}})),
+)
+
+
+@pytest.fixture(scope="session")
+def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="session")
+def address(server_log: Path) -> Iterator[str]:
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LOG_STATS_INTERVAL": "1",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)  # a user has not set it, and nothing may be fetched
+    with server_log.open("w") as output:
+        try:
+            with running_server(*ARGUMENTS, environment=environment, output=output) as address:
+                yield address
+        except RuntimeError as error:
+            raise RuntimeError(server_log.read_text()[-3000:]) from error
+
+
+@pytest.fixture(scope="session")
+def client(address: str) -> OpenAI:
+    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def get(address: str, path: str) -> str:
+    with urllib.request.urlopen(address + path, timeout=10) as response:
+        assert response.status == 200
+        return response.read().decode()
+
+
+def samples(address: str) -> dict[tuple[str, str], float]:
+    """`/metrics` of the engine: (name, value of `le` or `depth`) -> value."""
+    return {
+        (sample.name, sample.labels.get("le", sample.labels.get("depth", ""))): sample.value
+        for family in text_string_to_metric_families(get(address, "/metrics"))
+        for sample in family.samples
+        if sample.name.startswith("vllm:")
+    }
+
+
+def wait_until(holds: Callable[[], Any], seconds: float = 20) -> Any:
+    """What `holds` returns once it is true; fails when that takes too long."""
+    deadline = time.monotonic() + seconds
+    while not (result := holds()):
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.1)
+    return result

@@ -1,0 +1,40 @@
+"""`vllm-loopus doctor`: does serving work here, and if not, what to do."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from vllm_loopus.cli.checks import ERROR, Finding, examine
+from vllm_loopus.cli.info import known_models
+from vllm_loopus.cli.output import PROBLEM, JsonOption, print_json, print_table
+
+STYLES = {"ok": "[green]ok[/]", "note": "[cyan]note[/]", "warning": "[yellow]warning[/]"}
+
+
+def doctor(
+    model: Annotated[
+        str,
+        typer.Option(help="Estimate K/V for this model.", autocompletion=known_models),
+    ] = "loopus-tiny",
+    as_json: JsonOption = False,
+) -> None:
+    """Check versions, the plugin in vLLM's processes, devices, memory and common mistakes.
+
+    Exit code 1 when something keeps LoopUS models from being served.
+    """
+    findings = examine(model)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        print_table(("check", "", "found"), [_row(finding) for finding in findings])
+    if any(finding.status == ERROR for finding in findings):
+        raise typer.Exit(PROBLEM)
+
+
+def _row(finding: Finding) -> tuple[str, str, str]:
+    from rich.markup import escape
+
+    fix = f"\n[bold]fix:[/] {escape(finding.fix)}" if finding.fix else ""
+    status = STYLES.get(finding.status, "[bold red]error[/]")
+    return finding.check, status, escape(finding.found) + fix

@@ -1,0 +1,166 @@
+"""`vllm-loopus info MODEL`: what a checkpoint is, and what its K/V costs."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_loopus import aliases
+from vllm_loopus.cli.output import JsonOption, errors_told, print_json, print_table
+from vllm_loopus.config import LoopUSConfig
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+BLOCK_SIZE = 128  # vLLM's default on a CPU; a GPU's smaller blocks waste less
+WEIGHTS = ("*.safetensors", "*.pt", "*.bin")
+
+
+def known_models() -> list[str]:
+    """For shell completion."""
+    try:
+        return sorted(aliases.known_aliases())
+    except aliases.AliasError:
+        return []
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="An alias, a checkpoint folder, or owner/name on the hub.",
+        autocompletion=known_models,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class KVEstimate:
+    """What K/V of a model costs, and how many sequences some memory holds."""
+
+    dtype: str
+    tensor_parallel_size: int
+    bytes_a_token: dict[int, int]  # by depth, on one rank
+    memory_bytes: int  # on one rank
+    max_model_len: int
+    sequences: float  # of max_model_len tokens, at full depth
+
+
+def resolve(model: str) -> str:
+    """The folder or repository that vLLM would load. Raises `AliasError` for an unknown alias."""
+    if Path(model).exists():
+        return model
+    target = aliases.known_aliases().get(model, model)
+    if target == model:
+        aliases.explain_unknown_alias(model)
+    return target
+
+
+def load_config(model: str) -> LoopUSConfig:
+    """Raises `ValueError` when the model has no config that can be read, or is no LoopUS model."""
+    from transformers import AutoConfig
+
+    target = resolve(model)
+    if Path(target).is_dir() and not (Path(target) / "config.json").is_file():
+        raise ValueError(f"{target} holds no config.json; give a checkpoint folder")
+    try:
+        config = AutoConfig.from_pretrained(target)
+    except OSError as error:
+        raise ValueError(f"the config of {target} cannot be read: {error}") from error
+    if not isinstance(config, LoopUSConfig):
+        raise ValueError(f"{target} is a {config.model_type} model, not a LoopUS model")
+    return config
+
+
+def estimate_kv(
+    config: LoopUSConfig,
+    memory_gib: float | None = None,
+    max_model_len: int | None = None,
+    dtype: str | None = None,
+    tensor_parallel_size: int = 1,
+) -> KVEstimate:
+    """`memory_gib`: K/V memory of a rank; the default is what a CPU rank takes here and now.
+
+    Raises `ValueError` for a dtype or length that cannot be.
+    """
+    from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
+    from vllm_loopus.serving.summary import layout_of, sequences_that_fit
+
+    dtype = dtype or _dtype_of(config)
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPE_BYTES)}")
+    longest = int(config.base.max_position_embeddings)
+    length = longest if max_model_len is None else max_model_len
+    if not 1 <= length <= longest:
+        raise ValueError(f"max_model_len={length} must be from 1 to {longest}, the model's own")
+    layout = layout_of(config, DTYPE_BYTES[dtype], tensor_parallel_size)
+    if memory_gib is None:
+        memory = int(CPU_CACHE_SHARE * free_cpu_memory()[0])
+    else:
+        memory = int(memory_gib * 2**30)
+    blocks = memory // (layout.block_bytes_per_token * BLOCK_SIZE)
+    depths = range(1, config.max_loops + 1)
+    return KVEstimate(
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        bytes_a_token={depth: layout.allocated(depth) for depth in depths},
+        memory_bytes=memory,
+        max_model_len=length,
+        sequences=round(sequences_that_fit(blocks, BLOCK_SIZE, length, config.max_loops), 2),
+    )
+
+
+def info(
+    model: ModelArgument,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="K/V memory of a rank in GiB; default: what a CPU takes here."),
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """What a checkpoint is: cut, loops, halting rule, and what its K/V costs."""
+    with errors_told(ValueError):
+        config = load_config(model)
+        estimate = estimate_kv(config, memory, max_model_len, dtype, tensor_parallel_size)
+        facts = _facts(model, config)
+    if as_json:
+        print_json({**facts, "kv": asdict(estimate)})
+        return
+    rows = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+    sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in estimate.bytes_a_token.items()]
+    rows += [
+        ("K/V a token", f"{', '.join(sizes)} ({estimate.dtype}, one rank)"),
+        (
+            f"fit in {estimate.memory_bytes / 2**30:.2f} GiB",
+            f"{estimate.sequences:.2f} sequences of {estimate.max_model_len} tokens at depth "
+            f"{config.max_loops}",
+        ),
+    ]
+    print_table(("", model), rows)
+
+
+def _facts(model: str, config: LoopUSConfig) -> dict[str, Any]:
+    from vllm_loopus.serving.summary import halting_rule, layers
+
+    folder = Path(resolve(model))
+    files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
+    return {
+        "leads_to": resolve(model),
+        "base": f"{config.base.model_type}, {config.base.num_hidden_layers} layers of "
+        f"{config.hidden_size}",
+        "recast_from": config.base_model_name_or_path or "unknown",
+        "encoder": layers(config.encoder_layer_indices),
+        "reasoning": layers(config.reasoning_layer_indices),
+        "decoder": layers(config.decoder_layer_indices),
+        "min_loops": config.min_loops,
+        "max_loops": config.max_loops,
+        "halting": halting_rule(config),
+        "weights_mib": round(sum(f.stat().st_size for f in files) / 2**20, 2) if files else None,
+    }
+
+
+def _dtype_of(config: LoopUSConfig) -> str:
+    """What vLLM's `auto` makes of it: float32 checkpoints are served in bfloat16."""
+    dtype = str(config.dtype or config.base.dtype or "bfloat16").removeprefix("torch.")
+    return "bfloat16" if dtype == "float32" else dtype

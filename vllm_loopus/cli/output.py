@@ -1,0 +1,38 @@
+"""What the subcommands share: JSON or a table, errors as one line, exit codes.
+
+Exit codes: 0 done; 1 a problem was found (`doctor`); 2 the input is wrong, also when typer says so.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+PROBLEM, BAD_INPUT = 1, 2
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@contextmanager
+def errors_told(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a line on standard error and exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,45 @@
+"""Run by `doctor` in an interpreter of its own: is the plugin loaded in vLLM's processes?
+
+    python -m vllm_loopus.cli.probe
+
+prints a line of JSON, the last one on standard output: for the front end and for a process spawned
+as engine cores and workers are, what vLLM knows there after it has loaded its plugins.
+"""
+
+import json
+import multiprocessing
+from typing import Any
+
+
+def state() -> dict[str, Any]:
+    """What this process knows of LoopUS models."""
+    from importlib import import_module
+    from operator import attrgetter
+
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from vllm_loopus.config import ARCHITECTURE
+    from vllm_loopus.serving.patches import MARK, PATCHES
+
+    load_general_plugins()
+    targets = [attrgetter(patch.name)(import_module(patch.module)) for patch in PATCHES]
+    return {
+        "registered": ARCHITECTURE in ModelRegistry.models,
+        "patches": sum(
+            getattr(target, MARK, None) == patch.key
+            for target, patch in zip(targets, PATCHES, strict=True)
+        ),
+        "of": len(PATCHES),
+    }
+
+
+def main() -> None:
+    front_end = state()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        spawned = pool.apply(state)
+    print(json.dumps({"front end": front_end, "spawned process": spawned}))
+
+
+if __name__ == "__main__":
+    main()
