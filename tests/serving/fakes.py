@@ -23,6 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.conftest import GOLDEN
 from vllm_loopus.serving.batch import LoopedBatch
 from vllm_loopus.serving.boundary import boundary_rule
+from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded
 from vllm_loopus.serving.runner import LoopUSRunner
@@ -121,7 +122,7 @@ class FakeExecutor:
                 self.write("reasoning", row.sequence, row.depth, position)
             if row.newest and row.sequence.writes_through:
                 for kind in ("state", "reasoning"):
-                    self.copy(kind, row, range(row.depth + 1, self.max_depth + 1))
+                    self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
         for row in rows:
             for position in range(row.start):
                 self.read("reasoning", row.sequence, row.depth, position)
@@ -151,7 +152,7 @@ class FakeExecutor:
                 self.read("state", row.sequence, row.depth, position)
                 self.write("decoder", row.sequence, row.depth, position)
             if row.newest and row.sequence.writes_through:
-                self.copy("decoder", row, range(1, self.max_depth + 1))
+                self.copy("decoder", row, range(1, row.sequence.max_depth + 1))
         for row in rows:
             for position in range(row.start):
                 self.read("decoder", row.sequence, row.depth, position)
@@ -205,9 +206,7 @@ class FakePlatformRunner:
 class FakeRunner(LoopUSRunner, FakePlatformRunner):
     """The adapter over the fakes."""
 
-    def __init__(
-        self, vllm_config: Any, num_blocks: int, quorum: float | str, takes_over: bool
-    ) -> None:
+    def __init__(self, vllm_config: Any, num_blocks: int, quorum: float | str) -> None:
         self.vllm_config = vllm_config
         self.requests: dict[str, Any] = {}
         self._init_loop()
@@ -217,18 +216,20 @@ class FakeRunner(LoopUSRunner, FakePlatformRunner):
         tables = PageTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
         self.executor = FakeExecutor(tables, depth, budget)
         rule = boundary_rule(quorum, depth, 1)
-        self._batch = LoopedBatch(self.executor, tables, rule, depth, budget, takes_over)
+        options = EngineOptions.of(vllm_config.additional_config)
+        self._batch = LoopedBatch(self.executor, tables, rule, depth, budget, options)
         self.executor.batch = self._batch
 
 
 @cache
 def engine_config(**options: Any) -> Any:
     """vLLM's configuration for a small model; blocks of four tokens."""
-    max_loops, kv_policy = options.pop("max_loops"), options.pop("kv_policy")
+    max_loops = options.pop("max_loops")
+    loopus = {name: options.pop(name) for name in ("kv_policy", "prefill_depth")}
     config = EngineArgs(
         model=str(GOLDEN / "qwen3"),
         hf_overrides={"max_loops": max_loops},
-        additional_config={"loopus": {"kv_policy": kv_policy}},
+        additional_config={"loopus": loopus},
         skip_tokenizer_init=True,
         **options,
     ).create_engine_config()
@@ -248,6 +249,7 @@ class Engine:
     quorum: float | str = 0.5
     policy: str = "fcfs"
     kv_policy: str = "exact"
+    prefill_depth: str = "lazy"
     prefix_caching: bool = True
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
@@ -257,6 +259,7 @@ class Engine:
         config = engine_config(
             max_loops=self.max_loops,
             kv_policy=self.kv_policy,
+            prefill_depth=self.prefill_depth,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -273,9 +276,7 @@ class Engine:
             block_size=BLOCK,
             log_stats=True,
         )
-        self.runner = FakeRunner(
-            config, self.num_blocks, self.quorum, self.kv_policy == "last_exited"
-        )
+        self.runner = FakeRunner(config, self.num_blocks, self.quorum)
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self.hasher = get_request_block_hasher(BLOCK, hash_function)

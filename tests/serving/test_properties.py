@@ -49,6 +49,7 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[LoopedSequence, list[
     spare_blocks=st.sampled_from([0, 3, 200]),
     caching=st.booleans(),
     kv_policy=st.sampled_from(["exact", "exact", "last_exited"]),
+    prefill_depth=st.sampled_from(["lazy", "lazy", "full"]),
 )
 def test_everything_finishes_right(
     items: list[dict[str, Any]],
@@ -57,6 +58,7 @@ def test_everything_finishes_right(
     spare_blocks: int,
     caching: bool,
     kv_policy: str,
+    prefill_depth: str,
 ) -> None:
     max_len, depth = 40, 4
     blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
@@ -68,6 +70,7 @@ def test_everything_finishes_right(
         quorum=quorum,
         prefix_caching=caching,
         kv_policy=kv_policy,
+        prefill_depth=prefill_depth,
     )
     seen: dict[str, tuple[LoopedSequence, list[int]]] = {}
     aborted = set()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm_loopus.serving.boundary import BoundaryRule, StepCosts
-from vllm_loopus.serving.knobs import RequestKnobs
+from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 from vllm_loopus.serving.pages import BlockIds, PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
@@ -47,14 +47,14 @@ class LoopedBatch:
         rule: BoundaryRule,
         max_depth: int,
         row_budget: int,
-        takes_over: bool,
+        options: EngineOptions,
     ) -> None:
         self.rule = rule
         self._executor = executor
         self._tables = tables
         self._max_depth = max_depth
         self._row_budget = row_budget
-        self._takes_over = takes_over
+        self._options = options
         self._running: dict[str, _Running] = {}
 
     def add(
@@ -78,10 +78,11 @@ class LoopedBatch:
                 knobs,
                 self._max_depth,
                 prefill_end=len(tokens),
-                cached=cached,
+                cached=[cached] * self._max_depth,
                 decoded=None if wants_prompt else decoded,
-                takes_over=self._takes_over,
+                takes_over=self._options.takes_over,
                 num_generated=num_generated,
+                full_prefill=self._options.full_prefill,
             ),
             list(tokens),
         )

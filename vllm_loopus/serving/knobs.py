@@ -11,6 +11,7 @@ from vllm_loopus.config import LoopUSConfig
 
 SECTION = "loopus"  # of additional_config
 KV_POLICIES = ("exact", "last_exited")
+PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
 
 
@@ -20,11 +21,14 @@ class EngineOptions:
 
     - `kv_policy`: `exact` computes what deeper tokens need of shallower ones; `last_exited` gives
       the K/V and state of the exit depth to all deeper depths instead, an approximation.
+    - `prefill_depth`: `lazy` takes a prompt to the depth at which its last position leaves, and
+      deeper when a later token goes there; `full` takes it to the full depth at once.
     - `exit_quorum`: the share of the sequences in flight that must have left before a step decodes
       and samples them, or `auto`.
     """
 
     kv_policy: str = "exact"
+    prefill_depth: str = "full"
     exit_quorum: float | str = AUTO
 
     @classmethod
@@ -45,17 +49,28 @@ class EngineOptions:
                     f"there are {', '.join(known)}"
                 )
         options = cls(**given)
-        if options.kv_policy not in KV_POLICIES:
-            raise ValueError(
-                f"kv_policy={options.kv_policy!r} is unknown; choose one of "
-                f"{', '.join(KV_POLICIES)}"
-            )
+        for name, choices in (("kv_policy", KV_POLICIES), ("prefill_depth", PREFILL_DEPTHS)):
+            if getattr(options, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(options, name)!r} is unknown; choose one of "
+                    f"{', '.join(choices)}"
+                )
         quorum = options.exit_quorum
         if quorum != AUTO and not (_is_number(quorum) and 0 < quorum <= 1):  # type: ignore[operator]
             raise ValueError(
                 f"exit_quorum={quorum!r} must be a number above 0 and at most 1, or {AUTO!r}"
             )
         return options
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether deeper depths take over what a token has where it leaves."""
+        return self.kv_policy == "last_exited"
+
+    @property
+    def full_prefill(self) -> bool:
+        """Whether prompts run to the full depth, wherever their last position leaves."""
+        return self.prefill_depth == "full"
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,14 @@ class BatchLayout:
         return blocks.astype(np.int64) * self.block_size + positions % self.block_size
 
     def through(
-        self, entries: NDArray[np.int64], deeper_only: bool
+        self, entries: NDArray[np.int64], deepest: NDArray[np.int64], deeper_only: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Last rows of `entries`, and slots of their positions at deeper depths, or at all others:
-        a row for each slot [M]."""
+        """Last rows of `entries`, and slots of their positions at deeper depths, or at all others,
+        down to the `deepest` of each: a row for each slot [M]."""
         depths = np.arange(1, self.tables.shape[1] + 1)
         own = self.depth[entries][:, None]
-        entry, column = np.nonzero(depths > own if deeper_only else depths != own)
+        others = depths > own if deeper_only else depths != own
+        entry, column = np.nonzero(others & (depths <= deepest[:, None]))
         chosen = entries[entry]
         rows = self.last_rows[chosen]
         return rows, self._slots(self.sequence[chosen], depths[column], self.positions[rows])

@@ -186,7 +186,8 @@ class PagedExecutor:
         entries = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
         if not entries:
             return None
-        repeated, slots = layout.through(np.array(entries), deeper_only)
+        deepest = np.array([rows[i].sequence.max_depth for i in entries])
+        repeated, slots = layout.through(np.array(entries), deepest, deeper_only)
         return (self._tensor(repeated), self._tensor(slots)) if len(repeated) else None
 
     @contextmanager

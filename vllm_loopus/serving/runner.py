@@ -69,8 +69,7 @@ class LoopUSRunner(Runner):
             block_size=block_size,
         )
         options = EngineOptions.of(self.vllm_config.additional_config)
-        takes_over = options.kv_policy == "last_exited"
-        if takes_over:
+        if options.takes_over:
             self.model.planes.write_through()
         self._batch = LoopedBatch(
             PagedExecutor(
@@ -80,7 +79,7 @@ class LoopUSRunner(Runner):
             boundary_rule(options.exit_quorum, config.max_loops, config.exit_interval),
             max_depth=config.max_loops,
             row_budget=self.scheduler_config.max_num_batched_tokens,
-            takes_over=takes_over,
+            options=options,
         )
 
     @torch.inference_mode()

@@ -43,12 +43,11 @@ class LoopUSScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.kv_cache_manager.__class__ = LateKVCacheManager
         self._loopus_config = self.vllm_config.model_config.hf_config
-        options = EngineOptions.of(self.vllm_config.additional_config)
+        self._options = EngineOptions.of(self.vllm_config.additional_config)
         self._clock = StepClock()
-        self._takes_over = options.kv_policy == "last_exited"
 
     def add_request(self, request: "Request") -> None:
-        if self._takes_over and request.request_id not in self.requests:
+        if self._options.takes_over and request.request_id not in self.requests:
             _salt_with_knobs(request, self._loopus_config)
         super().add_request(request)
 
@@ -101,7 +100,7 @@ class LoopUSScheduler(Scheduler):
         super()._update_request_as_session(session, update)
         self.kv_cache_manager.free(session)
         session.num_computed_tokens = 0
-        if self._takes_over:
+        if self._options.takes_over:
             _salt_with_knobs(session, self._loopus_config)
 
 
