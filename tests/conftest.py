@@ -43,6 +43,13 @@ def counter(llm: Any, name: str) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
+def hits_by_depth(llm: Any) -> list[int]:
+    """Positions that requests found in the prefix cache so far, at each depth."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    hits: list[int] = list(scheduler.hits_by_depth)
+    return hits
+
+
 def spy_on_steps(llm: Any) -> list[Any]:
     """A list that gets the `LoopProgress` of every step from now on."""
     core = llm.llm_engine.engine_core.engine_core

@@ -72,6 +72,21 @@ class FakeExecutor:
 
     def begin_step(self, tokens: list[int]) -> None:
         self.decoded = Decoded()
+        self.wiped: list[Any] = []
+
+    def make_room(self, rows: Rows) -> int:
+        room = self.tables.make_room(rows)
+        for taken in self.tables.taken.get(rows.sequence.request_id, ()):
+            if taken not in self.wiped:
+                self.wiped.append(taken)
+                self.wipe(taken.block_id)
+        return room
+
+    def wipe(self, block: int) -> None:
+        """A block that is given out again holds nothing."""
+        for kind in ("state", "reasoning", "decoder"):
+            for slot in range(block * BLOCK, (block + 1) * BLOCK):
+                self.memory.pop((kind, slot), None)
 
     def want_prompt(self, request_id: str) -> None:
         pass
@@ -102,6 +117,10 @@ class FakeExecutor:
     def encode(self, rows: list[Rows]) -> None:
         assert sum(map(len, rows)) <= self.budget
         self.encoded = [(r.sequence.request_id, p) for r in rows for p in range(r.start, r.end)]
+        for row in rows:
+            for position in range(row.start, row.end):
+                if position % BLOCK == 0:
+                    self.wipe(self.slot(row.sequence, 1, position) // BLOCK)
 
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
         assert 0 < sum(map(len, rows)) <= self.budget
@@ -170,24 +189,13 @@ class FakePlatformRunner:
             self.requests[new.req_id] = SimpleNamespace(
                 prompt_token_ids=new.prompt_token_ids,
                 output_token_ids=[],
-                block_ids=tuple(map(list, new.block_ids)),
             )
         cached = scheduler_output.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
-            state, blocks = self.requests[name], cached.new_block_ids[index]
-            assert cached.num_output_tokens[index] == len(state.output_token_ids)
-            if name in cached.resumed_req_ids:
-                state.block_ids = tuple(map(list, blocks))
-            elif blocks is not None:
-                for known, ids in zip(state.block_ids, blocks, strict=True):
-                    known.extend(ids)
+            generated = len(self.requests[name].output_token_ids)
+            assert cached.num_output_tokens[index] == generated
+            assert (cached.new_block_ids[index] is not None) == (name in cached.resumed_req_ids)
         self.step_requests = list(scheduler_output.num_scheduled_tokens)
-        for name in self.step_requests:  # what vLLM's runner was told is what there is
-            tables = self._batch._tables
-            table = tables._tables[tables._index[name]]
-            for row, ids in zip(table, self.requests[name].block_ids, strict=True):
-                assert row[: len(ids)].tolist() == ids
-            assert [len(ids) for ids in self.requests[name].block_ids] == tables._lengths[name]
         return None
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
@@ -211,6 +219,7 @@ class FakeRunner(LoopUSRunner, FakePlatformRunner):
         self.requests: dict[str, Any] = {}
         self._init_loop()
         depth = vllm_config.model_config.hf_config.max_loops
+        self.kv_cache_config = KVCacheConfig(num_blocks, [], [None] * depth)
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         tables = PageTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
@@ -282,9 +291,13 @@ class Engine:
         self.hasher = get_request_block_hasher(BLOCK, hash_function)
         self.stats: list[Any] = []
         self.steps = 0
+        self.peak = 0
+        self.found: dict[str, list[int]] = {}  # positions in the prefix cache, by depth
+        self.sessions: list[str] = []  # hold blocks between their turns
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **more: Any) -> Request:
-        knobs = {key: more.pop(key) for key in ("max_loops", "min_loops") if key in more}
+        names = ("max_loops", "min_loops", "exit_depths")
+        knobs = {key: more.pop(key) for key in names if key in more}
         priority, resumable = more.pop("priority", 0), more.pop("resumable", False)
         request = Request(
             request_id=name,
@@ -299,12 +312,17 @@ class Engine:
             block_hasher=self.hasher,
         )
         self.outputs[name], self.depths[name] = [], []
+        if resumable:
+            self.sessions.append(name)
         self.scheduler.add_request(request)
         return request
 
     def step(self) -> Any:
         """One engine step, as `EngineCore.step` does it. Returns what was scheduled."""
         scheduled = self.scheduler.schedule()
+        for new in scheduled.scheduled_new_reqs:
+            deeper = [BLOCK * len(ids) for ids in new.block_ids[1:]]
+            self.found[new.req_id] = [new.num_computed_tokens, *deeper]
         result = self.runner.execute_model(scheduled)
         if result is None:
             result = self.runner.sample_tokens(None)
@@ -318,7 +336,32 @@ class Engine:
                 if output.finish_reason is not None:
                     self.reasons[output.request_id] = str(output.finish_reason)
         self.steps += 1
+        self.check_blocks()
         return scheduled
+
+    def check_blocks(self) -> None:
+        """Scheduler and worker agree on every block, and each one in use holds a position."""
+        manager, batch = self.scheduler.kv_cache_manager, self.runner._batch
+        held: list[set[int]] = [set() for _ in range(self.max_loops)]
+        computed: list[set[int]] = [set() for _ in range(self.max_loops)]
+        for request in self.scheduler.running:
+            name = request.request_id
+            table = batch._tables._tables[batch._tables._index[name]]
+            sequence = batch._running[name].sequence
+            for depth, ids in enumerate(manager.get_block_ids(name)):
+                assert table[depth].tolist() == ids + [0] * (table.shape[1] - len(ids))
+                held[depth] |= set(ids) - {0}
+                if depth < sequence.max_depth:
+                    positions = set(range(sequence.done[depth + 1]))
+                    if sequence.takes_over:
+                        positions |= set(range(sequence.prefill_end, sequence.done[0]))
+                    computed[depth] |= {int(table[depth, p // BLOCK]) for p in positions}
+        assert held == computed
+        in_use = [len(ids) for ids in held]
+        if not self.sessions:
+            assert in_use == self.scheduler.blocks_by_depth()
+            assert sum(in_use) == self.num_blocks - 1 - self.free_blocks
+        self.peak = max(self.peak, sum(in_use))
 
     def run(self, most_steps: int = 10_000) -> None:
         """Steps until nothing is left to do."""

@@ -28,7 +28,7 @@ class EngineOptions:
     """
 
     kv_policy: str = "exact"
-    prefill_depth: str = "full"
+    prefill_depth: str = "lazy"
     exit_quorum: float | str = AUTO
 
     @classmethod
@@ -71,6 +71,13 @@ class EngineOptions:
     def full_prefill(self) -> bool:
         """Whether prompts run to the full depth, wherever their last position leaves."""
         return self.prefill_depth == "full"
+
+    def planes(self, max_loops: int, served: int) -> int:
+        """The planes that positions of a request with the budget `max_loops` may need.
+
+        In `last_exited` K/V is shared between requests of equal knobs only.
+        """
+        return served if self.full_prefill and not self.takes_over else max_loops
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ class PagedExecutor:
         """Drops what was kept for a request."""
         self._prompt_parts.pop(request_id, None)
 
+    def make_room(self, rows: Rows) -> int:
+        return self._tables.make_room(rows)
+
     def encode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout([Rows(r.sequence, 1, r.start, r.end) for r in rows])
         with self._attention(layout, self._model.planes.encoder_names):

@@ -58,23 +58,25 @@ class LoopedSequence:
         num_generated: int = 0,
         full_prefill: bool = False,
     ) -> None:
-        """`prefill_end`: tokens known now. `cached[r - 1]`: positions found at depth r in the
-        prefix cache; `decoded[r - 1]`: of those, decoded at depth r already. `takes_over`: policy
-        `last_exited`. `num_generated`: tokens generated so far.
+        """`max_depth`: planes that the sequence may need. `prefill_end`: tokens known now.
+        `cached[r - 1]`: positions found at depth r in the prefix cache; `decoded[r - 1]`: of those,
+        decoded at depth r already. `takes_over`: policy `last_exited`. `num_generated`: tokens
+        generated so far.
         """
         self.request_id = request_id
         self.knobs = knobs
         self.full_prefill = full_prefill
-        self.max_depth = max_depth if full_prefill else knobs.max_loops
+        self.max_depth = max_depth
         self.prefill_end = prefill_end
         self.takes_over = takes_over
         self.num_generated = num_generated
-        found = list(cached or [0] * max_depth)
+        found = list(cached or [0] * max_depth)[:max_depth]
         self.done = [found[0], *found]
-        self.decoded = [0, *(decoded or [0] * max_depth)]
+        self.decoded = [0, *(decoded or [0] * max_depth)[:max_depth]]
         self.in_flight = False
         self.wants_token = False
         self.depth = 0  # that the newest position has reached
+        self.stalled = False  # in the last pass, for want of blocks
         self.exit_depth: int | None = None
         self.survival = 1.0  # see HaltingRule
         self.age = 0  # steps in flight
@@ -85,6 +87,7 @@ class LoopedSequence:
         self.done[0] += count
         self.in_flight, self.wants_token = True, wants_token
         self.depth, self.exit_depth, self.survival, self.age = 0, None, 1.0, 0
+        self.stalled = False
 
     @property
     def prefilling(self) -> bool:
@@ -129,11 +132,6 @@ class LoopedSequence:
             self.depth = rows.depth
         elif self.writes_through and rows.end == self.prefill_end:
             self.done[rows.depth] = self.done[0] - 1  # the tokens since then were written here
-
-    @property
-    def complete(self) -> int:
-        """Positions whose K/V and states are there at every depth: what others may share."""
-        return self.done[-1]
 
     @property
     def undecided(self) -> bool:

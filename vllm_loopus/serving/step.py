@@ -19,6 +19,10 @@ class StepExecutor(Protocol):
     decoder's K/V to all depths.
     """
 
+    def make_room(self, rows: Rows) -> int:
+        """How many of the rows, from the first, have blocks to be written to; takes new ones."""
+        ...
+
     def encode(self, rows: list[Rows]) -> None:
         """Depth 0: runs the encoder and keeps `h^0` for the pass that follows."""
         ...
@@ -60,7 +64,8 @@ def run_step(
     No pass and no decoder call has more rows than that; when it is short, everybody gets what an
     equal share holds, and the longest in flight what is left over: a long catch-up does not keep
     others from their next pass. A step has at most as many passes as there are depths, so nobody
-    waits for others without bound.
+    waits for others without bound. A sequence for whose next plane there is no block waits for the
+    next step.
     """
     report = StepReport()
     rule.begin_step(costs)
@@ -72,7 +77,9 @@ def run_step(
         if not _run_pass(order, row_budget, rule, executor, report):
             break
         ready = sum(s.wants_token and s.refined for s in scheduled)
-        running = [s for s in scheduled if s.wants_token and s.in_flight and not s.refined]
+        running = [
+            s for s in scheduled if s.wants_token and s.in_flight and not (s.refined or s.stalled)
+        ]
         if ready and rule.ends(ready, running):
             break
     _decode(order, row_budget, executor, report)
@@ -99,9 +106,15 @@ def _run_pass(
     deeper = [rows for rows in wanted if rows.depth > 1]
     budget -= sum(map(len, batch))
     assert budget >= 0, "new positions exceed the row budget"
+    for rows in batch:
+        room = executor.make_room(rows)
+        assert room == len(rows), "blocks of new positions are promised"
     for rows, share in zip(deeper, _shares([len(rows) for rows in deeper], budget), strict=True):
         rows.end = rows.start + share
-        if share:
+        room = executor.make_room(rows) if share else 0
+        rows.sequence.stalled = room < share
+        rows.end = rows.start + room
+        if room:
             batch.append(rows)
     if not batch:
         return False
