@@ -54,24 +54,27 @@ class StepBlocks:
         return self._free.popleft()
 
 
-class PlaneDemand:
-    """How many planes of a block sequences end up with, learned by recursion budget.
+class Demand:
+    """What sequences end up with, learned: planes of a block by recursion budget, new tokens.
 
-    Before any has finished, all planes of the budget are expected.
+    Before any has finished, all planes of the budget are expected, and no new tokens.
     """
 
     MEMORY = 50  # sequences, roughly
 
     def __init__(self) -> None:
-        self._mean: dict[int, float] = {}
+        self.new_tokens = 0.0
+        self._finished = 0
+        self._planes: dict[int, float] = {}
         self._seen: dict[int, int] = {}
 
-    def observe(self, budget: int, planes: float) -> None:
+    def observe(self, budget: int, planes: float, new_tokens: int) -> None:
         """A sequence has finished with `planes` blocks for each of depth 1."""
-        seen = min(self._seen.get(budget, 1) + 1, self.MEMORY)
-        self._mean[budget] = self.expected(budget) + (planes - self.expected(budget)) / seen
-        self._seen[budget] = seen
+        seen = self._seen[budget] = min(self._seen.get(budget, 1) + 1, self.MEMORY)
+        self._planes[budget] = self.planes(budget) + (planes - self.planes(budget)) / seen
+        self._finished = min(self._finished + 1, self.MEMORY)
+        self.new_tokens += (new_tokens - self.new_tokens) / self._finished
 
-    def expected(self, budget: int) -> float:
-        """Blocks that a sequence ends up with for each of depth 1."""
-        return self._mean.get(budget, float(budget))
+    def planes(self, budget: int) -> float:
+        """Blocks that a sequence is expected to end up with for each of depth 1."""
+        return self._planes.get(budget, float(budget))

@@ -17,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_loopus.serving.blocks import BlockOffer, PlaneDemand, TakenBlock
+from vllm_loopus.serving.blocks import BlockOffer, Demand, TakenBlock
 
 
 class PlaneManager(FullAttentionManager):
@@ -131,7 +131,7 @@ class DepthKVCacheManager(KVCacheManager):
         manager._needed = {}
         manager._promised = {}
         manager._most_a_pass = cdiv(row_budget, manager._block_size)
-        manager.demand = PlaneDemand()
+        manager.demand = Demand()
 
     _budget: Callable[[Request], int]
     _planes: tuple[Any, ...]
@@ -140,7 +140,7 @@ class DepthKVCacheManager(KVCacheManager):
     _holders: dict[str, _Holder]
     _promised: dict[str, int]  # of this step
     _needed: dict[str, float]  # planes that preempted requests had for each block of depth 1
-    demand: PlaneDemand
+    demand: Demand
     hits_by_depth: list[int]  # positions found in the prefix cache so far
 
     def blocks_by_depth(self) -> list[int]:
@@ -206,9 +206,11 @@ class DepthKVCacheManager(KVCacheManager):
         return needed + others <= self.block_pool.get_num_free_blocks()
 
     def _expected(self, request: Request, budget: int) -> int:
-        """Blocks that a request is expected to hold with the tokens it has now."""
-        planes = max(self.demand.expected(budget), self._needed.get(request.request_id, 0))
-        return ceil(cdiv(request.num_tokens, self._block_size) * planes)
+        """Blocks that a request is expected to hold in the end."""
+        new_tokens = min(int(self.demand.new_tokens), request.max_tokens)
+        tokens = max(request.num_tokens, request.num_prompt_tokens + new_tokens)
+        planes = max(self.demand.planes(budget), self._needed.get(request.request_id, 0))
+        return ceil(cdiv(min(tokens, self.max_model_len), self._block_size) * planes)
 
     def offer(self, scheduled: Iterable[str]) -> BlockOffer:
         """What the step may take: no more than it can fill, and at least what is promised."""
@@ -262,7 +264,8 @@ class DepthKVCacheManager(KVCacheManager):
             self._needed.pop(name, None)
         if holder is not None and at_first:
             if request.is_finished():
-                self.demand.observe(holder.budget, holder.held / at_first)
+                new_tokens = request.num_tokens - request.num_prompt_tokens
+                self.demand.observe(holder.budget, holder.held / at_first, new_tokens)
             else:  # it comes back when there is room for what it had
                 self._needed[name] = holder.held / at_first
         for plane in reversed(self._planes):
