@@ -35,7 +35,7 @@ bench-early-exit: .venv
 
 # Resolve the lock file again (needs uv). See requirements/README.md.
 lock:
-	uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/cpu.overrides \
+	uv pip compile pyproject.toml --extra cpu --extra train --extra dev --override requirements/cpu.overrides \
 	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOCK)
 
 clean:

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from tests.bases import BASES, WINDOW, base_config
 from tests.conftest import BACKBONES, GOLDEN
+from vllm_loopus.backbones import BACKBONES as SUPPORTED
+from vllm_loopus.base_attention import FULL
 from vllm_loopus.config import LoopUSConfig
 
 
@@ -110,9 +113,61 @@ def test_a_checkpoint_without_its_base(tmp_path: Path) -> None:
         AutoConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("value", [2047, 128])
-def test_sliding_windows_are_refused(value: int) -> None:
-    phi = json.loads((GOLDEN / "phi3" / "config.json").read_text())
-    phi["base_config_dict"]["sliding_window"] = value
-    with pytest.raises(ValueError, match=f"sliding_window={value}"):
-        LoopUSConfig.from_dict(phi)
+def on(model_type: str, **changes: Any) -> LoopUSConfig:
+    """A LoopUS config on a row of the table of bases, with changes to the base's config."""
+    base = {**base_config(model_type).to_dict(), **changes}
+    return LoopUSConfig(base_config=base, reasoning_layer_indices=[0, 1, 2, 3])
+
+
+def test_every_backbone_has_a_base() -> None:
+    assert BASES.keys() == SUPPORTED.keys()
+
+
+@pytest.mark.parametrize("model_type", BASES)
+def test_every_base_round_trip(model_type: str, tmp_path: Path) -> None:
+    config = LoopUSConfig(base_config=base_config(model_type), reasoning_layer_indices=[0, 1, 2, 3])
+    assert config.base.tie_word_embeddings is False
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.base.model_type == model_type
+    assert again.base.tie_word_embeddings is False
+    assert again.base.to_dict() == config.base.to_dict() == on(model_type).base.to_dict()
+
+
+WINDOWS = {
+    "qwen3": [None] * 4,
+    "qwen2": [None, None, WINDOW, WINDOW],
+    "llama": [None] * 4,
+    "mistral": [WINDOW] * 4,
+    "phi3": [WINDOW] * 4,
+    "gemma2": [WINDOW, None] * 2,
+    "gemma3_text": [WINDOW, None] * 2,
+}
+
+
+@pytest.mark.parametrize("model_type", BASES)
+def test_windows(model_type: str) -> None:
+    config = on(model_type)
+    assert [config.attention.window(layer) for layer in range(4)] == WINDOWS[model_type]
+    config.base.sliding_window = None
+    config.check()
+    assert [config.attention.window(layer) for layer in range(4)] == [None] * 4
+
+
+BAD_BASES = [
+    ("phi3", {"sliding_window": 0}, "sliding_window=0 must be a number of positions, or null"),
+    ("llama", {"sliding_window": 128}, "sliding_window=128 means nothing to a llama model"),
+    ("mistral", {"layer_types": [FULL] * 4}, "layer_types=.* is not what a mistral model does"),
+    ("gemma3_text", {"layer_types": ["chunked_attention"] * 4}, "layer_types lists .*chunked"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("llama", {"is_causal": False}, "is_causal=False .* set it to True"),
+    ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config="),
+    ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+    ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "message"), BAD_BASES)
+def test_bases_that_are_refused(model_type: str, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        on(model_type, **changes)

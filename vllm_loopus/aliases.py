@@ -11,7 +11,9 @@ import os
 import tempfile
 from pathlib import Path
 
-EMBEDDED = {"loopus-tiny": Path(__file__).parent / "checkpoints" / "loopus-tiny"}
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+# The looped model, and the plain one it was cut from.
+EMBEDDED = {name: CHECKPOINTS / name for name in ("loopus-tiny", "loopus-tiny-base")}
 # Repositories that the authors published (read in their model listing on 2026-11-23).
 PUBLISHED = {
     "loopus-qwen3-1.7b": "Thrillcrazyer/Qwen3_1.7B_LoopUS",

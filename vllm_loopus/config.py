@@ -4,6 +4,7 @@ It reads two formats: our own (`model_type: "loopus"`) and the released one (`mo
 with `N`, `q_threshold`, `q_eval_interval`, `base_config_dict`), and always writes our own.
 """
 
+import copy
 import math
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from vllm_loopus.backbones import BACKBONES, Backbone
+from vllm_loopus.base_attention import BaseAttention
 
 ARCHITECTURE = "LoopUSForCausalLM"
 HALTING_STRATEGIES = ("threshold", "cdf", "convergence")
@@ -88,6 +90,9 @@ class LoopUSConfig(PreTrainedConfig):
         name = self.attribute_map.get(key, key)
         if name == "base_config" and isinstance(value, dict):
             value = _base_config_from_dict(value)
+        elif name == "base_config" and getattr(value, "tie_word_embeddings", False):
+            value = copy.deepcopy(value)
+            value.tie_word_embeddings = False  # as below
         if name in _INTEGERS:
             _check_integer(name, value)
         elif name in _NUMBERS:
@@ -114,6 +119,16 @@ class LoopUSConfig(PreTrainedConfig):
         return _backbone_of(self.base.model_type)
 
     @property
+    def attention(self) -> BaseAttention:
+        """How the base's layers attend."""
+        return BaseAttention(self.base, self.backbone)
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The base's cap on logits, None for none."""
+        return self.backbone.value(self.base, "logit_softcap")
+
+    @property
     def hidden_size(self) -> int:
         return int(self.get_text_config().hidden_size) if self.base_config is not None else 0
 
@@ -125,7 +140,7 @@ class LoopUSConfig(PreTrainedConfig):
         """Raises `ValueError` naming field, value and fix when fields do not fit together."""
         self.base  # noqa: B018  (raises when missing)
         self._check_layers()
-        self._check_attention()
+        self.attention.check()
         if not 1 <= self.max_loops <= MAX_RECURSION_DEPTH:
             raise ValueError(
                 f"max_loops={self.max_loops} must be from 1 to {MAX_RECURSION_DEPTH}; "
@@ -188,19 +203,6 @@ class LoopUSConfig(PreTrainedConfig):
                         "reasoning and decoder must be ascending runs in this order"
                     )
                 previous = index
-
-    def _check_attention(self) -> None:
-        self.backbone  # noqa: B018  (raises for an unknown base)
-        window = getattr(self.base, "sliding_window", None)
-        # Mistral and Phi-3 configs list no types: they apply a window to every layer.
-        unlisted = ["full_attention" if window is None else "sliding_attention"]
-        layer_types = set(getattr(self.base, "layer_types", None) or unlisted)
-        if layer_types != {"full_attention"}:
-            raise ValueError(
-                f"base_config.sliding_window={window} with layer types {sorted(layer_types)} is "
-                "not supported; only full attention is: set base_config.sliding_window to null if "
-                "the context served stays inside the window"
-            )
 
 
 class ReleasedLoopUSConfig(LoopUSConfig):

@@ -1,85 +1,101 @@
-"""Cutting a base: every tensor lands where it belongs, and the looped model contains its base."""
+"""Where to cut: the rule, cuts by hand, and the published ones."""
 
-from pathlib import Path
+import math
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+
+from vllm_loopus.recast.cut import (
+    PUBLISHED,
+    Cut,
+    parse_decoder,
+    parse_encoder,
+    published_cut,
+    rank_cuts,
 )
 
-from vllm_loopus.recast.cut import layer_runs, recast, rename
-from vllm_loopus.tiny.tokenizer import build_tokenizer
 
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-BASES = {
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
-    "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES)),
-}
+def profile(*runs: tuple[float, int]) -> list[float]:
+    """Cosines of layers whose angles, as shares of pi, come in constant runs."""
+    return [math.cos(math.pi * angle) for angle, count in runs for _ in range(count)]
 
 
-@pytest.fixture(params=BASES)
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    torch.manual_seed(1)
-    model_class, config = BASES[request.param]
-    folder = tmp_path / "base"
-    model_class(config).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
+@pytest.mark.parametrize(("encoder", "middle", "decoder"), [(2, 25, 1), (6, 29, 1), (3, 20, 4)])
+def test_steps_are_found_exactly(encoder: int, middle: int, decoder: int) -> None:
+    ranked = rank_cuts(profile((0.4, encoder), (0.05, middle), (0.25, decoder)))
+    assert ranked[0].cut == Cut(encoder + middle + decoder, encoder, decoder)
+    assert ranked[0].score == pytest.approx(1)
+    assert ranked[1].score < ranked[0].score
+    assert [r.score for r in ranked] == sorted((r.score for r in ranked), reverse=True)
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [(1, 1), (0, 2), (2, 0)])
-def test_one_open_loop_is_the_base(base: Path, tmp_path: Path, encoder: int, decoder: int) -> None:
-    out = tmp_path / "looped"
-    recast(str(base), out, encoder=encoder, decoder=decoder, max_loops=1)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    with torch.no_grad():
-        model.reasoning.gate.delta_proj.bias.fill_(-100)  # a = 1: the update is taken whole
-        ids = torch.randint(0, 128, (2, 20))
-        expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
-        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+def test_noise_does_not_move_it() -> None:
+    angles = [0.45, 0.4, *(0.06 + 0.01 * (i % 3) for i in range(33)), 0.3]
+    ranked = rank_cuts([math.cos(math.pi * angle) for angle in angles])
+    assert ranked[0].cut == Cut(36, 2, 1)
 
 
-def test_written_once_and_whole(base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "looped"
-    recast(str(base), out, encoder=1, decoder=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "looped"}
-    tensors = load_file(out / "model.safetensors")
-    assert tensors["decoder.lm_head.weight"].shape == tensors["encoder.embed_tokens.weight"].shape
-    assert str(tmp_path) not in (out / "config.json").read_text().replace(str(base), "")
-    with pytest.raises(FileExistsError, match="choose another folder"):
-        recast(str(base), out, encoder=1, decoder=1)
+def test_score_is_the_explained_variance() -> None:
+    angles = [0.4, 0.1, 0.2, 0.3]
+    (only,) = rank_cuts([math.cos(math.pi * angle) for angle in angles])
+    mean = sum(angles) / 4
+    total = sum((angle - mean) ** 2 for angle in angles)
+    assert only.score == pytest.approx(1 - 2 * 0.05**2 / total)
+    assert only.cut == Cut(4, 1, 1)
+
+
+def test_ends_take_at_most_a_quarter() -> None:
+    cuts = [ranked.cut for ranked in rank_cuts(profile((0.3, 20), (0.1, 20)))]
+    assert {cut.encoder for cut in cuts} == {cut.decoder for cut in cuts} == set(range(1, 11))
+
+
+def test_a_flat_profile_loops_the_most() -> None:
+    assert rank_cuts([0.9] * 12)[0].cut == Cut(12, 1, 1)
+
+
+def test_what_is_given_stays() -> None:
+    similarity = profile((0.4, 2), (0.05, 8), (0.3, 2))
+    assert rank_cuts(similarity, encoder=0)[0].cut == Cut(12, 0, 2)
+    assert rank_cuts(similarity, decoder=5)[0].cut == Cut(12, 2, 5)
+    with pytest.raises(ValueError, match="leave no layer of 12"):
+        rank_cuts(similarity, encoder=6, decoder=6)
+
+
+def test_too_few_layers() -> None:
+    with pytest.raises(ValueError, match="num_hidden_layers=2 is too few to cut"):
+        rank_cuts([0.5, 0.5])
+
+
+def test_ranges() -> None:
+    assert [parse_encoder(text, 28) for text in ("0..1", "0", "none", " 0..26 ")] == [2, 1, 0, 27]
+    assert [parse_decoder(text, 28) for text in ("27", "27..27", "none", "20..27")] == [1, 1, 0, 8]
+    assert Cut(28, 2, 1).runs == {
+        "encoder": [0, 1],
+        "reasoning": list(range(2, 27)),
+        "decoder": [27],
+    }
+    assert str(Cut(28, 2, 0)) == "encoder 0..1, reasoning 2..27, decoder none"
+
+
+@pytest.mark.parametrize("text", ["", "1..2", "0-1", "0..28", "1..0", "-1..2", "x", "0..1..2"])
+def test_bad_encoder(text: str) -> None:
+    with pytest.raises(ValueError, match="encoder="):
+        parse_encoder(text, 28)
+
+
+@pytest.mark.parametrize("text", ["", "26", "26..28", "27..26", "0x1b"])
+def test_bad_decoder(text: str) -> None:
+    with pytest.raises(ValueError, match="decoder="):
+        parse_decoder(text, 28)
 
 
 def test_nothing_left_to_loop() -> None:
     with pytest.raises(ValueError, match="encoder=2 and decoder=2 leave no layer of 4"):
-        layer_runs(4, encoder=2, decoder=2)
+        Cut(4, 2, 2)
 
 
-def test_rename() -> None:
-    runs = layer_runs(4, encoder=1, decoder=1)
-    assert rename("model.layers.2.mlp.up_proj.weight", runs) == (
-        "reasoning.layers.1.mlp.up_proj.weight"
-    )
-    assert rename("model.layers.3.input_layernorm.weight", runs).startswith("decoder.layers.0.")
-    with pytest.raises(ValueError, match=r"model\.layers\.9\.x"):
-        rename("model.layers.9.x", runs)
+def test_published_cuts() -> None:
+    assert published_cut("Qwen/Qwen3-1.7B", 28) == Cut(28, 2, 1) == PUBLISHED["qwen3-1.7b"]
+    assert published_cut("/models/Qwen3-8B-Base/", 36) == Cut(36, 6, 1)
+    assert published_cut("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 22) == Cut(22, 1, 1)
+    assert published_cut("microsoft/Phi-4-mini-instruct", 32) is None
+    assert published_cut("Qwen/Qwen3-0.6B", 28) is None

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 
+from tests.bases import base_config
 from tests.conftest import GOLDEN
+from vllm_loopus.config import LoopUSConfig
 
 REFUSED = [
     ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 .*tensor_parallel_size"),
@@ -75,6 +77,23 @@ def test_wrong_tensors(make_llm: Any, tmp_path: Path, problem: str) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"{problem}: .*{name}"):
         make_llm(tmp_path, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("phi3", {"max_model_len": 129}, r"max_model_len=129 .*longrope.* max_model_len to 128"),
+        ("gemma2", {"dtype": "float16"}, r"gemma2.* does not support float16"),
+    ],
+)
+def test_bases_beyond_what_they_can(
+    make_llm: Any, tmp_path: Path, model_type: str, options: dict[str, Any], message: str
+) -> None:
+    LoopUSConfig(
+        base_config=base_config(model_type), reasoning_layer_indices=[0, 1, 2, 3]
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        make_llm(tmp_path, skip_tokenizer_init=True, **options)
 
 
 def test_no_tokenizer_and_no_base(make_llm: Any, tmp_path: Path) -> None:

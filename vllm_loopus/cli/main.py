@@ -3,6 +3,7 @@
 import typer
 
 from vllm_loopus.cli.alias import alias_app
+from vllm_loopus.cli.recast import analyze, convert, recast
 
 app = typer.Typer(
     name="vllm-loopus",
@@ -11,6 +12,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
+for command in (recast, analyze, convert):
+    app.command()(command)
 
 
 @app.callback()

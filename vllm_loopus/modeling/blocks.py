@@ -5,20 +5,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vllm_loopus.backbones import load_class
+from vllm_loopus.base_attention import SLIDING
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.gate import SelectiveGate
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What every layer needs to know of positions: rotary tables, mask and ids."""
+    """What every layer needs to know of positions: ids, and by layer type rotary table and mask."""
 
     position_ids: torch.Tensor  # [B, T]
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cos, sin [B, T, head_dim]
-    causal_mask: torch.Tensor | None
+    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos, sin [B, T, head_dim]
+    masks: dict[str, torch.Tensor | None]
 
     @classmethod
     def build(
@@ -35,14 +36,33 @@ class Positions:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             else:
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        mask = create_causal_mask(
-            config=config.base,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
-        return cls(position_ids, rotary_embedding(hidden, position_ids), mask)
+        base = config.base
+        windowed = getattr(base, "sliding_window", None) is not None
+        rotary, masks = {}, {}
+        for kind in set(config.attention.types):
+            create = (
+                create_sliding_window_causal_mask
+                if kind == SLIDING and windowed
+                else create_causal_mask
+            )
+            masks[kind] = create(
+                config=base,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=None,
+                position_ids=position_ids,
+            )
+            by_type = [kind] if config.backbone.rotary_by_layer_type else []
+            rotary[kind] = rotary_embedding(hidden, position_ids, *by_type)
+        return cls(position_ids, rotary, masks)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times sqrt(H), a factor that Gemma rounds to their dtype."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        scale = torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype)
+        return super().forward(input) * scale
 
 
 class LayerRun(nn.Module):
@@ -51,15 +71,17 @@ class LayerRun(nn.Module):
     def __init__(self, config: LoopUSConfig, indices: Iterable[int]) -> None:
         super().__init__()
         layer_class = load_class(config.backbone.hf_layer)
+        indices = list(indices)
         self.layers = nn.ModuleList(layer_class(config.base, index) for index in indices)
+        self.attention_types = [config.attention.types[index] for index in indices]
 
     def run_layers(self, hidden: torch.Tensor, positions: Positions) -> torch.Tensor:
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.attention_types, strict=True):
             hidden = layer(
                 hidden,
-                attention_mask=positions.causal_mask,
+                attention_mask=positions.masks[kind],
                 position_ids=positions.position_ids,
-                position_embeddings=positions.rotary,
+                position_embeddings=positions.rotary[kind],
             )
         return hidden
 
@@ -69,7 +91,8 @@ class Encoder(LayerRun):
 
     def __init__(self, config: LoopUSConfig) -> None:
         super().__init__(config, config.encoder_layer_indices)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = ScaledEmbedding if config.backbone.scaled_embedding else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
 
 
 class ReasoningBlock(LayerRun):
@@ -88,3 +111,11 @@ class Decoder(LayerRun):
         norm_class = load_class(config.backbone.hf_norm)
         self.norm = norm_class(config.hidden_size, eps=config.base.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.logit_softcap = config.logit_softcap
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normed hidden states [..., H] -> logits [..., V]."""
+        logits: torch.Tensor = self.lm_head(hidden)
+        if (cap := self.logit_softcap) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits

@@ -11,6 +11,14 @@ from vllm_loopus.config import LoopUSConfig
 # Regular expressions for transformers' `key_mapping`: old name -> current name.
 RENAMED = {r"^module\.": "", r"\.module\.": ".", r"^plateau\.": "reasoning."}
 LEGACY_WEIGHTS = "combined_model.pt"
+# A checkpoint that holds one of these has a tokenizer of its own.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+)
 # Rotary tables that some savers write; every model builds its own.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 

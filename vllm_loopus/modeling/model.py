@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from vllm_loopus.backbones import load_class
@@ -61,6 +62,8 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LoopUSConfig) -> None:
         config.check()
+        # It has no cap on attention scores, and would leave one out without a word.
+        self._supports_sdpa = config.attention.softcap is None
         super().__init__(config)
         # The layers read the attention implementation from the config they are built with.
         config.base._attn_implementation = config._attn_implementation
@@ -110,7 +113,19 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.lm_head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        backbone = self.config.backbone
+        norm_class, rotary_class = load_class(backbone.hf_norm), load_class(backbone.hf_rotary)
+        # A base's norms may scale by `1 + weight`, and its rotary tables have names of their own:
+        # take what its classes begin with.
+        if isinstance(module, norm_class):
+            init.copy_(module.weight, norm_class(module.weight.numel()).weight)
+        elif isinstance(module, rotary_class):
+            with torch.device("cpu"):
+                fresh = rotary_class(config=self.config.base)
+            for name, table in fresh.named_buffers():
+                init.copy_(module.get_buffer(name), table)
+        else:
+            super()._init_weights(module)
         if isinstance(module, SelectiveGate):
             module.reset_parameters()
 
@@ -140,7 +155,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, T', V] of states [B, T, H] that all stand at one depth a row."""
         hidden = self.decoder.norm(self.decoder.run_layers(state, positions))
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return self.decoder.lm_head(hidden[:, keep])
+        return self.decoder.logits(hidden[:, keep])
 
     def confidence(self, head_input: torch.Tensor) -> torch.Tensor:
         """`q` [B] of head inputs [B, H]."""

@@ -1,104 +1,161 @@
-"""Cut a pretrained checkpoint into encoder, reasoning block and decoder."""
+"""Where to cut a base model: the rule that finds a cut, and cuts given by hand.
 
+The paper cuts "where the cosine similarity between layers changes most abruptly" and gives no
+algorithm. The rule here is least-squares change-point detection with two change points: the
+profile of angular distances between consecutive states (one a layer) is explained as well as
+possible by three constants, one for encoder, reasoning block and decoder.
+"""
+
+import math
 import re
-import shutil
-import tempfile
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.gate import SelectiveGate
-from vllm_loopus.modeling.halting import build_confidence_head
-
-OUTSIDE_LAYERS = {
-    "model.embed_tokens.weight": "encoder.embed_tokens.weight",
-    "model.norm.weight": "decoder.norm.weight",
-    "lm_head.weight": "decoder.lm_head.weight",
-}
-LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+LEAST_LAYERS = 3
+LARGEST_SHARE = 4  # encoder and decoder take at most one layer in four each (published: one in six)
+NONE = "none"
+RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
 
 
-def layer_runs(num_layers: int, encoder: int, decoder: int) -> dict[str, list[int]]:
-    """Layer indices by config field for a cut of `encoder` first and `decoder` last layers.
+@dataclass(frozen=True)
+class Cut:
+    """The first `encoder` layers, the last `decoder` layers, and those between, of `num_layers`.
 
     Raises `ValueError` when no layer is left to loop.
     """
-    if encoder < 0 or decoder < 0 or encoder + decoder >= num_layers:
+
+    num_layers: int
+    encoder: int
+    decoder: int
+
+    def __post_init__(self) -> None:
+        if min(self.encoder, self.decoder) < 0 or self.encoder + self.decoder >= self.num_layers:
+            raise ValueError(
+                f"encoder={self.encoder} and decoder={self.decoder} leave no layer of "
+                f"{self.num_layers} for the reasoning block; lower one of them"
+            )
+
+    @property
+    def runs(self) -> dict[str, list[int]]:
+        """Layer indices of the base by block, in order."""
+        layers, end = list(range(self.num_layers)), self.num_layers - self.decoder
+        return {
+            "encoder": layers[: self.encoder],
+            "reasoning": layers[self.encoder : end],
+            "decoder": layers[end:],
+        }
+
+    @property
+    def config_fields(self) -> dict[str, list[int]]:
+        """The same as fields of `LoopUSConfig`."""
+        return {f"{block}_layer_indices": run for block, run in self.runs.items()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{block} {range_text(run)}" for block, run in self.runs.items())
+
+
+# Cuts of the published checkpoints: last part of the base's name -> cut.
+PUBLISHED = {
+    "tinyllama": Cut(22, 1, 1),
+    "qwen3-1.7b": Cut(28, 2, 1),
+    "qwen3-4b": Cut(36, 2, 1),
+    "qwen3-8b": Cut(36, 6, 1),
+    "phi-4": Cut(40, 6, 1),
+}
+
+
+def published_cut(base: str, num_layers: int) -> Cut | None:
+    """The cut of the published checkpoint of this base, if there is one."""
+    name = base.rstrip("/").rpartition("/")[2].lower()
+    for known, cut in PUBLISHED.items():
+        if re.match(rf"{re.escape(known)}($|[-_])", name) and cut.num_layers == num_layers:
+            return cut
+    return None
+
+
+def range_text(run: Sequence[int]) -> str:
+    """`0..1` for layers 0 and 1; `none` for no layer."""
+    return f"{run[0]}..{run[-1]}" if run else NONE
+
+
+def parse_encoder(text: str, num_layers: int) -> int:
+    """Layers of an encoder given as `0..1`, `0` or `none`. Raises `ValueError`."""
+    first, last = _parse_range("encoder", text, num_layers)
+    if first != 0:
+        raise ValueError(f"encoder={text!r} must begin at layer 0, or be {NONE!r}")
+    return last + 1
+
+
+def parse_decoder(text: str, num_layers: int) -> int:
+    """Layers of a decoder given as `26..27`, `27` or `none`. Raises `ValueError`."""
+    if text.strip() == NONE:
+        return 0
+    first, last = _parse_range("decoder", text, num_layers)
+    if last != num_layers - 1:
         raise ValueError(
-            f"encoder={encoder} and decoder={decoder} leave no layer of {num_layers} for the "
-            "reasoning block; lower one of them"
+            f"decoder={text!r} must end at the last layer, {num_layers - 1}, or be {NONE!r}"
         )
-    layers = list(range(num_layers))
-    return {
-        "encoder_layer_indices": layers[:encoder],
-        "reasoning_layer_indices": layers[encoder : num_layers - decoder],
-        "decoder_layer_indices": layers[num_layers - decoder :],
-    }
+    return last + 1 - first
 
 
-def rename(name: str, runs: dict[str, list[int]]) -> str:
-    """The LoopUS name of a tensor of the base model. Raises `ValueError` for an unknown tensor."""
-    if name in OUTSIDE_LAYERS:
-        return OUTSIDE_LAYERS[name]
-    if match := LAYER.fullmatch(name):
-        index, rest = int(match[1]), match[2]
-        for field, run in runs.items():
-            if index in run:
-                block = field.removesuffix("_layer_indices")
-                return f"{block}.layers.{run.index(index)}.{rest}"
-    raise ValueError(f"tensor {name!r} of the base model has no place in a LoopUS model")
+def _parse_range(field: str, text: str, num_layers: int) -> tuple[int, int]:
+    if text.strip() == NONE:
+        return 0, -1
+    match = RANGE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{field}={text!r} is no range of layers; write it as 0..1 or {NONE}")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if not first <= last < num_layers:
+        raise ValueError(
+            f"{field}={text!r} must lie within the model's layers, 0..{num_layers - 1}"
+        )
+    return first, last
 
 
-def new_tensors(hidden_size: int, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """Gate and confidence head at the paper's initialisation, named as in a checkpoint."""
-    generator = torch.Generator().manual_seed(seed)
-    gate = SelectiveGate(hidden_size)
-    gate.reset_parameters(generator)
-    head = build_confidence_head(hidden_size)
-    with torch.no_grad():
-        _, _, weight, bias = head.parameters()
-        weight.normal_(0, 0.02, generator=generator)
-        bias.zero_()
-    named = {
-        **{f"reasoning.gate.{name}": value for name, value in gate.state_dict().items()},
-        **{f"q_head.{name}": value for name, value in head.state_dict().items()},
-    }
-    return {name: tensor.to(dtype) for name, tensor in named.items()}
+@dataclass(frozen=True)
+class ScoredCut:
+    """`score`: the share of the profile's variance that the three blocks explain, 0 to 1."""
+
+    cut: Cut
+    score: float
 
 
-def recast(
-    base: str, out: Path, *, encoder: int, decoder: int, seed: int = 0, **fields: Any
-) -> LoopUSConfig:
-    """Write the LoopUS checkpoint `out` cut from the pretrained model `base`.
+def rank_cuts(
+    similarity: Sequence[float], encoder: int | None = None, decoder: int | None = None
+) -> list[ScoredCut]:
+    """All admissible cuts, best first.
 
-    The first `encoder` layers become the encoder, the last `decoder` layers the decoder; `fields`
-    are further fields of `LoopUSConfig`. `out` appears when it is complete. Raises
-    `FileExistsError` when it is there already and `ValueError` for a cut that cannot be.
+    `similarity` is the mean cosine similarity between a layer's input and output, one a layer; its
+    angle is what is compared, because cosines near 1 hide differences. Encoder and decoder hold at
+    least one layer and at most a quarter of them, unless given. Of equal cuts the one that loops
+    more layers comes first. Raises `ValueError` for fewer than three layers.
     """
-    if out.exists():
-        raise FileExistsError(f"out={out} exists; choose another folder or delete it")
-    base_config = AutoConfig.from_pretrained(base)
-    runs = layer_runs(base_config.num_hidden_layers, encoder, decoder)
-    fields.setdefault("base_model_name_or_path", base)
-    config = LoopUSConfig(base_config=base_config.to_dict(), **runs, **fields)
-    config.dtype = base_config.dtype
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    tensors = {rename(name, runs): tensor for name, tensor in model.state_dict().items()}
-    head = tensors["decoder.lm_head.weight"]
-    # A tied base shares one matrix; a LoopUS checkpoint stores both.
-    tensors["decoder.lm_head.weight"] = head.clone()
-    tensors.update(new_tensors(config.hidden_size, head.dtype, seed))
+    num_layers = len(similarity)
+    if num_layers < LEAST_LAYERS:
+        raise ValueError(
+            f"num_hidden_layers={num_layers} is too few to cut; at least {LEAST_LAYERS} are needed"
+        )
+    angles = [math.acos(min(1.0, max(-1.0, cosine))) / math.pi for cosine in similarity]
+    most = max(1, num_layers // LARGEST_SHARE)
+    ends = range(1, most + 1)
+    total = _scatter(angles)
+    ranked = []
+    for first in ends if encoder is None else [encoder]:
+        for last in ends if decoder is None else [decoder]:
+            if first + last >= num_layers:
+                continue
+            blocks = angles[:first], angles[first : num_layers - last], angles[num_layers - last :]
+            left = sum(_scatter(block) for block in blocks)
+            score = 1 - left / total if total > 0 else 0.0
+            ranked.append(ScoredCut(Cut(num_layers, first, last), score))
+    if not ranked:
+        Cut(num_layers, encoder or 0, decoder or 0)  # raises
+    return sorted(ranked, key=lambda c: (-round(c.score, 12), c.cut.encoder + c.cut.decoder))
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
-        folder = Path(unfinished) / out.name
-        config.save_pretrained(folder)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        GenerationConfig.from_pretrained(base).save_pretrained(folder)
-        shutil.move(folder, out)
-    return config
+
+def _scatter(values: Sequence[float]) -> float:
+    """Sum of squared distances to the mean."""
+    if not values:
+        return 0.0
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values)

@@ -1,14 +1,14 @@
 """`LoopUSForCausalLM` as vLLM runs it, from vLLM's own layers."""
 
+import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -34,23 +34,30 @@ from vllm_loopus.serving.planes import Planes
 class LayerRun(nn.Module):
     """A run of the base model's layers as vLLM has them; the base class of all three blocks."""
 
-    def __init__(self, vllm_config: VllmConfig, num_layers: int, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, indices: Sequence[int], prefix: str) -> None:
+        """`indices`: the layers of the base that the run is made of."""
         super().__init__()
         config: LoopUSConfig = vllm_config.model_config.hf_config
         layer_class = load_class(config.backbone.vllm_layer)
-        # vLLM's layers take either the whole vLLM config or the parts they need.
-        offered = {
-            "vllm_config": vllm_config,
-            "config": config.base,
-            "cache_config": vllm_config.cache_config,
-            "quant_config": vllm_config.quant_config,
-        }
-        taken = inspect.signature(layer_class).parameters.keys() & offered.keys()
-        arguments = {name: offered[name] for name in taken}
-        self.layers = nn.ModuleList(
-            layer_class(**arguments, prefix=f"{prefix}.layers.{index}")
-            for index in range(num_layers)
-        )
+        # vLLM's layers look their type up by their number, which counts inside the run here.
+        base = copy.copy(config.base)
+        base.layer_types = [config.attention.types[index] for index in indices]
+        self.layers = nn.ModuleList()
+        for number, index in enumerate(indices):
+            # Those that do not look it up take the window of the cache config.
+            windowed = copy.copy(vllm_config)
+            windowed.cache_config = copy.copy(vllm_config.cache_config)
+            windowed.cache_config.sliding_window = config.attention.window(index)
+            # vLLM's layers take either the whole vLLM config or the parts they need.
+            offered = {
+                "vllm_config": windowed,
+                "config": base,
+                "cache_config": windowed.cache_config,
+                "quant_config": vllm_config.quant_config,
+            }
+            taken = inspect.signature(layer_class).parameters.keys() & offered.keys()
+            arguments = {name: offered[name] for name in taken}
+            self.layers.append(layer_class(**arguments, prefix=f"{prefix}.layers.{number}"))
 
     def run_layers(
         self, hidden: torch.Tensor, positions: torch.Tensor
@@ -70,13 +77,23 @@ class Encoder(LayerRun):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: LoopUSConfig = vllm_config.model_config.hf_config
-        super().__init__(vllm_config, len(config.encoder_layer_indices), prefix)
+        super().__init__(vllm_config, config.encoder_layer_indices, prefix)
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.embed_tokens",
         )
+        self.scale: torch.Tensor | None
+        # In the model's dtype, the default one here: Gemma rounds the factor to it.
+        scaled = config.backbone.scaled_embedding
+        scale = torch.tensor(config.hidden_size**0.5) if scaled else None
+        self.register_buffer("scale", scale, persistent=False)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] -> embedded tokens [T, H]."""
+        embedded = self.embed_tokens(input_ids)
+        return embedded if self.scale is None else embedded * self.scale
 
     def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self.layers:
@@ -90,7 +107,7 @@ class ReasoningBlock(LayerRun):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: LoopUSConfig = vllm_config.model_config.hf_config
-        super().__init__(vllm_config, len(config.reasoning_layer_indices), prefix)
+        super().__init__(vllm_config, config.reasoning_layer_indices, prefix)
         self.gate = SelectiveGate(config.hidden_size)
 
     def forward(
@@ -112,8 +129,9 @@ class Decoder(LayerRun):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: LoopUSConfig = vllm_config.model_config.hf_config
-        super().__init__(vllm_config, len(config.decoder_layer_indices), prefix)
-        self.norm = RMSNorm(config.hidden_size, eps=config.base.rms_norm_eps)
+        super().__init__(vllm_config, config.decoder_layer_indices, prefix)
+        norm_class = load_class(config.backbone.vllm_norm)
+        self.norm = norm_class(config.hidden_size, eps=config.base.rms_norm_eps)
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -179,7 +197,7 @@ class LoopUSForCausalLM(nn.Module):
         self.reasoning = ReasoningBlock(vllm_config, maybe_prefix(prefix, "reasoning"))
         self.decoder = Decoder(vllm_config, maybe_prefix(prefix, "decoder"))
         self.q_head = build_confidence_head(config.hidden_size)
-        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.logits_processor = LogitsProcessor(config.vocab_size, soft_cap=config.logit_softcap)
         self.planes = Planes(
             self.encoder,
             self.reasoning,
@@ -189,7 +207,7 @@ class LoopUSForCausalLM(nn.Module):
         )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.encoder.embed_tokens(input_ids)
+        return self.encoder.embed(input_ids)
 
     def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Token ids [T] -> `h^0` [T, H]."""

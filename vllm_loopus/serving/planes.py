@@ -8,6 +8,9 @@ every depth, and a row's depth is nothing but the block table and slot mapping i
 `Attention` a layer therefore serves all depths, and rows at different depths can share a pass.
 
 The encoder rides in the plane of depth 1, which every position has.
+
+Layers that attend inside a window keep their K/V as the others do: the window is a mask alone.
+Planes must look alike, and a deeper token may ask for any position again.
 """
 
 from collections.abc import Callable, Iterator
@@ -96,6 +99,9 @@ class Planes:
         self._context = vllm_config.compilation_config.static_forward_context
         layers = attention_layers(reasoning) + attention_layers(decoder)
         like = layers[0]
+        for layer in attention_layers(encoder) + layers:
+            # Read by `get_kv_cache_spec` alone; the mask is the implementation's own.
+            layer.sliding_window = None
         self.encoder_names = [layer.layer_name for layer in attention_layers(encoder)]
         self.reasoning_names = [layer.layer_name for layer in attention_layers(reasoning)]
         self.decoder_names = [layer.layer_name for layer in attention_layers(decoder)]

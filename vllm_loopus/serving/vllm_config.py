@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
+from vllm.config.model import _check_valid_dtype
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -16,6 +17,7 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_
 from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.knobs import EngineOptions
 
 if TYPE_CHECKING:
@@ -24,14 +26,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.loopus")
 
 CPU_CACHE_SHARE = 0.4
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "tekken.json",
-)
 
 
 class LoopUSVllmConfig(VerifyAndUpdateConfig):
@@ -48,6 +42,14 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
                 "first or correct architectures"
             )
         config.check()  # again: hf_overrides were applied after the config was built
+        _check_valid_dtype(config.base.model_type, model_config.dtype)
+        context = config.attention.exact_context
+        _refuse(
+            context is not None and model_config.max_model_len > context,
+            f"max_model_len={model_config.max_model_len}",
+            f"longrope of base_config rotates by other frequencies beyond {context} positions, "
+            f"which changes K/V computed before; set max_model_len to {context} or less",
+        )
         _use_the_base_tokenizer(model_config, config)
         _select_the_v1_runner()
 

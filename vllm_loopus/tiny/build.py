@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from vllm_loopus.modeling.model import LoopUSForCausalLM
-from vllm_loopus.recast.cut import recast
+from vllm_loopus.recast.convert import recast
 from vllm_loopus.tiny.pretrain import accuracy
 from vllm_loopus.tiny.tasks import MAX_DIFFICULTY, TASKS, evaluation_set
 

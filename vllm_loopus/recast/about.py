@@ -1,0 +1,149 @@
+"""What a recast checkpoint says of itself: model card, provenance, analysis and pictures."""
+
+import hashlib
+import json
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from tqdm import tqdm
+
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.recast.analysis import Analysis
+from vllm_loopus.recast.base import Base
+from vllm_loopus.recast.cut import Cut
+from vllm_loopus.recast.report import write_report
+from vllm_loopus.recast.tensors import PIECE
+
+PACKAGES = ("vllm-loopus", "transformers", "torch", "safetensors")
+RUNNERS_UP = 5
+
+
+@dataclass(frozen=True)
+class Story:
+    """How a checkpoint came about, for its card and provenance file."""
+
+    base: Base
+    cut: Cut
+    config: LoopUSConfig
+    seed: int
+    by_hand: bool
+    command: Sequence[str]
+    analysis: Analysis | None = None
+
+    def write(self, folder: Path, weights: dict[str, str]) -> None:
+        """Adds card, provenance and (where analysed) numbers and pictures to `folder`.
+
+        `weights`: the SHA-256 of each weight file.
+        """
+        if self.analysis is not None:
+            write_report(folder, self.analysis.to_dict(), self.cut, self.chosen_by)
+        (folder / "provenance.json").write_text(json.dumps(self._provenance(weights), indent=1))
+        self._card(folder).save(folder / "README.md")
+
+    @property
+    def chosen_by(self) -> str:
+        """One sentence without its full stop: who chose the cut."""
+        if self.by_hand:
+            return "The cut was given by hand"
+        said = self.analysis and self.analysis.against_published
+        return "The cut is the best by the rule" + (f". {said}" if said else "")
+
+    def _provenance(self, weights: dict[str, str]) -> dict[str, Any]:
+        files = [self.base.folder / "config.json", *self.base.files]
+        return {
+            "made": now(),
+            "command": shlex.join(self.command),
+            "base": {
+                "name": self.base.name,
+                "revision": self.base.revision,
+                "sha256": {
+                    file.name: file_hash(file) for file in tqdm(files, desc="hash the base")
+                },
+                "tensors_left_out": list(self.base.left_out),
+            },
+            "cut": self.cut.runs,
+            "seed": self.seed,
+            "weights_sha256": weights,
+            "versions": versions(),
+        }
+
+    def _card(self, folder: Path) -> ModelCard:
+        on_the_hub = self.base.revision is not None
+        data = ModelCardData(
+            base_model=self.base.name if on_the_hub else None,
+            library_name="vllm-loopus",
+            pipeline_tag="text-generation",
+            tags=["loopus", "looped-transformer"],
+        )
+        loader = PackageLoader("vllm_loopus.recast")
+        environment = Environment(loader=loader, undefined=StrictUndefined)
+        name = self.base.name
+        blocks = [block for block, run in self.cut.runs.items() for _ in run]
+        text = environment.get_template("card.md.j2").render(
+            name=folder.name,
+            base=f"[{name}](https://huggingface.co/{name})" if on_the_hub else f"`{name}`",
+            cut=self.cut,
+            num_layers=self.base.num_layers,
+            config=self.config,
+            seed=self.seed,
+            representation=self.analysis and self.analysis.representation,
+            ranking=self.analysis.ranking[:RUNNERS_UP] if self.analysis else (),
+            sample=self.analysis.sample if self.analysis else "",
+            blocks=blocks,
+            chosen_by=self.chosen_by,
+            command=shlex.join(self.command),
+            versions=versions(),
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a checkpoint was rewritten from one format to the other."""
+
+    source: str
+    checkpoint_format: str
+    command: Sequence[str]
+
+    def write(self, folder: Path, weights: dict[str, str]) -> None:
+        """Adds itself to `provenance.json` of `folder`; `weights` as in `Story.write`."""
+        file = folder / "provenance.json"
+        provenance = json.loads(file.read_text()) if file.is_file() else {}
+        entry = {
+            "made": now(),
+            "command": shlex.join(self.command),
+            "source": self.source,
+            "format": self.checkpoint_format,
+            "weights_sha256": weights,
+            "versions": versions(),
+        }
+        provenance["conversions"] = [*provenance.get("conversions", []), entry]
+        file.write_text(json.dumps(provenance, indent=1))
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes a checkpoint."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    return {**found, "python": platform.python_version()}
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

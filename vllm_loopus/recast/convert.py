@@ -1,0 +1,263 @@
+"""Writes LoopUS checkpoints: from a pretrained model, and from one format to the other."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import (
+    IGNORED_SUFFIXES,
+    LEGACY_WEIGHTS,
+    current_name,
+    expected_shapes,
+    raise_if_wrong,
+)
+from vllm_loopus.modeling.gate import SelectiveGate
+from vllm_loopus.modeling.halting import build_confidence_head
+from vllm_loopus.recast.base import EMBEDDING, HEAD, Base, find_checkpoint, read_config
+from vllm_loopus.recast.cut import Cut
+from vllm_loopus.recast.output import check_output, complete_folder
+from vllm_loopus.recast.tensors import (
+    DTYPES,
+    CheckpointError,
+    LoadedTensor,
+    TensorSource,
+    read_tensors,
+    weight_files,
+    write_tensors,
+)
+
+FORMATS = ("loopus", "lds")
+SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB)", re.IGNORECASE)
+OUTSIDE_LAYERS = {
+    EMBEDDING: "encoder.embed_tokens.weight",
+    "model.norm.weight": "decoder.norm.weight",
+    HEAD: "decoder.lm_head.weight",
+}
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# What belongs to a model beside config and weights, copied as it is.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+# What `recast` writes about a checkpoint; `convert` keeps it.
+ABOUT = ("README.md", "provenance.json", "analysis.json", "representation.png", "report.html")
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a checkpoint is written.
+
+    - `checkpoint_format`: `loopus`, or `lds`, the released layout.
+    - `max_shard_size`: bytes of a weight file at most, a number or text (`5GB`).
+    - `force`: replace a checkpoint that is there already.
+    - `finish`: called before the checkpoint appears, with its folder and the SHA-256 of each weight
+      file, to add to it.
+    """
+
+    checkpoint_format: str = FORMATS[0]
+    max_shard_size: int | str = "5GB"
+    force: bool = False
+    finish: Callable[[Path, dict[str, str]], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_format not in FORMATS:
+            raise ValueError(
+                f"format={self.checkpoint_format!r} is unknown; choose {' or '.join(FORMATS)}"
+            )
+        if isinstance(self.max_shard_size, str) and not SIZE.fullmatch(self.max_shard_size):
+            raise ValueError(
+                f"max_shard_size={self.max_shard_size!r} is no size; write it as 500MB or 5GB"
+            )
+
+
+DEFAULTS = WriteOptions()
+
+
+def looped_name(name: str, cut: Cut) -> str:
+    """The LoopUS name of a tensor of the base; an unknown tensor keeps its own."""
+    if match := LAYER.fullmatch(name):
+        index, rest = int(match[1]), match[2]
+        for block, run in cut.runs.items():
+            if index in run:
+                return f"{block}.layers.{run.index(index)}.{rest}"
+    return OUTSIDE_LAYERS.get(name, name)
+
+
+def new_tensors(hidden_size: int, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """Gate and confidence head at the paper's initialisation, named as in a checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    gate = SelectiveGate(hidden_size)
+    gate.reset_parameters(generator)
+    head = build_confidence_head(hidden_size)
+    with torch.no_grad():
+        _, _, weight, bias = head.parameters()
+        weight.normal_(0, 0.02, generator=generator)
+        bias.zero_()
+    named = {
+        **{f"reasoning.gate.{name}": value for name, value in gate.state_dict().items()},
+        **{f"q_head.{name}": value for name, value in head.state_dict().items()},
+    }
+    return {name: tensor.to(dtype) for name, tensor in named.items()}
+
+
+def plan(
+    base: Base, cut: Cut, seed: int = 0, **fields: Any
+) -> tuple[LoopUSConfig, dict[str, TensorSource]]:
+    """Config and tensors of `base` cut by `cut`; nothing is read but headers, nothing written.
+
+    `fields` are further fields of `LoopUSConfig`. Raises `ValueError` for a field that cannot be
+    and for tensors that do not fit the base's config.
+    """
+    embedding = base.tensors[EMBEDDING]
+    base_config = base.config.to_dict()
+    base_config.pop("auto_map", None)  # no code of the base's repository is needed, or run
+    fields.setdefault("base_model_name_or_path", base.name)
+    config = LoopUSConfig(base_config=base_config, **cut.config_fields, **fields)
+    config.dtype = base.config.dtype or DTYPES[embedding.dtype]
+    tensors = {looped_name(name, cut): tensor for name, tensor in base.tensors.items()}
+    fresh = new_tensors(config.hidden_size, DTYPES[embedding.dtype], seed)
+    tensors.update({name: LoadedTensor(tensor) for name, tensor in fresh.items()})
+    _check(config, tensors, base.name)
+    return config, tensors
+
+
+def recast(
+    base: Base | str,
+    out: Path,
+    *,
+    encoder: int,
+    decoder: int,
+    seed: int = 0,
+    options: WriteOptions = DEFAULTS,
+    **fields: Any,
+) -> LoopUSConfig:
+    """Write the LoopUS checkpoint `out` cut from the pretrained model `base`.
+
+    The first `encoder` layers become the encoder, the last `decoder` layers the decoder; `fields`
+    are further fields of `LoopUSConfig`. Weights are streamed: memory does not grow with the model.
+    `out` appears when it is complete.
+
+    Raises `FileExistsError` when `out` is there already (and not to be replaced), `OSError` when
+    its device is too small, and `ValueError` for a model or a cut that cannot be.
+    """
+    base = base if isinstance(base, Base) else Base.open(base)
+    config, tensors = plan(base, Cut(base.num_layers, encoder, decoder), seed, **fields)
+    _write(out, config, tensors, base.folder, COMPANIONS, options)
+    return config
+
+
+def convert(source: str, out: Path, options: WriteOptions) -> LoopUSConfig:
+    """Rewrite the LoopUS checkpoint `source` (a folder, an alias or `owner/name`) as `out`.
+
+    Tensors keep every byte; names of older checkpoints are brought up to date. Arguments and errors
+    as in `recast`.
+    """
+    folder = find_checkpoint(source)
+    model_type = read_config(folder).get("model_type")
+    if model_type not in FORMATS:
+        raise CheckpointError(
+            f"{source}: model_type={model_type!r} is no LoopUS checkpoint; vllm-loopus recast "
+            "makes one from a pretrained model"
+        )
+    config = AutoConfig.from_pretrained(folder)  # by model_type, in either format
+    found = read_tensors(weight_files(folder, LEGACY_WEIGHTS))
+    tensors = {
+        current_name(name): tensor
+        for name, tensor in found.items()
+        if not name.endswith(IGNORED_SUFFIXES)
+    }
+    _check(config, tensors, source)
+    _write(out, config, tensors, folder, (*COMPANIONS, *ABOUT), options)
+    return config
+
+
+def released_config(config: LoopUSConfig) -> dict[str, Any]:
+    """`config.json` as the original implementation writes it (`model_type: "lds"`).
+
+    Fields that it does not know are written only where they are not at their defaults.
+    """
+    ours = config.to_dict()
+    fields = {
+        "N": config.max_loops,
+        "q_threshold": config.exit_threshold,
+        "q_eval_interval": config.exit_interval,
+        "halting_strategy": config.halting_strategy,
+        "convergence_epsilon": config.convergence_epsilon,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_config_dict": ours["base_config"],
+        "encoder_layer_indices": list(config.encoder_layer_indices),
+        "decoder_layer_indices": list(config.decoder_layer_indices),
+        "reasoning_layer_indices": list(config.reasoning_layer_indices),
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "model_type": "lds",
+        "dtype": ours.get("dtype"),
+    }
+    for name in ("min_loops", "confidence_input"):
+        if ours[name] != getattr(LoopUSConfig, name):
+            fields[name] = ours[name]
+    return fields
+
+
+def _check(config: LoopUSConfig, tensors: Mapping[str, TensorSource], source: str) -> None:
+    expected = {name: tuple(shape) for name, shape in expected_shapes(config).items()}
+    raise_if_wrong(
+        source,
+        missing=sorted(expected.keys() - tensors.keys()),
+        unexpected=sorted(tensors.keys() - expected.keys()),
+        misshapen=[
+            f"{name} is {list(tensor.shape)}, expected {list(expected[name])}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name]
+        ],
+    )
+
+
+def _write(
+    out: Path,
+    config: LoopUSConfig,
+    tensors: Mapping[str, TensorSource],
+    source: Path,
+    companions: tuple[str, ...],
+    options: WriteOptions,
+) -> None:
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    check_output(out, force=options.force, needed=needed, reads=source)
+    with complete_folder(out) as folder:
+        if options.checkpoint_format == "lds":
+            text = json.dumps(released_config(copy.deepcopy(config)), indent=1)
+            (folder / "config.json").write_text(text)
+        else:
+            config.save_pretrained(folder)
+        for name in companions:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name)
+            elif (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        hashes = write_tensors(folder, tensors, options.max_shard_size)
+        if options.finish is not None:
+            options.finish(folder, hashes)

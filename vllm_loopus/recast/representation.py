@@ -1,0 +1,180 @@
+"""How hidden states change from layer to layer: streaming statistics over a text sample.
+
+The paper's staged representation dynamics: states change abruptly in the first layers, drift slowly
+in the middle, and turn towards the vocabulary at the end. State `l` is the input of layer `l`
+(0-based); state L is the last layer's output, before the final norm. The first position of every
+sequence is left out: models keep attention sinks there, whose norms are of another order.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vllm_loopus.recast.base import HEAD, Base
+from vllm_loopus.recast.hidden_states import HiddenStates
+from vllm_loopus.recast.tensors import TensorSource
+
+STATE_BYTES = 64 * 2**20  # of the states held at a time, unless one sequence has more
+SLICE = 128  # tokens whose statistics are taken at a time
+VOCABULARY_SLICE = 8192  # rows of the LM head held at a time
+LENS_POSITIONS = 64  # of each batch, evenly spaced, that the logit lens looks at
+
+
+@dataclass(frozen=True)
+class Representation:
+    """Means over the sample's tokens. L layers have L + 1 states.
+
+    - `cosine` [L+1][L+1]: cosine similarity of every two states.
+    - `norm` [L+1]: Euclidean norm. `step` [L]: length of a layer's update over its input's norm.
+    - `angle_to_final` [L+1]: mean angle to the last state, in degrees.
+    - `lens_entropy`, `lens_kl` [L+1], in nats: of the distribution that final norm and LM head give
+      for a state, its entropy and its divergence KL(final || state's).
+    """
+
+    num_tokens: int
+    lens_tokens: int
+    cosine: list[list[float]]
+    norm: list[float]
+    step: list[float]
+    angle_to_final: list[float]
+    lens_entropy: list[float]
+    lens_kl: list[float]
+
+    @property
+    def similarity(self) -> list[float]:
+        """Cosine similarity between each layer's input and output, [L]."""
+        return [self.cosine[layer][layer + 1] for layer in range(len(self.cosine) - 1)]
+
+
+@dataclass
+class Sums:
+    """Sums over tokens; of a size that does not depend on their number."""
+
+    num_states: int
+    tokens: int = 0
+    lens_tokens: int = 0
+    cosine: torch.Tensor = field(init=False)
+    rows: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = self.num_states
+        self.cosine = torch.zeros(n, n, dtype=torch.float64)
+        names = ("norm", "step", "angle", "entropy", "kl")
+        self.rows = {name: torch.zeros(n, dtype=torch.float64) for name in names}
+
+    def add_states(self, states: torch.Tensor) -> None:
+        """States [L+1, T, H] in float32."""
+        norms = states.norm(dim=-1)
+        self.rows["norm"] += norms.sum(-1).cpu().double()
+        steps = (states[1:] - states[:-1]).norm(dim=-1) / norms[:-1].clamp(min=1e-12)
+        self.rows["step"][:-1] += steps.sum(-1).cpu().double()
+        directions = states / norms.clamp(min=1e-12).unsqueeze(-1)
+        to_final = (directions * directions[-1]).sum(-1).clamp(-1, 1)
+        self.rows["angle"] += torch.rad2deg(torch.acos(to_final)).sum(-1).cpu().double()
+        flat = directions.flatten(1)
+        self.cosine += (flat @ flat.T).cpu().double()
+        self.tokens += states.shape[1]
+
+    def add_lens(self, entropy: torch.Tensor, divergence: torch.Tensor) -> None:
+        """Entropy and KL [L+1, T] of the logit lens."""
+        self.rows["entropy"] += entropy.sum(-1).cpu().double()
+        self.rows["kl"] += divergence.sum(-1).cpu().double()
+        self.lens_tokens += entropy.shape[1]
+
+    def means(self) -> Representation:
+        """Raises `ValueError` when a state was not finite."""
+        lens = max(1, self.lens_tokens)
+        mean = {
+            name: (total / (lens if name in ("entropy", "kl") else self.tokens)).tolist()
+            for name, total in self.rows.items()
+        }
+        cosine = self.cosine / self.tokens
+        if not torch.isfinite(cosine).all():
+            raise ValueError(
+                "the model's hidden states are not finite; check its weights, or choose --dtype "
+                "float32 if it overflows"
+            )
+        return Representation(
+            num_tokens=self.tokens,
+            lens_tokens=self.lens_tokens,
+            cosine=cosine.clamp(-1, 1).tolist(),
+            norm=mean["norm"],
+            step=mean["step"][:-1],
+            angle_to_final=mean["angle"],
+            lens_entropy=mean["entropy"],
+            lens_kl=mean["kl"],
+        )
+
+
+def lens(
+    states: torch.Tensor, norm: nn.Module, head: TensorSource, soft_cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy and KL to the last state's distribution of states [L+1, T, H]: [L+1, T] each.
+
+    One pass over the LM head [V, H] in slices of rows, with running maxima, so that no logits of
+    the whole vocabulary are held.
+    """
+    rows = norm(states).float()
+    shape = rows.shape[:-1]
+    peak = torch.full(shape, -torch.inf, device=rows.device)
+    total, weighted, crossed = (torch.zeros(shape, device=rows.device) for _ in range(3))
+    weights = head.load()
+    for start in range(0, head.shape[0], VOCABULARY_SLICE):
+        part = weights[start : start + VOCABULARY_SLICE].to(rows.device, torch.float32)
+        logits = rows @ part.T
+        if soft_cap is not None:
+            logits = torch.tanh(logits / soft_cap) * soft_cap
+        new_peak = torch.maximum(peak, logits.amax(-1))
+        kept = torch.exp(peak - new_peak)
+        share = torch.exp(logits - new_peak.unsqueeze(-1))
+        total = total * kept + share.sum(-1)
+        weighted = weighted * kept + (share * logits).sum(-1)
+        # sum of exp(final logit) * this state's logit: the cross term of the divergence
+        crossed = crossed * kept[-1] + (share[-1] * logits).sum(-1)
+        peak = new_peak
+    log_total = peak + total.log()
+    entropy = log_total - weighted / total
+    divergence = (weighted[-1] - crossed) / total[-1] - log_total[-1] + log_total
+    return entropy, divergence.clamp(min=0)
+
+
+@torch.inference_mode()
+def analyse(
+    base: Base,
+    sequences: Iterable[torch.Tensor],
+    model: HiddenStates,
+    *,
+    expected_tokens: int | None = None,
+) -> Representation:
+    """Statistics of `base` over token sequences [T], with a progress bar.
+
+    Raises `ValueError` when a state is not finite.
+    """
+    sums = Sums(base.num_layers + 1)
+    soft_cap = getattr(base.config, "final_logit_softcapping", None)
+    with tqdm(total=expected_tokens, unit="tok", desc="analyse") as progress:
+        for batch in _batches(sequences, model.bytes_per_token):
+            states = model.states(batch)[:, :, 1:].flatten(1, 2)
+            for part in states.split(SLICE, dim=1):
+                sums.add_states(part)
+            chosen = torch.linspace(0, states.shape[1] - 1, LENS_POSITIONS).long().unique()
+            looked_at = states[:, chosen.to(states.device)]
+            sums.add_lens(*lens(looked_at, model.norm, base.tensors[HEAD], soft_cap))
+            progress.update(batch.numel())
+    return sums.means()
+
+
+def _batches(sequences: Iterable[torch.Tensor], bytes_per_token: int) -> Iterable[torch.Tensor]:
+    """Sequences of equal length stacked [B, T], as many as `STATE_BYTES` allow, one at least."""
+    waiting: list[torch.Tensor] = []
+    for sequence in sequences:
+        size = (len(waiting) + 1) * len(sequence) * bytes_per_token
+        if waiting and (len(sequence) != len(waiting[0]) or size > STATE_BYTES):
+            yield torch.stack(waiting)
+            waiting = []
+        waiting.append(sequence)
+    if waiting:
+        yield torch.stack(waiting)

@@ -1,0 +1,90 @@
+"""The text that a model is analysed on, as sequences of token ids."""
+
+import json
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUILT_IN = "built-in"
+TEXT_FIELDS = ("text", "content", "prompt", "question")
+LEAST_TOKENS = 16
+
+
+def texts(source: str, field: str | None = None) -> Iterator[str]:
+    """Documents of `source`, read as they are asked for.
+
+    `source` is `built-in`, a text file (one document), a JSONL file, or a `datasets` name, with
+    configuration and split after colons (`wikitext:wikitext-2-raw-v1:train`). `field` names the
+    text's field in JSONL and data sets. Raises `ValueError` for a source that cannot be read.
+    """
+    if source == BUILT_IN:
+        yield resources.files("vllm_loopus.recast").joinpath("sample.txt").read_text()
+        return
+    path = Path(source).expanduser()
+    if path.is_file():
+        try:
+            if path.suffix in (".jsonl", ".json", ".ndjson"):
+                with path.open() as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip():
+                            yield _text_of(json.loads(line), field, f"{path}, line {number}")
+            else:
+                yield path.read_text()
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"sample={source!r} cannot be read: {error}") from error
+        return
+    for number, row in enumerate(_dataset(source), 1):
+        yield _text_of(row, field, f"{source}, row {number}")
+
+
+def _dataset(source: str) -> Iterable[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"sample={source!r} is no file; to read it as a data set, "
+            "pip install 'vllm-loopus[train]'"
+        ) from error
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        return load_dataset(name, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # of the hub, of data formats
+        raise ValueError(
+            f"sample={source!r} is no file and no data set that could be read: {error}"
+        ) from error
+
+
+def _text_of(row: Any, field: str | None, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    fields = (field,) if field else TEXT_FIELDS
+    for name in fields:
+        if isinstance(row, dict) and isinstance(row.get(name), str):
+            return str(row[name])
+    raise ValueError(f"{where} has no text under {' or '.join(fields)}; give --text-field")
+
+
+def sequences(
+    documents: Iterable[str], tokenizer: Any, length: int, num_tokens: int
+) -> Iterator[torch.Tensor]:
+    """Up to `num_tokens` token ids of the documents, end to end, in sequences [length].
+
+    The last sequence may be shorter. Raises `ValueError` when there are too few.
+    """
+    ids = (
+        token
+        for text in documents
+        for token in tokenizer(text, verbose=False)["input_ids"]  # may be longer than the context
+    )
+    budget = islice(ids, num_tokens)
+    found = 0
+    while len(sequence := list(islice(budget, length))) > 1:
+        found += len(sequence)
+        yield torch.tensor(sequence)
+    if found < LEAST_TOKENS:
+        raise ValueError(f"the sample has {found} tokens; at least {LEAST_TOKENS} are needed")
