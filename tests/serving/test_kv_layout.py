@@ -98,3 +98,7 @@ def test_published_cuts() -> None:
     )
     assert layout.allocated(8) == 8 * (33 + 1 + 2 + 2) * row
     assert layout.items()["padding"] == 8 * 3072 + 7 * 2 * row
+    # 1000 blocks of 16 besides the null block; 100 tokens take 7 blocks a plane.
+    assert layout.sequences(1001, 16, 100, planes=8) == pytest.approx(1000 / 56)
+    assert layout.sequences(1001, 16, 100, planes=2.5) == pytest.approx(1000 / 17.5)
+    assert "304.00 KiB and 71.4 at 2" in layout.capacity(1001, 16, 100)

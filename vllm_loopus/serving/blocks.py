@@ -64,6 +64,7 @@ class Demand:
 
     def __init__(self) -> None:
         self.new_tokens = 0.0
+        self.mean_planes: float | None = None  # of all sequences, once one has finished
         self._finished = 0
         self._planes: dict[int, float] = {}
         self._seen: dict[int, int] = {}
@@ -74,6 +75,8 @@ class Demand:
         self._planes[budget] = self.planes(budget) + (planes - self.planes(budget)) / seen
         self._finished = min(self._finished + 1, self.MEMORY)
         self.new_tokens += (new_tokens - self.new_tokens) / self._finished
+        mean = planes if self.mean_planes is None else self.mean_planes
+        self.mean_planes = mean + (planes - mean) / self._finished
 
     def planes(self, budget: int) -> float:
         """Blocks that a sequence is expected to end up with for each of depth 1."""

@@ -59,6 +59,13 @@ class KVLayout:
         """Bytes that a position at `depth` occupies in the pool."""
         return depth * self.block_bytes_per_token
 
+    def sequences(self, num_blocks: int, block_size: int, length: int, planes: float) -> float:
+        """How many sequences of `length` tokens a pool holds whose blocks have so many planes.
+
+        One block of the pool is vLLM's null block.
+        """
+        return max(num_blocks - 1, 0) / (cdiv(length, block_size) * planes)
+
     def items(self) -> dict[str, int]:
         """Bytes of a position at full depth by item; they add up to `allocated(max_loops)`."""
         deep = self.max_loops
@@ -69,6 +76,15 @@ class KVLayout:
             "states": deep * self.state,
             "padding": deep * self.state_padding + (deep - 1) * self.encoder,
         }
+
+    def capacity(self, num_blocks: int, block_size: int, length: int) -> str:
+        """Bytes of a token and sequences of `length` tokens that fit, at each depth, in words."""
+        depths = [
+            f"{self.allocated(depth) / 1024:.2f} KiB and "
+            f"{self.sequences(num_blocks, block_size, length, depth):.1f} at {depth}"
+            for depth in range(1, self.max_loops + 1)
+        ]
+        return f"a token and sequences of {length} tokens, by depth: {', '.join(depths)}"
 
     def __str__(self) -> str:
         kib = ", ".join(f"{name} {size / 1024:.2f}" for name, size in self.items().items())

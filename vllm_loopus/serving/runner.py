@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
 else:
     Runner = object
+
+
+logger = init_logger("vllm.loopus")
 
 
 @dataclass
@@ -60,6 +64,12 @@ class LoopUSRunner(Runner):
             max_blocks=cdiv(self.max_model_len, block_size),
             num_blocks=kv_cache_config.num_blocks,
             block_size=block_size,
+        )
+        logger.info_once(
+            "LoopUS K/V: %s",
+            self.model.planes.layout.capacity(
+                kv_cache_config.num_blocks, block_size, self.max_model_len
+            ),
         )
         options = EngineOptions.of(self.vllm_config.additional_config)
         if options.takes_over:

@@ -46,6 +46,12 @@ class LoopUSScheduler(Scheduler):
         return self.kv_cache_manager.blocks_by_depth()
 
     @property
+    def mean_planes(self) -> float | None:
+        """Blocks that sequences ended up with for each of depth 1, recent ones counting more; None
+        before one has finished. `KVLayout.sequences` says how many such sequences fit."""
+        return self.kv_cache_manager.demand.mean_planes
+
+    @property
     def hits_by_depth(self) -> list[int]:
         """Positions that requests found in the prefix cache so far, at each depth."""
         return self.kv_cache_manager.hits_by_depth
