@@ -326,6 +326,31 @@ def test_nobody_starves(quorum: float | str, budget: int) -> None:
         assert_right(engine, f"r{i}", [i, i], 25)
 
 
+@pytest.mark.parametrize("kv_policy", ["exact", "last_exited"])
+def test_a_long_catch_up_keeps_nobody_waiting(kv_policy: str) -> None:
+    """A prompt left at depth 1; the token after it goes to depth 4 and takes the prompt along."""
+    engine = Engine(max_num_batched_tokens=8, quorum=0.01, max_num_seqs=4, kv_policy=kv_policy)
+    engine.add("long", list(range(30)), 2, exit_depths=[1, 4])
+    while not engine.outputs["long"]:
+        engine.step()
+    quick = [f"q{i}" for i in range(3)]
+    for i, name in enumerate(quick):
+        engine.add(name, [i], 38, max_loops=1)
+    engine.step()
+    rows = []
+    while len(engine.outputs["long"]) < 2:
+        before = {name: len(engine.outputs[name]) for name in quick}
+        done = list(engine.runner._batch._running["long"].sequence.done)
+        engine.step()
+        assert all(len(engine.outputs[name]) == before[name] + 1 for name in quick)
+        if "long" in engine.runner._batch._running:
+            now = engine.runner._batch._running["long"].sequence.done
+            rows.append(sum(now[2:]) - sum(done[2:]))
+    assert len(rows) > 3 and max(rows[:-1]) >= 5  # it gets what the others leave
+    engine.run()
+    assert engine.depths["long"] == [1, 4]
+
+
 def test_a_sequence_that_leaves_makes_room_in_the_next_step() -> None:
     engine = Engine(max_num_seqs=2, quorum=0.05)
     engine.add("deep", [1, 2, 3], 5, min_loops=4)

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_loopus.serving.batch import LoopedBatch, LoopProgress
-from vllm_loopus.serving.blocks import OFFER
+from vllm_loopus.serving.blocks import OFFER, BlockOffer
 from vllm_loopus.serving.boundary import boundary_rule
 from vllm_loopus.serving.costs import COSTS
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
@@ -93,8 +93,8 @@ class LoopUSRunner(Runner):
         self._receive(scheduler_output)
         self._decoded, self._progress = self._batch.step(
             scheduler_output.num_scheduled_tokens,
-            getattr(scheduler_output, OFFER),
-            getattr(scheduler_output, COSTS),
+            getattr(scheduler_output, OFFER, BlockOffer()),
+            getattr(scheduler_output, COSTS, None),
         )
         leaving = self._decoded.request_ids
         result = super().execute_model(self._only(leaving, scheduler_output), intermediate_tensors)
