@@ -43,11 +43,24 @@ def counter(llm: Any, name: str) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
-def hits_by_depth(llm: Any) -> list[int]:
-    """Positions that requests found in the prefix cache so far, at each depth."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    hits: list[int] = list(scheduler.hits_by_depth)
-    return hits
+def kv_manager(llm: Any) -> Any:
+    """The scheduler's `DepthKVCacheManager`."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+
+
+def admit_too_many(llm: Any) -> None:
+    """From now on the scheduler expects sequences to stay at depth 1 and to grow by nothing, so
+    that it has to preempt."""
+    from vllm_loopus.serving.blocks import Demand
+
+    class Shallow(Demand):
+        def observe(self, budget: int, planes: float, new_tokens: int) -> None:
+            pass
+
+        def planes(self, budget: int) -> float:
+            return 1.0
+
+    kv_manager(llm).demand = Shallow()
 
 
 def spy_on_steps(llm: Any) -> list[Any]:

@@ -11,7 +11,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.conftest import GOLDEN, counter, golden_cases, hits_by_depth  # sets vLLM up first
+from tests.conftest import (  # sets vLLM up first
+    GOLDEN,
+    admit_too_many,
+    counter,
+    golden_cases,
+    kv_manager,
+)
 
 BLOCK, LENGTH, NEW_TOKENS = 32, 160, 24
 OPTIONS: dict[str, Any] = {
@@ -34,6 +40,7 @@ class Report:
     aborted: int = 0
     wrong: list[str] = field(default_factory=list)
     preemptions: int = 0
+    short_of_planes: int = 0  # times that deeper planes had to preempt
     hits: list[int] = field(default_factory=list)  # positions found at each depth
     most_running: int = 0
     blocks_left: int = 0  # in use at the end
@@ -92,6 +99,7 @@ def soak(
     """Runs requests drawn from `items` until the time is over and all have finished."""
     from vllm_loopus import exit_depths
 
+    admit_too_many(llm)
     rng, report, engine = random.Random(seed), Report(), llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     running: dict[str, int] = {}  # id -> item
@@ -124,8 +132,9 @@ def soak(
         engine.step()
     report.seconds = time.monotonic() - started
     report.preemptions = counter(llm, "vllm:num_preemptions")
-    report.hits = hits_by_depth(llm)
-    pool = scheduler.kv_cache_manager.block_pool
+    report.hits = list(kv_manager(llm).hits_by_depth)
+    report.short_of_planes = kv_manager(llm).short_of_planes
+    pool = kv_manager(llm).block_pool
     report.blocks_left = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
     return report
 

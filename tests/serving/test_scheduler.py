@@ -101,6 +101,7 @@ def test_deep_planes_preempt() -> None:
     engine.run()
     preempted = [request for request in requests if request.num_preemptions]
     assert preempted and requests[0] not in preempted
+    assert engine.scheduler.kv_cache_manager.short_of_planes > 0
     for name, prompt in prompts.items():
         assert engine.outputs[name] == answer(prompt, 3, 4, 4)[0]
         assert engine.depths[name] == depths

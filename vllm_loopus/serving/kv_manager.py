@@ -127,6 +127,7 @@ class DepthKVCacheManager(KVCacheManager):
         if isinstance(manager.coordinator, HybridKVCacheCoordinator):
             manager.coordinator.__class__ = StaircaseCoordinator
         manager.hits_by_depth = [0] * len(manager._planes)
+        manager.short_of_planes = 0
         manager._holders = {}
         manager._needed = {}
         manager._promised = {}
@@ -141,6 +142,7 @@ class DepthKVCacheManager(KVCacheManager):
     _promised: dict[str, int]  # of this step
     _needed: dict[str, float]  # planes that preempted requests had for each block of depth 1
     demand: Demand
+    short_of_planes: int  # times that a sequence with deeper planes to fill had to preempt for them
     hits_by_depth: list[int]  # positions found in the prefix cache so far
 
     def blocks_by_depth(self) -> list[int]:
@@ -186,7 +188,9 @@ class DepthKVCacheManager(KVCacheManager):
             kwargs.get("reserved_blocks", 0) + sum(self._promised.values()) + wanted
         )
         blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
-        if blocks is not None:
+        if blocks is None:
+            self.short_of_planes += wanted > 0
+        else:
             holder.held += len(blocks.blocks[0])
             self._holders[name] = holder
             self._promised[name] = wanted
