@@ -123,7 +123,9 @@ def run_engine(
         }
     else:
         share = quorum if quorum == "auto" else float(quorum)
-        options = {"additional_config": {"loopus": {"kv_policy": policy, "exit_quorum": share}}}
+        # The simulated policy takes prompts to the full depth.
+        loopus = {"kv_policy": policy, "exit_quorum": share, "prefill_depth": "full"}
+        options = {"additional_config": {"loopus": loopus}}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         llm = LLM(

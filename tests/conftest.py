@@ -43,6 +43,26 @@ def counter(llm: Any, name: str) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
+def kv_manager(llm: Any) -> Any:
+    """The scheduler's `DepthKVCacheManager`."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+
+
+def admit_too_many(llm: Any) -> None:
+    """From now on the scheduler expects sequences to stay at depth 1 and to grow by nothing, so
+    that it has to preempt."""
+    from vllm_loopus.serving.blocks import Demand
+
+    class Shallow(Demand):
+        def observe(self, budget: int, planes: float, new_tokens: int) -> None:
+            pass
+
+        def planes(self, budget: int) -> float:
+            return 1.0
+
+    kv_manager(llm).demand = Shallow()
+
+
 def spy_on_steps(llm: Any) -> list[Any]:
     """A list that gets the `LoopProgress` of every step from now on."""
     core = llm.llm_engine.engine_core.engine_core

@@ -57,10 +57,16 @@ def get(address: str, path: str) -> str:
         return response.read().decode()
 
 
+OWN_LABELS = ("le", "depth", "at")  # beside those of model and engine
+
+
 def samples(address: str) -> dict[tuple[str, str], float]:
-    """`/metrics` of the engine: (name, value of `le` or `depth`) -> value."""
+    """`/metrics` of the engine: (name, value of `le`, `depth` or `at`) -> value."""
     return {
-        (sample.name, sample.labels.get("le", sample.labels.get("depth", ""))): sample.value
+        (
+            sample.name,
+            next((v for k, v in sample.labels.items() if k in OWN_LABELS), ""),
+        ): sample.value
         for family in text_string_to_metric_families(get(address, "/metrics"))
         for sample in family.samples
         if sample.name.startswith("vllm:")

@@ -23,6 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.conftest import GOLDEN
 from vllm_loopus.serving.batch import LoopedBatch
 from vllm_loopus.serving.boundary import boundary_rule
+from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded
 from vllm_loopus.serving.runner import LoopUSRunner
@@ -71,6 +72,21 @@ class FakeExecutor:
 
     def begin_step(self, tokens: list[int]) -> None:
         self.decoded = Decoded()
+        self.wiped: list[Any] = []
+
+    def make_room(self, rows: Rows) -> int:
+        room = self.tables.make_room(rows)
+        for taken in self.tables.taken.get(rows.sequence.request_id, ()):
+            if taken not in self.wiped:
+                self.wiped.append(taken)
+                self.wipe(taken.block_id)
+        return room
+
+    def wipe(self, block: int) -> None:
+        """A block that is given out again holds nothing."""
+        for kind in ("state", "reasoning", "decoder"):
+            for slot in range(block * BLOCK, (block + 1) * BLOCK):
+                self.memory.pop((kind, slot), None)
 
     def want_prompt(self, request_id: str) -> None:
         pass
@@ -101,6 +117,10 @@ class FakeExecutor:
     def encode(self, rows: list[Rows]) -> None:
         assert sum(map(len, rows)) <= self.budget
         self.encoded = [(r.sequence.request_id, p) for r in rows for p in range(r.start, r.end)]
+        for row in rows:
+            for position in range(row.start, row.end):
+                if position % BLOCK == 0:
+                    self.wipe(self.slot(row.sequence, 1, position) // BLOCK)
 
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
         assert 0 < sum(map(len, rows)) <= self.budget
@@ -121,7 +141,7 @@ class FakeExecutor:
                 self.write("reasoning", row.sequence, row.depth, position)
             if row.newest and row.sequence.writes_through:
                 for kind in ("state", "reasoning"):
-                    self.copy(kind, row, range(row.depth + 1, self.max_depth + 1))
+                    self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
         for row in rows:
             for position in range(row.start):
                 self.read("reasoning", row.sequence, row.depth, position)
@@ -151,7 +171,7 @@ class FakeExecutor:
                 self.read("state", row.sequence, row.depth, position)
                 self.write("decoder", row.sequence, row.depth, position)
             if row.newest and row.sequence.writes_through:
-                self.copy("decoder", row, range(1, self.max_depth + 1))
+                self.copy("decoder", row, range(1, row.sequence.max_depth + 1))
         for row in rows:
             for position in range(row.start):
                 self.read("decoder", row.sequence, row.depth, position)
@@ -169,24 +189,13 @@ class FakePlatformRunner:
             self.requests[new.req_id] = SimpleNamespace(
                 prompt_token_ids=new.prompt_token_ids,
                 output_token_ids=[],
-                block_ids=tuple(map(list, new.block_ids)),
             )
         cached = scheduler_output.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
-            state, blocks = self.requests[name], cached.new_block_ids[index]
-            assert cached.num_output_tokens[index] == len(state.output_token_ids)
-            if name in cached.resumed_req_ids:
-                state.block_ids = tuple(map(list, blocks))
-            elif blocks is not None:
-                for known, ids in zip(state.block_ids, blocks, strict=True):
-                    known.extend(ids)
+            generated = len(self.requests[name].output_token_ids)
+            assert cached.num_output_tokens[index] == generated
+            assert (cached.new_block_ids[index] is not None) == (name in cached.resumed_req_ids)
         self.step_requests = list(scheduler_output.num_scheduled_tokens)
-        for name in self.step_requests:  # what vLLM's runner was told is what there is
-            tables = self._batch._tables
-            table = tables._tables[tables._index[name]]
-            for row, ids in zip(table, self.requests[name].block_ids, strict=True):
-                assert row[: len(ids)].tolist() == ids
-            assert [len(ids) for ids in self.requests[name].block_ids] == tables._lengths[name]
         return None
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
@@ -205,30 +214,31 @@ class FakePlatformRunner:
 class FakeRunner(LoopUSRunner, FakePlatformRunner):
     """The adapter over the fakes."""
 
-    def __init__(
-        self, vllm_config: Any, num_blocks: int, quorum: float | str, takes_over: bool
-    ) -> None:
+    def __init__(self, vllm_config: Any, num_blocks: int, quorum: float | str) -> None:
         self.vllm_config = vllm_config
         self.requests: dict[str, Any] = {}
         self._init_loop()
         depth = vllm_config.model_config.hf_config.max_loops
+        self.kv_cache_config = KVCacheConfig(num_blocks, [], [None] * depth)
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         tables = PageTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
         self.executor = FakeExecutor(tables, depth, budget)
         rule = boundary_rule(quorum, depth, 1)
-        self._batch = LoopedBatch(self.executor, tables, rule, depth, budget, takes_over)
+        options = EngineOptions.of(vllm_config.additional_config)
+        self._batch = LoopedBatch(self.executor, tables, rule, depth, budget, options)
         self.executor.batch = self._batch
 
 
 @cache
 def engine_config(**options: Any) -> Any:
     """vLLM's configuration for a small model; blocks of four tokens."""
-    max_loops, kv_policy = options.pop("max_loops"), options.pop("kv_policy")
+    max_loops = options.pop("max_loops")
+    loopus = {name: options.pop(name) for name in ("kv_policy", "prefill_depth")}
     config = EngineArgs(
         model=str(GOLDEN / "qwen3"),
         hf_overrides={"max_loops": max_loops},
-        additional_config={"loopus": {"kv_policy": kv_policy}},
+        additional_config={"loopus": loopus},
         skip_tokenizer_init=True,
         **options,
     ).create_engine_config()
@@ -248,6 +258,7 @@ class Engine:
     quorum: float | str = 0.5
     policy: str = "fcfs"
     kv_policy: str = "exact"
+    prefill_depth: str = "lazy"
     prefix_caching: bool = True
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
@@ -257,6 +268,7 @@ class Engine:
         config = engine_config(
             max_loops=self.max_loops,
             kv_policy=self.kv_policy,
+            prefill_depth=self.prefill_depth,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -273,17 +285,19 @@ class Engine:
             block_size=BLOCK,
             log_stats=True,
         )
-        self.runner = FakeRunner(
-            config, self.num_blocks, self.quorum, self.kv_policy == "last_exited"
-        )
+        self.runner = FakeRunner(config, self.num_blocks, self.quorum)
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self.hasher = get_request_block_hasher(BLOCK, hash_function)
         self.stats: list[Any] = []
         self.steps = 0
+        self.peak = 0
+        self.found: dict[str, list[int]] = {}  # positions in the prefix cache, by depth
+        self.sessions: list[str] = []  # hold blocks between their turns
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **more: Any) -> Request:
-        knobs = {key: more.pop(key) for key in ("max_loops", "min_loops") if key in more}
+        names = ("max_loops", "min_loops", "exit_depths")
+        knobs = {key: more.pop(key) for key in names if key in more}
         priority, resumable = more.pop("priority", 0), more.pop("resumable", False)
         request = Request(
             request_id=name,
@@ -298,12 +312,17 @@ class Engine:
             block_hasher=self.hasher,
         )
         self.outputs[name], self.depths[name] = [], []
+        if resumable:
+            self.sessions.append(name)
         self.scheduler.add_request(request)
         return request
 
     def step(self) -> Any:
         """One engine step, as `EngineCore.step` does it. Returns what was scheduled."""
         scheduled = self.scheduler.schedule()
+        for new in scheduled.scheduled_new_reqs:
+            deeper = [BLOCK * len(ids) for ids in new.block_ids[1:]]
+            self.found[new.req_id] = [new.num_computed_tokens, *deeper]
         result = self.runner.execute_model(scheduled)
         if result is None:
             result = self.runner.sample_tokens(None)
@@ -317,7 +336,32 @@ class Engine:
                 if output.finish_reason is not None:
                     self.reasons[output.request_id] = str(output.finish_reason)
         self.steps += 1
+        self.check_blocks()
         return scheduled
+
+    def check_blocks(self) -> None:
+        """Scheduler and worker agree on every block, and each one in use holds a position."""
+        manager, batch = self.scheduler.kv_cache_manager, self.runner._batch
+        held: list[set[int]] = [set() for _ in range(self.max_loops)]
+        computed: list[set[int]] = [set() for _ in range(self.max_loops)]
+        for request in self.scheduler.running:
+            name = request.request_id
+            table = batch._tables._tables[batch._tables._index[name]]
+            sequence = batch._running[name].sequence
+            for depth, ids in enumerate(manager.get_block_ids(name)):
+                assert table[depth].tolist() == ids + [0] * (table.shape[1] - len(ids))
+                held[depth] |= set(ids) - {0}
+                if depth < sequence.max_depth:
+                    positions = set(range(sequence.done[depth + 1]))
+                    if sequence.takes_over:
+                        positions |= set(range(sequence.prefill_end, sequence.done[0]))
+                    computed[depth] |= {int(table[depth, p // BLOCK]) for p in positions}
+        assert held == computed
+        in_use = [len(ids) for ids in held]
+        if not self.sessions:
+            assert in_use == self.scheduler.blocks_by_depth()
+            assert sum(in_use) == self.num_blocks - 1 - self.free_blocks
+        self.peak = max(self.peak, sum(in_use))
 
     def run(self, most_steps: int = 10_000) -> None:
         """Steps until nothing is left to do."""

@@ -13,7 +13,9 @@ DEPTH = 8
 def in_flight(depth: int, **knobs: int) -> LoopedSequence:
     """A sequence whose newest token, a generated one, has reached `depth`."""
     options = {"max_loops": DEPTH, "min_loops": 1, "exit_threshold": 0.5, **knobs}
-    sequence = LoopedSequence("r", RequestKnobs(**options), DEPTH, prefill_end=3, cached=3)
+    sequence = LoopedSequence(
+        "r", RequestKnobs(**options), DEPTH, prefill_end=3, cached=[3] * DEPTH
+    )
     sequence.begin(1, wants_token=True)
     for _ in range(depth):
         rows = sequence.next_rows()

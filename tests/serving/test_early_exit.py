@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import BACKBONES, GOLDEN, counter, golden_cases, spy_on_steps
+from tests.conftest import (
+    BACKBONES,
+    GOLDEN,
+    admit_too_many,
+    counter,
+    golden_cases,
+    kv_manager,
+    spy_on_steps,
+)
 from vllm_loopus import exit_depths
 
 RULES = ("halting_strategy", "q_eval_interval", "convergence_epsilon")  # an engine has one
@@ -67,7 +75,7 @@ def assert_golden(cases: list[dict[str, Any]], outputs: Iterable[Any]) -> None:
 
 
 def pool(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return kv_manager(llm).block_pool
 
 
 def drive(
@@ -153,6 +161,11 @@ def test_prefix_hits_between_knobs(make_llm: Any, setting: Any) -> None:
             for case in long
         ]  # fmt: skip
     assert len({case["q_threshold"] for case in long}) > 1
+    # A shallow request publishes depth 1 alone; a deep one goes on from there.
+    deep = next(case for case in long if min(case["depths"]) == case["N"] == 8)
+    generate(llm, [deep], max_tokens=1, extra_args={"max_loops": 1})
+    assert_golden([deep], generate(llm, [deep]))
+    assert kv_manager(llm).hits_by_depth == [32] + [0] * 7
     for _ in range(3):
         assert_golden(long, generate(llm, long))
     assert counter(llm, "vllm:prefix_cache_hits") >= 32 * len(long)
@@ -173,8 +186,9 @@ def test_preemption(make_llm: Any, setting: Any, quorum: float) -> None:
         num_gpu_blocks_override=blocks,
         max_num_seqs=8,
     )
+    admit_too_many(llm)
     outputs = generate(llm, cases, max_tokens=LONG)
-    assert counter(llm, "vllm:num_preemptions") > 0
+    assert counter(llm, "vllm:num_preemptions") > 0 and kv_manager(llm).short_of_planes > 0
     for case, output, expected in zip(cases, outputs, reference, strict=True):
         assert list(output.token_ids[:20]) == case["tokens"]
         assert exit_depths(output)[:20] == case["depths"]

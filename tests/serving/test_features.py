@@ -236,10 +236,11 @@ def test_prompt_logprobs_in_chunks(make_llm: Any, reference: Any) -> None:
     ("options", "message"),
     [
         ({"kv_policy": "fast"}, r"kv_policy='fast' is unknown; choose one of exact, last_exited"),
+        ({"prefill_depth": 2}, r"prefill_depth=2 is unknown; choose one of lazy, full"),
         ({"exit_quorum": 0}, r"exit_quorum=0 must be a number above 0"),
         ({"exit_quorum": 1.5}, r"exit_quorum=1.5 "),
         ({"exit_quorum": True}, r"exit_quorum=True "),
-        ({"quorum": 0.5}, r"has no option 'quorum'; there are kv_policy, exit_quorum"),
+        ({"quorum": 0.5}, r"has no option 'quorum'; there are kv_policy, prefill_depth,"),
         ("exact", r"\['loopus'\]='exact' must be a mapping"),
     ],
     ids=str,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import GOLDEN
-from vllm_loopus.serving.kv_layout import KVLayout
+from vllm_loopus.serving.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.planes import depth_of, layer_name_at
 
 BLOCK = 32
@@ -98,3 +98,6 @@ def test_published_cuts() -> None:
     )
     assert layout.allocated(8) == 8 * (33 + 1 + 2 + 2) * row
     assert layout.items()["padding"] == 8 * 3072 + 7 * 2 * row
+    # 1000 blocks of 16 besides the null block; 100 tokens take 7 blocks a plane.
+    assert sequences_that_fit(1001, 16, 100, planes=8) == pytest.approx(1000 / 56)
+    assert sequences_that_fit(1001, 16, 100, planes=2.5) == pytest.approx(1000 / 17.5)

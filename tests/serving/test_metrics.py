@@ -105,13 +105,27 @@ def test_log_line_and_start_up_summary(server_log: Path, address: str, client: O
         "encoder layer 0, reasoning layers 1-2 (2), decoder layer 3",
         "1 to 8",
         "threshold: confidence above 0.5",
-        "exact, exit quorum auto",
+        "exact, prefill lazy, exit quorum auto",
         "KiB at 1, ",
-        "sequences of 256 tokens at depth 8",
+        " at 8 (sequences of 256 tokens, by depth)",
         "low: 2 loops, medium: 4 loops",
         "asynchronous scheduling (which sequences get a token",
     ):
         assert text in log, text
+
+
+def test_capacity(address: str, client: OpenAI) -> None:
+    """Bytes grow with depth; what fits at the depth that was seen is at least what fits at full."""
+    client.completions.create(
+        model=SERVED, prompt=QUESTION, max_tokens=8, extra_body={"vllm_xargs": {"max_loops": 2}}
+    )
+    name = "vllm:loopus_kv_sequences"
+    fit = wait_until(
+        lambda: (s := samples(address))[name, "observed"] > s[name, "full"] and s,
+    )
+    assert fit[name, "full"] > 0
+    sizes = [fit["vllm:loopus_kv_bytes_per_token", str(depth)] for depth in range(1, MAX_LOOPS + 1)]
+    assert sizes == [sizes[0] * depth for depth in range(1, MAX_LOOPS + 1)]
 
 
 def test_the_dashboard_finds_what_it_asks_for(address: str) -> None:

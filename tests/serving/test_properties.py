@@ -23,6 +23,7 @@ def requests(draw: Any) -> dict[str, Any]:
         "max_tokens": draw(st.integers(1, 12)),
         "max_loops": max_loops,
         "min_loops": draw(st.integers(1, max_loops)),
+        "priority": draw(st.integers(0, 2)),
         "arrives": draw(st.integers(0, 12)),
         "aborted_after": draw(st.none() | st.integers(0, 20)),
     }
@@ -49,6 +50,8 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[LoopedSequence, list[
     spare_blocks=st.sampled_from([0, 3, 200]),
     caching=st.booleans(),
     kv_policy=st.sampled_from(["exact", "exact", "last_exited"]),
+    prefill_depth=st.sampled_from(["lazy", "lazy", "full"]),
+    policy=st.sampled_from(["fcfs", "priority"]),
 )
 def test_everything_finishes_right(
     items: list[dict[str, Any]],
@@ -57,6 +60,8 @@ def test_everything_finishes_right(
     spare_blocks: int,
     caching: bool,
     kv_policy: str,
+    prefill_depth: str,
+    policy: str,
 ) -> None:
     max_len, depth = 40, 4
     blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
@@ -68,6 +73,8 @@ def test_everything_finishes_right(
         quorum=quorum,
         prefix_caching=caching,
         kv_policy=kv_policy,
+        prefill_depth=prefill_depth,
+        policy=policy,
     )
     seen: dict[str, tuple[LoopedSequence, list[int]]] = {}
     aborted = set()
@@ -84,6 +91,7 @@ def test_everything_finishes_right(
                     item["max_tokens"],
                     max_loops=item["max_loops"],
                     min_loops=item["min_loops"],
+                    priority=item["priority"],
                 )
                 item["from"] = engine.steps
             after = item["aborted_after"]

@@ -85,6 +85,40 @@ def test_preemption_gives_the_same_answers(quorum: float | str) -> None:
     assert engine.free_blocks == engine.num_blocks - 1
 
 
+def test_deep_planes_preempt() -> None:
+    """Sequences that were admitted for being shallow all go to the full depth: at depth 1 nothing
+    is allocated meanwhile."""
+    engine = Engine(num_blocks=4 * 10 + 1, max_num_seqs=6, max_num_batched_tokens=64)
+    for i in range(20):  # what they take is learned
+        engine.add(f"warm{i}", [i, 40, 40], 1, exit_depths=[1])
+    engine.run()
+    prompts = {f"r{i}": [i, *range(2 * BLOCK)] for i in range(6)}
+    depths = [1, 1, 4]
+    requests = [engine.add(n, p, 3, exit_depths=depths) for n, p in prompts.items()]
+    engine.step()
+    assert len(engine.scheduler.running) == 6
+    assert engine.scheduler.blocks_by_depth() == [18, 0, 0, 0]
+    engine.run()
+    preempted = [request for request in requests if request.num_preemptions]
+    assert preempted and requests[0] not in preempted
+    assert engine.scheduler.kv_cache_manager.short_of_planes > 0
+    for name, prompt in prompts.items():
+        assert engine.outputs[name] == answer(prompt, 3, 4, 4)[0]
+        assert engine.depths[name] == depths
+    assert engine.free_blocks == engine.num_blocks - 1
+
+
+def test_admission_leaves_room_for_what_is_expected() -> None:
+    """Until something else has been learned, sequences are taken to need all of their budget."""
+    for budget, together in ((1, 6), (2, 6), (4, 3)):
+        engine = Engine(num_blocks=4 * 10 + 1, max_num_seqs=6, max_num_batched_tokens=64)
+        for i in range(6):
+            engine.add(f"r{i}", [i, *range(2 * BLOCK)], 1, max_loops=budget, min_loops=budget)
+        engine.step()
+        assert len(engine.reasons) == together
+        engine.run()
+
+
 def test_chunks_stay_in_the_budget() -> None:
     """FakeExecutor fails on more rows than `max_num_batched_tokens`."""
     engine = Engine(max_num_batched_tokens=4, max_num_seqs=4)
@@ -131,24 +165,60 @@ def test_prefix_statistics() -> None:
     assert [s.hits for s in stats] == [0, 2 * BLOCK]
 
 
-def test_a_prompt_in_flight_is_not_published() -> None:
+def test_a_prompt_in_flight_is_found_as_deep_as_it_is() -> None:
     """A second request with the same prompt arrives while the first is at some middle depth."""
     engine = Engine(quorum=0.05, max_num_batched_tokens=32)
     # Leaves at depth 1 again and again, so that steps are one pass long.
     engine.add("quick", [1], 12, max_loops=1)
     engine.step()
     prompt = list(range(2 * BLOCK + 1))
-    engine.add("first", prompt, 2)
+    engine.add("first", prompt, 2, min_loops=4)
     engine.step()
     sequence = engine.runner._batch._running["first"].sequence
-    assert sequence.in_flight and sequence.complete == 0
+    assert sequence.in_flight and sequence.done == [2 * BLOCK + 1] * 2 + [0] * 3
     engine.add("second", prompt, 2)
     scheduled = engine.step()
-    assert scheduled.num_scheduled_tokens["second"] == len(prompt)
+    assert scheduled.num_scheduled_tokens["second"] == 1
+    blocks = engine.scheduler.kv_cache_manager.get_block_ids
+    assert blocks("second")[0][:2] == blocks("first")[0][:2]
+    assert not set(blocks("second")[1]) & set(blocks("first")[1])
     engine.run()
-    for name in ("first", "second"):
-        assert_right(engine, name, prompt, 2)
+    for name, knobs in (("first", {"min_loops": 4}), ("second", {})):
+        assert_right(engine, name, prompt, 2, **knobs)
     assert_right(engine, "quick", [1], 12, max_loops=1)
+
+
+def test_a_partial_hit_is_completed_for_others() -> None:
+    """Leaving early publishes little; who goes deeper finds that, and adds what was missing."""
+    engine = Engine()
+    prompt = list(range(3 * BLOCK + 1))
+    found = []
+    for name, depth in (("a", 1), ("b", 3), ("c", 2), ("d", 4), ("e", 4)):
+        engine.add(name, prompt, 1, max_loops=depth, min_loops=depth)
+        engine.step()
+        found.append([positions // BLOCK for positions in engine.found[name]])
+        engine.run()
+        assert_right(engine, name, prompt, 1, max_loops=depth, min_loops=depth)
+    assert found == [[0] * 4, [3, 0, 0, 0], [3, 3, 0, 0], [3, 3, 3, 0], [3, 3, 3, 3]]
+    assert engine.free_blocks == engine.num_blocks - 1
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_deep_planes_go_first(caching: bool) -> None:
+    """Of a prefix that nobody uses, memory is taken from its deepest plane first."""
+    engine = Engine(num_blocks=4 * 10 + 1, prefix_caching=caching)
+    prompt = list(range(4 * BLOCK + 1))
+    engine.add("deep", prompt, 1, min_loops=4)
+    engine.run()
+    # 30 of 40 blocks, of which 24 held nothing: 16 published ones of "deep" are there until then.
+    engine.add("other", [49] * (10 * BLOCK - 1), 1, max_loops=3, min_loops=3)
+    engine.run()
+    assert engine.free_blocks == engine.num_blocks - 1
+    engine.add("again", prompt, 1, min_loops=4)
+    engine.run()
+    found = [positions // BLOCK for positions in engine.found["again"]]
+    assert found == ([4, 4, 2, 0] if caching else [0] * 4)
+    assert_right(engine, "again", prompt, 1, min_loops=4)
 
 
 def test_answers_are_published_as_deep_as_they_are() -> None:
@@ -255,6 +325,31 @@ def test_nobody_starves(quorum: float | str, budget: int) -> None:
         assert longest <= bound
     for i in range(12):
         assert_right(engine, f"r{i}", [i, i], 25)
+
+
+@pytest.mark.parametrize("kv_policy", ["exact", "last_exited"])
+def test_a_long_catch_up_keeps_nobody_waiting(kv_policy: str) -> None:
+    """A prompt left at depth 1; the token after it goes to depth 4 and takes the prompt along."""
+    engine = Engine(max_num_batched_tokens=8, quorum=0.01, max_num_seqs=4, kv_policy=kv_policy)
+    engine.add("long", list(range(30)), 2, exit_depths=[1, 4])
+    while not engine.outputs["long"]:
+        engine.step()
+    quick = [f"q{i}" for i in range(3)]
+    for i, name in enumerate(quick):
+        engine.add(name, [i], 38, max_loops=1)
+    engine.step()
+    rows = []
+    while len(engine.outputs["long"]) < 2:
+        before = {name: len(engine.outputs[name]) for name in quick}
+        done = list(engine.runner._batch._running["long"].sequence.done)
+        engine.step()
+        assert all(len(engine.outputs[name]) == before[name] + 1 for name in quick)
+        if "long" in engine.runner._batch._running:
+            now = engine.runner._batch._running["long"].sequence.done
+            rows.append(sum(now[2:]) - sum(done[2:]))
+    assert len(rows) > 3 and max(rows[:-1]) >= 5  # it gets what the others leave
+    engine.run()
+    assert engine.depths["long"] == [1, 4]
 
 
 def test_a_sequence_that_leaves_makes_room_in_the_next_step() -> None:

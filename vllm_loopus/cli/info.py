@@ -81,8 +81,9 @@ def estimate_kv(
 
     Raises `ValueError` for a dtype or length that cannot be.
     """
+    from vllm_loopus.serving.kv_layout import sequences_that_fit
     from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
-    from vllm_loopus.serving.summary import layout_of, sequences_that_fit
+    from vllm_loopus.serving.summary import layout_of
 
     dtype = dtype or _dtype_of(config)
     if dtype not in DTYPE_BYTES:

@@ -1,10 +1,11 @@
 """The running sequences of a worker, and one step over them. Model runners talk to this."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vllm_loopus.serving.blocks import BlockOffer, TakenBlock
 from vllm_loopus.serving.boundary import BoundaryRule, StepCosts
-from vllm_loopus.serving.knobs import RequestKnobs
+from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 from vllm_loopus.serving.pages import BlockIds, PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
@@ -18,15 +19,21 @@ class LoopProgress:
 
     - `computed`: for each scheduled request that got no token, how many of its positions count as
       computed: the next step continues there.
-    - `complete`: positions whose planes are complete at every depth; the prefix cache may have
-      them.
+    - `in_flight`: requests among those with positions that they have begun.
+    - `complete`: how many positions have their plane complete, a number a depth; the prefix cache
+      may have them.
+    - `taken`: blocks that sequences took.
+    - `wanted`: of deeper planes, how many blocks a sequence cannot go on without.
     - `exit_depths`: for each request that got a token, the depth at which it left.
     - `passes`, `pass_seconds`, `decoder_rows`: rows and time of each pass, rows of the decoder.
     - `stats`: what the step adds to the metrics.
     """
 
     computed: dict[str, int] = field(default_factory=dict)
-    complete: dict[str, int] = field(default_factory=dict)
+    in_flight: set[str] = field(default_factory=set)
+    complete: dict[str, list[int]] = field(default_factory=dict)
+    taken: dict[str, list[TakenBlock]] = field(default_factory=dict)
+    wanted: dict[str, int] = field(default_factory=dict)
     exit_depths: dict[str, int] = field(default_factory=dict)
     passes: list[int] = field(default_factory=list)
     pass_seconds: list[float] = field(default_factory=list)
@@ -50,14 +57,14 @@ class LoopedBatch:
         rule: BoundaryRule,
         max_depth: int,
         row_budget: int,
-        takes_over: bool,
+        options: EngineOptions,
     ) -> None:
         self.rule = rule
         self._executor = executor
         self._tables = tables
         self._max_depth = max_depth
         self._row_budget = row_budget
-        self._takes_over = takes_over
+        self._options = options
         self._running: dict[str, _Running] = {}
 
     def add(
@@ -72,25 +79,26 @@ class LoopedBatch:
     ) -> None:
         """A new sequence, or a preempted one that comes back with all its tokens so far."""
         self.remove(request_id)
-        decoded = self._tables.add(request_id, block_ids, cached)
+        found, decoded = self._tables.add(request_id, block_ids, cached)
         if wants_prompt:
             self._executor.want_prompt(request_id)
         self._running[request_id] = _Running(
             LoopedSequence(
                 request_id,
                 knobs,
-                self._max_depth,
+                self._options.planes(knobs.max_loops, self._max_depth),
                 prefill_end=len(tokens),
-                cached=cached,
+                cached=found,
                 decoded=None if wants_prompt else decoded,
-                takes_over=self._takes_over,
+                takes_over=self._options.takes_over,
                 num_generated=num_generated,
+                full_prefill=self._options.full_prefill,
             ),
             list(tokens),
         )
 
-    def grow(self, request_id: str, block_ids: BlockIds) -> None:
-        """The sequence got more blocks."""
+    def grow(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """The sequence got more blocks of depth 1."""
         self._tables.append(request_id, block_ids)
 
     def remove(self, request_id: str) -> None:
@@ -108,10 +116,14 @@ class LoopedBatch:
         return self._running[request_id].sequence.done[0] - 1
 
     def step(
-        self, scheduled: Mapping[str, int], costs: StepCosts | None = None
+        self,
+        scheduled: Mapping[str, int],
+        offer: BlockOffer,
+        costs: StepCosts | None = None,
     ) -> tuple[Decoded, LoopProgress]:
         """Runs a step over the scheduled requests; `scheduled` gives how many new positions each
         may begin. A sequence in flight goes on with what it has begun, whatever the number."""
+        self._tables.begin_step(offer)
         new_rows: list[Rows] = []
         tokens: list[int] = []
         for request_id, count in scheduled.items():
@@ -134,6 +146,7 @@ class LoopedBatch:
             passes=report.passes,
             pass_seconds=report.pass_seconds,
             decoder_rows=report.decoder_rows,
+            taken=self._tables.taken,
             stats=LoopStats.of_step(report),
         )
         for sequence in report.emitted:
@@ -141,8 +154,23 @@ class LoopedBatch:
             progress.exit_depths[sequence.request_id] = sequence.exit_depth
         for sequence in sequences:
             name = sequence.request_id
-            progress.complete[name] = sequence.complete
+            progress.complete[name] = sequence.done[1:]
+            if sequence.in_flight:
+                progress.in_flight.add(name)
+            if wanted := self._wanted(sequence):
+                progress.wanted[name] = wanted
             if name not in progress.exit_depths:
                 # In flight: one position has to be scheduled again for the step to go on.
                 progress.computed[name] = sequence.done[0] - sequence.in_flight
         return progress
+
+    def _wanted(self, sequence: LoopedSequence) -> int:
+        """Blocks of deeper planes that the sequence is certain to need for its next pass."""
+        rows = sequence.next_rows()
+        if rows is not None:
+            rows.end = min(rows.end, rows.start + self._row_budget)
+            return len(self._tables.missing(rows))
+        if sequence.in_flight or not sequence.takes_over or sequence.done[0] < sequence.prefill_end:
+            return 0
+        # The next token writes to all planes in its first pass.
+        return self._tables.missing_at(sequence, sequence.done[0])

@@ -87,7 +87,7 @@ class AutoQuorum:
         Exit depths given for a replay are not looked at: they stand for what a model would decide.
         """
         depth = sequence.depth + 1
-        if sequence.prefilling:
+        if sequence.fills:
             return float(depth >= sequence.max_depth)
         if depth >= sequence.knobs.max_loops:
             return 1.0

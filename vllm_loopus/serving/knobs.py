@@ -12,6 +12,7 @@ from vllm_loopus.serving.knob_names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS, ob
 
 SECTION = "loopus"  # of additional_config
 KV_POLICIES = ("exact", "last_exited")
+PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
 # What the OpenAI server takes as `reasoning_effort` (vLLM's ChatCompletionRequest).
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -30,6 +31,8 @@ class EngineOptions:
 
     - `kv_policy`: `exact` computes what deeper tokens need of shallower ones; `last_exited` gives
       the K/V and state of the exit depth to all deeper depths instead, an approximation.
+    - `prefill_depth`: `lazy` takes a prompt to the depth at which its last position leaves, and
+      deeper when a later token goes there; `full` takes it to the full depth at once.
     - `exit_quorum`: the share of the sequences in flight that must have left before a step decodes
       and samples them, or `auto`.
     - `reasoning_effort`: `max_loops` of requests that name an effort and no `max_loops`, for
@@ -37,6 +40,7 @@ class EngineOptions:
     """
 
     kv_policy: str = "exact"
+    prefill_depth: str = "lazy"
     exit_quorum: float | str = AUTO
     reasoning_effort: Mapping[str, int] = field(default_factory=dict)
 
@@ -58,11 +62,12 @@ class EngineOptions:
                     f"there are {', '.join(known)}"
                 )
         options = cls(**given)
-        if options.kv_policy not in KV_POLICIES:
-            raise ValueError(
-                f"kv_policy={options.kv_policy!r} is unknown; choose one of "
-                f"{', '.join(KV_POLICIES)}"
-            )
+        for name, choices in (("kv_policy", KV_POLICIES), ("prefill_depth", PREFILL_DEPTHS)):
+            if getattr(options, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(options, name)!r} is unknown; choose one of "
+                    f"{', '.join(choices)}"
+                )
         quorum = options.exit_quorum
         if quorum != AUTO and not (_is_number(quorum) and 0 < quorum <= 1):  # type: ignore[operator]
             raise ValueError(
@@ -79,6 +84,23 @@ class EngineOptions:
                     f"reasoning_effort[{effort!r}]={loops} must be at most the served "
                     f"max_loops={config.max_loops}"
                 )
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether deeper depths take over what a token has where it leaves."""
+        return self.kv_policy == "last_exited"
+
+    @property
+    def full_prefill(self) -> bool:
+        """Whether prompts run to the full depth, wherever their last position leaves."""
+        return self.prefill_depth == "full"
+
+    def planes(self, max_loops: int, served: int) -> int:
+        """The planes that positions of a request with the budget `max_loops` may need.
+
+        In `last_exited` K/V is shared between requests of equal knobs only.
+        """
+        return served if self.full_prefill and not self.takes_over else max_loops
 
 
 @dataclass(frozen=True)

@@ -74,3 +74,9 @@ class KVLayout:
         kib = ", ".join(f"{name} {size / 1024:.2f}" for name, size in self.items().items())
         total = self.allocated(self.max_loops) / 1024
         return f"{total:.2f} KiB a token at depth {self.max_loops} ({kib})"
+
+
+def sequences_that_fit(num_blocks: int, block_size: int, length: int, planes: float) -> float:
+    """How many sequences of `length` tokens a pool holds, each of whose blocks of depth 1 stands
+    for `planes` blocks. One block of the pool is vLLM's null block."""
+    return max(num_blocks - 1, 0) / (cdiv(length, block_size) * planes)

@@ -5,6 +5,7 @@ every metric named `vllm:...` when it starts, and is asked before it, to take ou
 fields of vLLM's (`stats.py`). `docs/metrics.md` says what each metric means.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -14,10 +15,12 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.serving.depths import COUNTED
 from vllm_loopus.serving.stats import LoopStats
+from vllm_loopus.serving.summary import layout_of_engine
 
 logger = init_logger("vllm.loopus")
 
 PREFIX = "vllm:loopus_"
+FITS = ("full", "observed")  # keys of `LoopStats.sequences`
 QUORUMS = [share / 10 for share in range(1, 11)]
 COUNTERS = {
     "rows": "Rows of the reasoning block: positions times passes, catch-up included.",
@@ -128,17 +131,22 @@ class LoopMetrics:
         self.saved = self._gauge(
             "compute_saved_ratio", "Share of full-depth rows not computed, since the start."
         )
-        blocks = self._metric(
-            prometheus._gauge_cls,
-            "kv_blocks",
-            "K/V blocks that running sequences hold at a depth.",
-            labels=("depth",),
-            multiprocess_mode="mostrecent",
+        self.blocks = self._gauges(
+            "kv_blocks", "K/V blocks that running sequences hold at a depth.", "depth", depths
         )
-        self.blocks = {
-            index: [blocks.labels(*values, str(depth)) for depth in depths]
-            for index, values in self._labels.items()
-        }
+        self.sequences = self._gauges(
+            "kv_sequences",
+            "Sequences of the greatest length that fit, at full depth and at the observed one.",
+            "at",
+            FITS,
+        )
+        sizes = self._gauges(
+            "kv_bytes_per_token", "K/V of a token at a depth, on one rank.", "depth", depths
+        )
+        layout = layout_of_engine(vllm_config)
+        for gauges in sizes.values():
+            for depth, gauge in zip(depths, gauges, strict=True):
+                gauge.set(layout.allocated(depth))
 
     def record(self, depths: list[int], stats: LoopStats | None, engine: int) -> None:
         for depth in depths:
@@ -154,6 +162,9 @@ class LoopMetrics:
             self.quorum[engine].observe(quorum)
         for gauge, blocks in zip(self.blocks[engine], stats.blocks, strict=False):
             gauge.set(blocks)
+        for gauge, at in zip(self.sequences[engine], FITS, strict=True):
+            if at in stats.sequences:
+                gauge.set(stats.sequences[at])
         rows, full_depth_rows = sum(stats.passes), self.max_loops * stats.encoded_rows
         amounts = {
             "rows": rows,
@@ -186,6 +197,19 @@ class LoopMetrics:
     def _histogram(self, name: str, documentation: str, buckets: list[Any]) -> Any:
         kind = self._prometheus._histogram_cls
         return self._per_engine(kind, name, documentation, buckets=buckets)
+
+    def _gauges(
+        self, name: str, documentation: str, label: str, values: Sequence[Any]
+    ) -> dict[int, list[Any]]:
+        """A gauge with one more label: for each engine one child a value, in order."""
+        kind = self._prometheus._gauge_cls
+        metric = self._metric(
+            kind, name, documentation, labels=(label,), multiprocess_mode="mostrecent"
+        )
+        return {
+            index: [metric.labels(*known, str(value)) for value in values]
+            for index, known in self._labels.items()
+        }
 
     def _gauge(self, name: str, documentation: str) -> Any:
         kind = self._prometheus._gauge_cls

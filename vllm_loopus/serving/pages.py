@@ -14,59 +14,108 @@ import torch
 from numpy.typing import NDArray
 from vllm.utils.math_utils import cdiv
 
-from vllm_loopus.serving.staircase import Rows
+from vllm_loopus.serving.blocks import BlockOffer, StepBlocks, TakenBlock
+from vllm_loopus.serving.staircase import LoopedSequence, Rows
 
 BlockIds = Sequence[Sequence[int]]  # one list a KV cache group, that is, a depth
 
 
 class PageTables:
-    """Block tables of all running sequences: [sequence, depth, block] -> block id.
+    """Block tables of all running sequences: [sequence, depth, block] -> block id, 0 where none is.
 
-    It also remembers which blocks the decoder has gone through, for those that are found again in
-    the prefix cache: a cached block is complete but for the decoder's K/V.
+    Planes above depth 1 get their blocks in `make_room`, from the offer of the step. The tables
+    also remember which blocks the decoder has gone through, for those that are found again in the
+    prefix cache: a cached block is complete but for the decoder's K/V.
     """
 
     def __init__(self, num_depths: int, max_blocks: int, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self._num_depths = num_depths
         self._tables = np.zeros((8, num_depths, max_blocks), dtype=np.int32)
-        self._lengths: dict[str, list[int]] = {}
+        self._at_first: dict[str, int] = {}  # blocks of depth 1
         self._index: dict[str, int] = {}
         self._free = list(range(len(self._tables)))
         self._decoded = np.zeros(num_blocks, dtype=bool)
+        self._blocks = StepBlocks(BlockOffer())
+        self._taken: dict[str, list[TakenBlock]] = {}
 
-    def add(self, request_id: str, block_ids: BlockIds, cached: int) -> list[int]:
-        """Takes a sequence in, `cached` positions of which came from the prefix cache.
+    def begin_step(self, offer: BlockOffer) -> None:
+        """`offer`: blocks that may be taken until the next call."""
+        self._blocks = StepBlocks(offer)
+        self._taken = {}
 
-        Returns how many of those are decoded already, a number a depth.
+    @property
+    def taken(self) -> dict[str, list[TakenBlock]]:
+        """What sequences took in this step."""
+        return self._taken
+
+    def add(self, request_id: str, block_ids: BlockIds, cached: int) -> tuple[list[int], list[int]]:
+        """Takes a sequence in. Its blocks above depth 1 come from the prefix cache, and so do those
+        of the first `cached` positions at depth 1.
+
+        Returns how many positions were found at each depth, and how many of those are decoded.
         """
         if not self._free:
             self._free = list(range(len(self._tables), 2 * len(self._tables)))
             self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
-        self._index[request_id] = self._free.pop()
-        self._lengths[request_id] = [0] * self._num_depths
-        hit = cached // self.block_size
-        self.append(request_id, [ids[:hit] for ids in block_ids], new=False)
-        self.append(request_id, [ids[hit:] for ids in block_ids])
-        done = self._decoded[self._tables[self._index[request_id], :, :hit]]
-        leading = np.logical_and.accumulate(done, axis=1).sum(axis=1)
-        return [int(blocks) * self.block_size for blocks in leading]
+        self._index[request_id] = index = self._free.pop()
+        table = self._tables[index]
+        table[:] = 0
+        for row, ids in zip(table, block_ids, strict=True):
+            row[: len(ids)] = ids
+        self._at_first[request_id] = len(block_ids[0])
+        self._decoded[block_ids[0][cached // self.block_size :]] = False
+        found = [cached, *(len(ids) * self.block_size for ids in block_ids[1:])]
+        leading = np.logical_and.accumulate(self._decoded[table], axis=1).sum(axis=1)
+        return found, [int(blocks) * self.block_size for blocks in leading]
 
-    def append(self, request_id: str, block_ids: BlockIds, new: bool = True) -> None:
-        """Adds blocks at the end of each depth's table."""
-        index, lengths = self._index[request_id], self._lengths[request_id]
-        for depth, ids in enumerate(block_ids):
-            if ids:
-                start = lengths[depth]
-                lengths[depth] = start + len(ids)
-                self._tables[index, depth, start : lengths[depth]] = ids
-                if new:
-                    self._decoded[ids] = False
+    def append(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """Adds blocks of depth 1 at the end."""
+        start = self._at_first[request_id]
+        end = self._at_first[request_id] = start + len(block_ids)
+        self._tables[self._index[request_id], 0, start:end] = block_ids
+        self._decoded[block_ids] = False
+
+    def missing(self, rows: Rows) -> list[tuple[int, int]]:
+        """Depth and column of the blocks that `rows` have yet to get, in the order of positions."""
+        table = self._tables[self._index[rows.sequence.request_id]]
+        first, last = rows.start // self.block_size, (rows.end - 1) // self.block_size
+        depths = [rows.depth]
+        if rows.newest and rows.sequence.writes_through:
+            depths = list(range(rows.depth, rows.sequence.max_depth + 1))
+        return [
+            (depth, column)
+            for column in range(first, last + 1)
+            for depth in depths
+            if not table[depth - 1, column]
+        ]
+
+    def missing_at(self, sequence: LoopedSequence, position: int) -> int:
+        """How many of the planes above depth 1 have no block for a position."""
+        column = position // self.block_size
+        table = self._tables[self._index[sequence.request_id], 1 : sequence.max_depth]
+        return int((table[:, column] == 0).sum()) if column < table.shape[1] else 0
+
+    def make_room(self, rows: Rows) -> int:
+        """See `StepExecutor`."""
+        name = rows.sequence.request_id
+        missing = self.missing(rows)
+        available = self._blocks.available(name)
+        end = rows.end
+        if len(missing) > available:
+            short = missing[available][1]  # the first column that does not get all it needs
+            missing = [block for block in missing[:available] if block[1] < short]
+            end = max(rows.start, short * self.block_size)
+        for depth, column in missing:
+            block_id = self._blocks.take(name)
+            self._tables[self._index[name], depth - 1, column] = block_id
+            self._decoded[block_id] = False
+            self._taken.setdefault(name, []).append(TakenBlock(depth, column, block_id))
+        return end - rows.start
 
     def remove(self, request_id: str) -> None:
         """Forgets a sequence; unknown ones are ignored."""
         if (index := self._index.pop(request_id, None)) is not None:
-            del self._lengths[request_id]
+            del self._at_first[request_id]
             self._free.append(index)
 
     def mark_decoded(self, rows: Rows) -> None:
@@ -128,13 +177,14 @@ class BatchLayout:
         return blocks.astype(np.int64) * self.block_size + positions % self.block_size
 
     def through(
-        self, entries: NDArray[np.int64], deeper_only: bool
+        self, entries: NDArray[np.int64], deepest: NDArray[np.int64], deeper_only: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Last rows of `entries`, and slots of their positions at deeper depths, or at all others:
-        a row for each slot [M]."""
+        """Last rows of `entries`, and slots of their positions at deeper depths, or at all others,
+        down to the `deepest` of each: a row for each slot [M]."""
         depths = np.arange(1, self.tables.shape[1] + 1)
         own = self.depth[entries][:, None]
-        entry, column = np.nonzero(depths > own if deeper_only else depths != own)
+        others = depths > own if deeper_only else depths != own
+        entry, column = np.nonzero(others & (depths <= deepest[:, None]))
         chosen = entries[entry]
         rows = self.last_rows[chosen]
         return rows, self._slots(self.sequence[chosen], depths[column], self.positions[rows])

@@ -73,6 +73,9 @@ class PagedExecutor:
         """Drops what was kept for a request."""
         self._prompt_parts.pop(request_id, None)
 
+    def make_room(self, rows: Rows) -> int:
+        return self._tables.make_room(rows)
+
     def encode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout([Rows(r.sequence, 1, r.start, r.end) for r in rows])
         with self._attention(layout, self._model.planes.encoder_names):
@@ -186,7 +189,8 @@ class PagedExecutor:
         entries = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
         if not entries:
             return None
-        repeated, slots = layout.through(np.array(entries), deeper_only)
+        deepest = np.array([rows[i].sequence.max_depth for i in entries])
+        repeated, slots = layout.through(np.array(entries), deepest, deeper_only)
         return (self._tensor(repeated), self._tensor(slots)) if len(repeated) else None
 
     @contextmanager

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_loopus.serving.batch import LoopedBatch, LoopProgress
+from vllm_loopus.serving.blocks import OFFER, BlockOffer
 from vllm_loopus.serving.boundary import boundary_rule
 from vllm_loopus.serving.costs import COSTS
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
@@ -42,15 +43,6 @@ class LoopUSRunnerOutput(ModelRunnerOutput):
     loop: LoopProgress = field(default_factory=LoopProgress)
 
 
-@dataclass
-class _Unseen:
-    """What vLLM's runner has not been told of a request since it saw it last."""
-
-    new: NewRequestData | None  # it never saw the request
-    replaced: bool  # all blocks are new: the request came back from preemption
-    blocks: tuple[list[int], ...]
-
-
 class LoopUSRunner(Runner):
     """Mixed in before vLLM's V1 runner of the platform; see `adopt`."""
 
@@ -58,7 +50,8 @@ class LoopUSRunner(Runner):
     _batch: LoopedBatch  # from initialize_kv_cache on
 
     def _init_loop(self) -> None:
-        self._unseen: dict[str, _Unseen] = {}
+        self._unseen: dict[str, NewRequestData] = {}  # by vLLM's runner
+        self._resumed: set[str] = set()  # since vLLM's runner saw them last
         self._knobs: dict[str, RequestKnobs] = {}
         self._decoded: Decoded | None = None
         self._progress = LoopProgress()
@@ -75,8 +68,7 @@ class LoopUSRunner(Runner):
             block_size=block_size,
         )
         options = EngineOptions.of(self.vllm_config.additional_config)
-        takes_over = options.kv_policy == "last_exited"
-        if takes_over:
+        if options.takes_over:
             self.model.planes.write_through()
         self._batch = LoopedBatch(
             PagedExecutor(
@@ -86,7 +78,7 @@ class LoopUSRunner(Runner):
             boundary_rule(options.exit_quorum, config.max_loops, config.exit_interval),
             max_depth=config.max_loops,
             row_budget=self.scheduler_config.max_num_batched_tokens,
-            takes_over=takes_over,
+            options=options,
         )
         if is_global_first_rank():
             summary = start_up_summary(self.vllm_config, self.model.planes.layout, kv_cache_config)
@@ -99,7 +91,9 @@ class LoopUSRunner(Runner):
         """As in vLLM: None when `sample_tokens` is to follow, else the step's output."""
         self._receive(scheduler_output)
         self._decoded, self._progress = self._batch.step(
-            scheduler_output.num_scheduled_tokens, getattr(scheduler_output, COSTS, None)
+            scheduler_output.num_scheduled_tokens,
+            getattr(scheduler_output, OFFER, BlockOffer()),
+            getattr(scheduler_output, COSTS, None),
         )
         leaving = self._decoded.request_ids
         result = super().execute_model(self._only(leaving, scheduler_output), intermediate_tensors)
@@ -124,6 +118,7 @@ class LoopUSRunner(Runner):
         for request_id in scheduler_output.finished_req_ids:
             self._batch.remove(request_id)
             self._unseen.pop(request_id, None)
+            self._resumed.discard(request_id)
             self._knobs.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
             self._batch.remove(request_id)
@@ -132,7 +127,7 @@ class LoopUSRunner(Runner):
             params = new.sampling_params
             assert new.prompt_token_ids is not None and params is not None
             self._knobs[new.req_id] = RequestKnobs.of(params.extra_args, config)
-            self._unseen[new.req_id] = _Unseen(new, False, _copied(new.block_ids))
+            self._unseen[new.req_id] = new
             self._batch.add(
                 new.req_id,
                 new.prompt_token_ids,
@@ -148,24 +143,18 @@ class LoopUSRunner(Runner):
                 assert blocks is not None
                 self._resume(request_id, blocks, cached.num_computed_tokens[index])
             elif blocks is not None:
-                self._batch.grow(request_id, blocks)
-                unseen = self._unseen.setdefault(
-                    request_id, _Unseen(None, False, tuple([] for _ in blocks))
-                )
-                for known, ids in zip(unseen.blocks, blocks, strict=True):
-                    known.extend(ids)
+                self._batch.grow(request_id, blocks[0])
 
     def _resume(self, request_id: str, blocks: tuple[list[int], ...], computed: int) -> None:
         """A preempted request comes back: all it had is to be computed again."""
-        unseen = self._unseen.get(request_id)
-        new = unseen.new if unseen is not None else None
+        new = self._unseen.get(request_id)
         if new is not None:  # preempted before its first token
             tokens, generated = list(new.prompt_token_ids or ()), 0
         else:
             state = self.requests[request_id]
             tokens = [*(state.prompt_token_ids or ()), *state.output_token_ids]
             generated = len(state.output_token_ids)
-        self._unseen[request_id] = _Unseen(new, new is None, _copied(blocks))
+            self._resumed.add(request_id)
         self._batch.add(
             request_id,
             tokens,
@@ -177,22 +166,23 @@ class LoopUSRunner(Runner):
         )
 
     def _only(self, leaving: list[str], scheduler_output: "SchedulerOutput") -> "SchedulerOutput":
-        """What vLLM's runner is to see of a step: leaving requests, one position each."""
+        """What vLLM's runner is to see of a step: leaving requests, one position each, and no
+        blocks, for nothing attends inside it."""
         new: list[NewRequestData] = []
         cached = CachedRequestData([], set(), [], {}, [], [], [])
+        no_blocks: tuple[list[int], ...] = tuple([] for _ in self.kv_cache_config.kv_cache_groups)
         for request_id in leaving:
-            unseen = self._unseen.pop(request_id, None)
             position = self._batch.position(request_id)
-            if unseen is not None and unseen.new is not None:
-                new.append(
-                    replace(unseen.new, block_ids=unseen.blocks, num_computed_tokens=position)
-                )
+            if (unseen := self._unseen.pop(request_id, None)) is not None:
+                new.append(replace(unseen, block_ids=no_blocks, num_computed_tokens=position))
                 continue
             cached.req_ids.append(request_id)
             cached.num_computed_tokens.append(position)
             cached.num_output_tokens.append(len(self.requests[request_id].output_token_ids))
-            cached.new_block_ids.append(unseen.blocks if unseen is not None else None)
-            if unseen is not None and unseen.replaced:
+            resumed = request_id in self._resumed
+            cached.new_block_ids.append(no_blocks if resumed else None)
+            if resumed:
+                self._resumed.remove(request_id)
                 cached.resumed_req_ids.add(request_id)
         return replace(
             scheduler_output,
@@ -261,7 +251,3 @@ def adopt(runner: Any) -> Any:
 
 def _wants_prompt(new: NewRequestData) -> bool:
     return new.sampling_params is not None and new.sampling_params.prompt_logprobs is not None
-
-
-def _copied(blocks: tuple[list[int], ...]) -> tuple[list[int], ...]:
-    return tuple(list(ids) for ids in blocks)

@@ -3,15 +3,17 @@
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_loopus.serving.batch import LoopProgress
+from vllm_loopus.serving.blocks import OFFER
 from vllm_loopus.serving.costs import COSTS, StepClock
 from vllm_loopus.serving.depths import packed
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
-from vllm_loopus.serving.stats import LoopStats, blocks_by_depth
+from vllm_loopus.serving.kv_layout import sequences_that_fit
+from vllm_loopus.serving.kv_manager import DepthKVCacheManager
+from vllm_loopus.serving.stats import LoopStats
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -19,18 +21,6 @@ if TYPE_CHECKING:
 
 
 KNOBS_IN_SALT = "|loopus:"  # separates them from the salt that the request came with
-
-
-class LateKVCacheManager(KVCacheManager):
-    """Publishes blocks to the prefix cache when they are computed at every depth, not before.
-
-    vLLM publishes them when it allocates them; here the scheduler does, from the worker's
-    watermarks.
-    """
-
-    def allocate_slots(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs["delay_cache_blocks"] = True
-        return super().allocate_slots(*args, **kwargs)
 
 
 class LoopUSScheduler(Scheduler):
@@ -42,15 +32,47 @@ class LoopUSScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kv_cache_manager.__class__ = LateKVCacheManager
         self._loopus_config = self.vllm_config.model_config.hf_config
-        options = EngineOptions.of(self.vllm_config.additional_config)
+        self._options = EngineOptions.of(self.vllm_config.additional_config)
+        DepthKVCacheManager.adopt(
+            self.kv_cache_manager,
+            budget=self._planes_of,
+            row_budget=self.scheduler_config.max_num_batched_tokens,
+        )
         self._clock = StepClock()
         self._stats = LoopStats()
-        self._takes_over = options.kv_policy == "last_exited"
+
+    kv_cache_manager: DepthKVCacheManager
+
+    def blocks_by_depth(self) -> list[int]:
+        """Blocks that sequences hold at each depth, shared ones counted once."""
+        return self.kv_cache_manager.blocks_by_depth()
+
+    @property
+    def mean_planes(self) -> float | None:
+        """Blocks that sequences ended up with for each of depth 1, recent ones counting more; None
+        before one has finished."""
+        return self.kv_cache_manager.demand.mean_planes
+
+    def sequences_that_fit(self) -> dict[str, float]:
+        """How many sequences of the greatest length the pool holds: at `full` depth, and at the one
+        `observed` of those that have finished."""
+        full = self._loopus_config.max_loops
+        planes = {"full": full, "observed": self.mean_planes or full}
+        pool = self.kv_cache_config.num_blocks, self.block_size, self.max_model_len
+        return {of: sequences_that_fit(*pool, number) for of, number in planes.items()}
+
+    @property
+    def hits_by_depth(self) -> list[int]:
+        """Positions that requests found in the prefix cache so far, at each depth."""
+        return self.kv_cache_manager.hits_by_depth
+
+    def _planes_of(self, request: "Request") -> int:
+        knobs = _knobs_of(request, self._loopus_config)
+        return self._options.planes(knobs.max_loops, self._loopus_config.max_loops)
 
     def add_request(self, request: "Request") -> None:
-        if self._takes_over and request.request_id not in self.requests:
+        if self._options.takes_over and request.request_id not in self.requests:
             _salt_with_knobs(request, self._loopus_config)
         super().add_request(request)
 
@@ -59,25 +81,35 @@ class LoopUSScheduler(Scheduler):
         output = super().schedule(*args, **kwargs)
         # Measured in one place and sent along: all ranks take the same decisions.
         setattr(output, COSTS, self._clock.costs())
+        setattr(output, OFFER, self.kv_cache_manager.offer(output.num_scheduled_tokens))
         return output
 
     def update_from_output(
         self, scheduler_output: "SchedulerOutput", model_runner_output: Any
     ) -> Any:
-        """As in vLLM; the output of a runner that knows no loop is taken as complete."""
+        """As in vLLM, for the requests that got a token.
+
+        Raises `RuntimeError` for the output of a runner that knows no loop.
+        """
         progress: LoopProgress | None = getattr(model_runner_output, "loop", None)
         if progress is None:
-            for request_id in scheduler_output.num_scheduled_tokens:
-                request = self.requests.get(request_id)
-                if request is not None and request.status == RequestStatus.RUNNING:
-                    self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
-            return super().update_from_output(scheduler_output, model_runner_output)
+            raise RuntimeError(
+                "LoopUSScheduler got a step of a worker that is not LoopUSWorker; leave worker_cls "
+                "alone, or set scheduler_cls to vLLM's scheduler too"
+            )
         leaving = {}
+        manager = self.kv_cache_manager
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             request = self.requests.get(request_id)
             runs = request is not None and request.status == RequestStatus.RUNNING
+            manager.book(request_id, progress.taken.get(request_id, ()), runs)
             if runs:
-                self.kv_cache_manager.cache_blocks(request, progress.complete[request_id])
+                manager.note(
+                    request_id,
+                    wanted=progress.wanted.get(request_id, 0),
+                    in_flight=request_id in progress.in_flight,
+                )
+                manager.publish(request, progress.complete[request_id])
             if request_id in progress.exit_depths:
                 leaving[request_id] = scheduled
             elif request is not None:
@@ -102,7 +134,8 @@ class LoopUSScheduler(Scheduler):
         """As in vLLM, with what the loop did since they were made last."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            self._stats.blocks = blocks_by_depth(self.kv_cache_manager)
+            self._stats.blocks = self.blocks_by_depth()
+            self._stats.sequences = self.sequences_that_fit()
             self._stats.send_with(stats)
             self._stats = LoopStats()
         return stats
@@ -113,17 +146,21 @@ class LoopUSScheduler(Scheduler):
         super()._update_request_as_session(session, update)
         self.kv_cache_manager.free(session)
         session.num_computed_tokens = 0
-        if self._takes_over:
+        if self._options.takes_over:
             _salt_with_knobs(session, self._loopus_config)
 
 
 def _salt_with_knobs(request: "Request", config: Any) -> None:
     """In `last_exited` K/V depends on the knobs: give each setting a prefix cache of its own."""
-    params = request.sampling_params
-    knobs = RequestKnobs.of(params.extra_args if params is not None else None, config)
+    knobs = _knobs_of(request, config)
     suffix = f"{KNOBS_IN_SALT}{knobs}"
     if (request.cache_salt or "").endswith(suffix):  # a session that goes on
         return
     request.cache_salt = f"{request.cache_salt or ''}{suffix}"
     request.block_hashes = []
     request.update_block_hashes()
+
+
+def _knobs_of(request: "Request", config: Any) -> RequestKnobs:
+    params = request.sampling_params
+    return RequestKnobs.of(params.extra_args if params is not None else None, config)

@@ -40,9 +40,15 @@ class Rows:
 class LoopedSequence:
     """One running sequence. Its newest positions are *in flight* from `begin` to `finish`.
 
-    - A prompt chunk runs to the full depth; the exit depth of the prompt's last position is
-      noted on the way.
-    - A generated token runs until it leaves.
+    - A token, the prompt's last one included, runs until it leaves, and takes along what is above
+      the watermarks. A prompt chunk that is not the last runs to the least depth to leave at, which
+      the prompt will need in any case.
+    - With `full_prefill`, a prompt runs to the full depth instead, for others to find it in the
+      prefix cache; the exit depth of its last position is noted on the way.
+
+    In `last_exited` (`takes_over`) generated positions are there at all depths once their token has
+    left, prompt positions below the watermarks only. `done[r]` then stays below `prefill_end`, and
+    `decoded[r]` with it, until a token goes to depth r and the prompt has been taken there.
     """
 
     def __init__(
@@ -51,26 +57,32 @@ class LoopedSequence:
         knobs: RequestKnobs,
         max_depth: int,
         prefill_end: int,
-        cached: int = 0,
+        cached: Sequence[int] | None = None,
         decoded: Sequence[int] | None = None,
         takes_over: bool = False,
         num_generated: int = 0,
+        full_prefill: bool = False,
     ) -> None:
-        """`prefill_end`: tokens known now; they run to the full depth. `cached`: positions found
-        complete in the prefix cache; `decoded[r - 1]`: of those, decoded at depth r already.
-        `takes_over`: policy `last_exited`. `num_generated`: tokens generated so far.
+        """`max_depth`: planes that the sequence may need. `prefill_end`: tokens known now.
+        `cached[r - 1]`: positions found at depth r in the prefix cache; `decoded[r - 1]`: of those,
+        decoded at depth r already. `takes_over`: policy `last_exited`. `num_generated`: tokens
+        generated so far.
         """
         self.request_id = request_id
         self.knobs = knobs
+        self.full_prefill = full_prefill
         self.max_depth = max_depth
         self.prefill_end = prefill_end
         self.takes_over = takes_over
         self.num_generated = num_generated
-        self.done = [cached] * (max_depth + 1)
-        self.begun = cached  # the first position in flight
-        self.decoded = [0, *(decoded or [0] * max_depth)]
+        found = list(cached or [0] * max_depth)[:max_depth]
+        self.done = [found[0], *found]
+        self.begun = found[0]  # the first position in flight
+        self.decoded = [0, *(decoded or [0] * max_depth)[:max_depth]]
         self.in_flight = False
         self.wants_token = False
+        self.depth = 0  # that the newest position has reached
+        self.stalled = False  # in the last pass, for want of blocks
         self.exit_depth: int | None = None
         self.survival = 1.0  # see HaltingRule
         self.age = 0  # steps in flight
@@ -81,12 +93,18 @@ class LoopedSequence:
         self.begun = self.done[0]
         self.done[0] += count
         self.in_flight, self.wants_token = True, wants_token
-        self.exit_depth, self.survival, self.age = None, 1.0, 0
+        self.depth, self.exit_depth, self.survival, self.age = 0, None, 1.0, 0
+        self.stalled = False
 
     @property
     def prefilling(self) -> bool:
-        """Whether the newest position is one that runs to the full depth."""
+        """Whether the newest position is one of those known from the start."""
         return self.done[0] <= self.prefill_end
+
+    @property
+    def fills(self) -> bool:
+        """Whether the newest position runs to the full depth, wherever it leaves."""
+        return self.full_prefill and self.prefilling
 
     @property
     def writes_through(self) -> bool:
@@ -95,26 +113,32 @@ class LoopedSequence:
         return self.takes_over and not self.prefilling
 
     @property
-    def depth(self) -> int:
-        """The depth that the newest position has reached."""
-        depth = 0
-        while depth < self.max_depth and self.done[depth + 1] == self.done[0]:
-            depth += 1
-        return depth
+    def target(self) -> int:
+        """The depth that the newest position goes to, as far as is known."""
+        if self.fills:
+            return self.max_depth
+        if not self.wants_token:
+            return min(self.knobs.min_loops, self.max_depth)
+        return self.max_depth if self.exit_depth is None else self.exit_depth
 
     def next_rows(self) -> Rows | None:
         """What the next pass has to compute; None when there is nothing to refine."""
-        if not self.in_flight:
+        if not self.in_flight or self.depth >= self.target:
             return None
-        depth = self.depth
-        if depth == self.max_depth or (self.exit_depth is not None and not self.prefilling):
-            return None
-        return Rows(self, depth + 1, self.done[depth + 1], self.done[0])
+        depth = self.depth + 1
+        end = self.done[0]
+        if self.takes_over and self.done[depth] < self.prefill_end < end:
+            end = self.prefill_end
+        return Rows(self, depth, self.done[depth], end)
 
     def advance(self, rows: Rows) -> None:
         """`rows` have K/V and state at their depth now."""
         assert rows.start == self.done[rows.depth] <= rows.end <= self.done[rows.depth - 1]
         self.done[rows.depth] = rows.end
+        if rows.newest:
+            self.depth = rows.depth
+        elif self.writes_through and rows.end == self.prefill_end:
+            self.done[rows.depth] = self.done[0] - 1  # the tokens since then were written here
 
     @property
     def undecided(self) -> bool:
@@ -134,7 +158,8 @@ class LoopedSequence:
             self.exit_depth = depth
             if self.writes_through:
                 for deeper in range(depth + 1, self.max_depth + 1):
-                    self.done[deeper] = self.done[0]
+                    if self.done[deeper] >= self.prefill_end:
+                        self.done[deeper] = self.done[0]
 
     @property
     def refined(self) -> bool:
@@ -163,8 +188,3 @@ class LoopedSequence:
         assert self.in_flight
         self.in_flight = False
         self.num_generated += self.wants_token
-
-    @property
-    def complete(self) -> int:
-        """Positions whose K/V and states are there at every depth: what others may share."""
-        return self.done[self.max_depth]

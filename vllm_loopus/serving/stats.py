@@ -24,7 +24,8 @@ class LoopStats:
     - `decoder_rows`: rows of the decoder; `decoder_catch_up_rows`: those without a token of theirs.
     - `quorums`: share of the sequences wanting a token that had left, at each decoding.
     - `waiting`: sequences that had left and sat through one more pass, summed over passes.
-    - `blocks`: K/V blocks held by running sequences, by depth; the newest value counts.
+    - `blocks`: K/V blocks held by running sequences, by depth. `sequences`: of the longest served,
+      how many fit at `full` depth and at the `observed` one. The newest values count.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -36,6 +37,7 @@ class LoopStats:
     quorums: list[float] = field(default_factory=list)
     waiting: int = 0
     blocks: list[int] = field(default_factory=list)
+    sequences: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_step(cls, report: "StepReport") -> "LoopStats":
@@ -62,6 +64,7 @@ class LoopStats:
         self.quorums += other.quorums
         self.waiting += other.waiting
         self.blocks = other.blocks or self.blocks
+        self.sequences = other.sequences or self.sequences
 
     def send_with(self, scheduler_stats: Any) -> None:
         """Puts them into vLLM's statistics of a step."""
@@ -75,12 +78,3 @@ class LoopStats:
             return None
         scheduler_stats.kv_connector_stats = None
         return cls(**carried[KEY])
-
-
-def blocks_by_depth(kv_cache_manager: Any) -> list[int]:
-    """K/V blocks that running sequences hold at each depth; one that two share counts twice.
-
-    The KV cache groups are the depths, in order (`planes.group_by_depth`).
-    """
-    managers = kv_cache_manager.coordinator.single_type_managers
-    return [sum(map(len, manager.req_to_blocks.values())) for manager in managers]

@@ -19,6 +19,10 @@ class StepExecutor(Protocol):
     decoder's K/V to all depths.
     """
 
+    def make_room(self, rows: Rows) -> int:
+        """How many of the rows, from the first, have blocks to be written to; takes new ones."""
+        ...
+
     def encode(self, rows: list[Rows]) -> None:
         """Depth 0: runs the encoder and keeps `h^0` for the pass that follows."""
         ...
@@ -68,24 +72,26 @@ def run_step(
     """Refines the sequences in flight until the rule ends the passes, then decodes.
 
     `new_rows` (depth 0) belong to sequences that have just begun; they are at most `row_budget`.
-    No pass and no decoder call has more rows than that; a sequence that finds no room waits, the
-    longest in flight first to be served. A step has at most as many passes as there are depths, so
-    nobody waits for others without bound.
+    No pass and no decoder call has more rows than that; when it is short, everybody gets what an
+    equal share holds, and the longest in flight what is left over: a long catch-up does not keep
+    others from their next pass. A step has at most as many passes as there are depths, so nobody
+    waits for others without bound. A sequence for whose next plane there is no block waits for the
+    next step.
     """
     report = StepReport(encoded_rows=sum(map(len, new_rows)))
     rule.begin_step(costs)
     max_depth = max((sequence.max_depth for sequence in scheduled), default=0)
     if new_rows:
         executor.encode(list(new_rows))
-    # Oldest first; new ones before all in the first pass, for h^0 is not kept.
     order = sorted(scheduled, key=lambda sequence: -sequence.age)
-    first = sorted(order, key=lambda sequence: sequence.depth > 0)
-    for number in range(max_depth):
-        if not _run_pass(order if number else first, row_budget, rule, executor, report):
+    for _ in range(max_depth):
+        if not _run_pass(order, row_budget, rule, executor, report):
             break
         report.waiting += report.ready
         report.ready = sum(s.wants_token and s.refined for s in scheduled)
-        running = [s for s in scheduled if s.wants_token and s.in_flight and not s.refined]
+        running = [
+            s for s in scheduled if s.wants_token and s.in_flight and not (s.refined or s.stalled)
+        ]
         report.wanting = report.ready + len(running)
         if report.ready and rule.ends(report.ready, running):
             break
@@ -104,17 +110,25 @@ def _run_pass(
     executor: StepExecutor,
     report: StepReport,
 ) -> bool:
-    """One pass over whoever has something to refine and finds room; False when nobody has."""
-    batch: list[Rows] = []
-    for sequence in order:
-        rows = sequence.next_rows() if budget else None
-        if rows is None:
-            continue
-        if len(rows) > budget:  # a part of it; the rest in a later pass
-            assert rows.depth > 1, "new positions exceed the row budget"
-            rows.end = rows.start + budget
-        budget -= len(rows)
-        batch.append(rows)
+    """One pass over whoever has something to refine and finds room; False when nobody has.
+
+    New positions come first and are never put off, for `h^0` is not kept.
+    """
+    wanted = [rows for sequence in order if (rows := sequence.next_rows()) is not None]
+    batch = [rows for rows in wanted if rows.depth == 1]
+    deeper = [rows for rows in wanted if rows.depth > 1]
+    budget -= sum(map(len, batch))
+    assert budget >= 0, "new positions exceed the row budget"
+    for rows in batch:
+        room = executor.make_room(rows)
+        assert room == len(rows), "blocks of new positions are promised"
+    for rows, share in zip(deeper, _shares([len(rows) for rows in deeper], budget), strict=True):
+        rows.end = rows.start + share
+        room = executor.make_room(rows) if share else 0
+        rows.sequence.stalled = room < share
+        rows.end = rows.start + room
+        if room:
+            batch.append(rows)
     if not batch:
         return False
     deciding = [i for i, rows in enumerate(batch) if rows.newest and rows.sequence.undecided]
@@ -135,16 +149,15 @@ def _run_pass(
 def _decode(
     order: Sequence[LoopedSequence], budget: int, executor: StepExecutor, report: StepReport
 ) -> None:
+    wanted = [s.rows_to_decode() for s in order if s.refined and s.wants_token]
     batch: list[Rows] = []
-    for sequence in order:
-        if not (sequence.refined and sequence.wants_token) or not budget:
-            continue
-        for rows in sequence.rows_to_decode():
-            rows.end = min(rows.end, rows.start + budget)
-            budget -= len(rows)
-            batch.append(rows)
-            if not budget:
-                break
+    shares = _shares([sum(map(len, parts)) for parts in wanted], budget)
+    for parts, share in zip(wanted, shares, strict=True):
+        for rows in parts:
+            rows.end = min(rows.end, rows.start + share)
+            share -= len(rows)
+            if len(rows):
+                batch.append(rows)
     if not batch:
         return
     executor.decode(batch)
@@ -154,3 +167,16 @@ def _decode(
         if rows.newest:
             rows.sequence.finish()
             report.emitted.append(rows.sequence)
+
+
+def _shares(wanted: Sequence[int], budget: int) -> list[int]:
+    """How many rows each gets: at least an equal share of `budget`, if it wants that many; what is
+    left over goes to the first."""
+    equal = budget // max(1, len(wanted))
+    owed = sum(min(want, equal) for want in wanted)
+    shares = []
+    for want in wanted:
+        owed -= min(want, equal)
+        shares.append(min(want, budget - owed))
+        budget -= shares[-1]
+    return shares

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.serving.kv_layout import KVLayout
+from vllm_loopus.serving.kv_layout import KVLayout, sequences_that_fit
 
 # What vLLM would do and a LoopUS model does not, and why. Refused options: docs/serving.md.
 NO_ASYNC_SCHEDULING = "which sequences get a token is known after a step only"
@@ -71,11 +71,11 @@ def layout_of(config: LoopUSConfig, dtype_bytes: int, tensor_parallel: int = 1) 
     return KVLayout.of(config, kv_bytes, config.hidden_size * dtype_bytes)
 
 
-def sequences_that_fit(num_blocks: int, block_size: int, length: int, depth: int) -> float:
-    """Sequences of `length` tokens whose every token holds its planes up to `depth`. One block of
-    the pool is vLLM's null block."""
-    blocks = -(-length // block_size) * depth
-    return max(num_blocks - 1, 0) / blocks
+def layout_of_engine(vllm_config: Any) -> KVLayout:
+    """The K/V layout of a rank of an engine, as its workers lay it out."""
+    model = vllm_config.model_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    return layout_of(model.hf_config, model.dtype.itemsize, ranks)
 
 
 def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -> str:
@@ -85,20 +85,20 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
     model, config = vllm_config.model_config, vllm_config.model_config.hf_config
     options = EngineOptions.of(vllm_config.additional_config)
     block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    fit = sequences_that_fit(
-        kv_cache_config.num_blocks, block_size, model.max_model_len, layout.max_loops
-    )
+    pool = kv_cache_config.num_blocks, block_size, model.max_model_len
+    fit = [f"{sequences_that_fit(*pool, d):.1f} at {d}" for d in range(1, layout.max_loops + 1)]
     items = ", ".join(f"{name} {size / 1024:.2f}" for name, size in layout.items().items())
     rows = [
         ("model", f"{_served_as(model)} (LoopUS on {config.base.model_type}, {model.dtype})"),
         *ModelFacts.of(config, layout).rows(),
         (f"  of them at {layout.max_loops}", f"{items} (KiB, on one rank)"),
-        ("K/V policy", f"{options.kv_policy}, exit quorum {options.exit_quorum}"),
         (
-            "K/V memory",
-            f"{kv_cache_config.num_blocks} blocks of {block_size} tokens at one depth: "
-            f"{fit:.1f} sequences of {model.max_model_len} tokens at depth {layout.max_loops}",
+            "K/V policy",
+            f"{options.kv_policy}, prefill {options.prefill_depth}, "
+            f"exit quorum {options.exit_quorum}",
         ),
+        ("K/V memory", f"{kv_cache_config.num_blocks} blocks of {block_size} tokens at one depth"),
+        ("  fit", f"{', '.join(fit)} (sequences of {model.max_model_len} tokens, by depth)"),
         ("effort", _efforts(options.reasoning_effort)),
         ("switched off", "; ".join(f"{what} ({why})" for what, why in switched_off(vllm_config))),
     ]

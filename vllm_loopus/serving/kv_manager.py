@@ -1,0 +1,281 @@
+"""vLLM's KV cache manager for planes that get their blocks as depth requires.
+
+Groups are depths: depth 1 is allocated and cached as in vLLM; blocks of deeper planes are booked
+when the worker has taken them, and published when they are complete at their depth. A prefix hit is
+a staircase: at every depth a prefix, not longer than at the depth before.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_loopus.serving.blocks import BlockOffer, Demand, TakenBlock
+
+
+class PlaneManager(FullAttentionManager):
+    """Blocks of one depth."""
+
+    in_use: int  # blocks that sequences hold, shared ones counted once
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
+    ) -> None:
+        self.in_use += self._get_num_evictable_blocks(new_computed_blocks)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args)
+
+    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
+        blocks = super().allocate_new_blocks(*args, **kwargs)
+        self.in_use += len(blocks)
+        return blocks
+
+    def free(self, request_id: str) -> None:
+        blocks = self.req_to_blocks.get(request_id, ())
+        self.in_use -= sum(block.ref_cnt == 1 and not block.is_null for block in blocks)
+        super().free(request_id)
+
+
+class DeepPlaneManager(PlaneManager):
+    """Blocks of a depth above 1: none is allocated ahead."""
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        return self._get_num_evictable_blocks(new_computed_blocks)
+
+    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
+        return []
+
+    def place(self, request_id: str, column: int, block: KVCacheBlock) -> None:
+        """The sequence has `block`, a free one, at `column` of its table."""
+        blocks = self.req_to_blocks[request_id]
+        # In `last_exited` prompt blocks may come after those of generated positions.
+        blocks.extend([self._null_block] * (column + 1 - len(blocks)))
+        assert blocks[column].is_null and block.ref_cnt == 0
+        self.block_pool.touch([block])
+        blocks[column] = block
+        self.in_use += 1
+
+
+class StaircaseCoordinator(HybridKVCacheCoordinator):
+    """Looks a prefix up depth by depth."""
+
+    def find_longest_cache_hit(
+        self, block_hashes: Any, max_cache_hit_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        """As in vLLM; the length is that of depth 1, deeper ones follow from their blocks."""
+        found = []
+        length = max_cache_hit_length
+        for depth, manager in enumerate(self.single_type_managers):
+            (blocks,), length = manager.find_longest_cache_hit(
+                block_hashes=block_hashes,
+                max_length=length,
+                kv_cache_group_ids=[depth],
+                block_pool=self.block_pool,
+                kv_cache_spec=manager.kv_cache_spec,
+                drop_eagle_block=False,
+                alignment_tokens=manager.block_size,
+            )
+            found.append(blocks)
+        return tuple(found), len(found[0]) * self.single_type_managers[0].block_size, 0
+
+
+@dataclass
+class _Holder:
+    """A request that holds blocks."""
+
+    request: Request
+    budget: int  # planes that its positions may need
+    held: int  # blocks, shared ones included
+    wanted: int = 0  # blocks without which it cannot go on
+    in_flight: bool = False
+
+
+class DepthKVCacheManager(KVCacheManager):
+    """vLLM's manager, adopted by the scheduler with `adopt`."""
+
+    @classmethod
+    def adopt(
+        cls, manager: KVCacheManager, budget: Callable[[Request], int], row_budget: int
+    ) -> None:
+        """`budget`: the number of planes that a request's positions may need. `row_budget`: rows
+        of a pass at most."""
+        assert all(
+            type(plane) is FullAttentionManager
+            for plane in manager.coordinator.single_type_managers
+        )
+        manager.__class__ = cls
+        assert isinstance(manager, cls)
+        manager._budget = budget
+        manager._planes = manager.coordinator.single_type_managers
+        manager._block_size = manager._planes[0].block_size
+        for depth, plane in enumerate(manager._planes):
+            plane.__class__ = DeepPlaneManager if depth else PlaneManager
+            plane.in_use = 0
+        if isinstance(manager.coordinator, HybridKVCacheCoordinator):
+            manager.coordinator.__class__ = StaircaseCoordinator
+        manager.hits_by_depth = [0] * len(manager._planes)
+        manager.short_of_planes = 0
+        manager._holders = {}
+        manager._needed = {}
+        manager._promised = {}
+        manager._most_a_pass = cdiv(row_budget, manager._block_size)
+        manager.demand = Demand()
+
+    _budget: Callable[[Request], int]
+    _planes: tuple[Any, ...]
+    _block_size: int
+    _most_a_pass: int  # blocks that the row budget of a pass fills
+    _holders: dict[str, _Holder]
+    _promised: dict[str, int]  # of this step
+    _needed: dict[str, float]  # planes that preempted requests had for each block of depth 1
+    demand: Demand
+    short_of_planes: int  # times that a sequence with deeper planes to fill had to preempt for them
+    hits_by_depth: list[int]  # positions found in the prefix cache so far
+
+    def blocks_by_depth(self) -> list[int]:
+        """Blocks that sequences hold at each depth, shared ones counted once."""
+        return [plane.in_use for plane in self._planes]
+
+    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        """As in vLLM, down to the depth that the request may need."""
+        found, length, boundary = super().get_computed_blocks(request)
+        budget = self._budget(request)
+        blocks = tuple(b if depth < budget else [] for depth, b in enumerate(found.blocks))
+        return self.create_kv_cache_blocks(blocks), length, boundary
+
+    def new_step_starts(self) -> None:
+        self._promised = {}
+        super().new_step_starts()
+
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """As in vLLM at depth 1; None also if deeper planes cannot go on, or, for a request that
+        is to be admitted, if what it is expected to need is not free."""
+        name = request.request_id
+        holder = self._holders.get(name)
+        hits: Sequence[Sequence[KVCacheBlock]] = ()
+        wanted = 0
+        if holder is None:
+            computed = kwargs.get("new_computed_blocks")
+            hits = computed.blocks if computed is not None else ()
+            # With nobody running it is admitted in any case: one sequence always fits.
+            crowded = kwargs.get("full_sequence_must_fit") and kwargs.get("has_scheduled_reqs")
+            if crowded and not self._fits(request, hits):
+                return None
+            holder = _Holder(request, self._budget(request), sum(map(len, hits)))
+        elif holder.in_flight:
+            num_new_tokens = 1  # it goes on with the positions that it has
+            most = len(self._planes) * self._most_a_pass - sum(self._promised.values())
+            wanted = min(holder.wanted, max(0, most))
+        else:
+            wanted = holder.wanted
+        kwargs["delay_cache_blocks"] = True
+        kwargs["reserved_blocks"] = (
+            kwargs.get("reserved_blocks", 0) + sum(self._promised.values()) + wanted
+        )
+        blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        if blocks is None:
+            self.short_of_planes += wanted > 0
+        else:
+            holder.held += len(blocks.blocks[0])
+            self._holders[name] = holder
+            self._promised[name] = wanted
+            for depth, found in enumerate(hits):
+                self.hits_by_depth[depth] += len(found) * self._block_size
+        return blocks
+
+    def _fits(self, request: Request, hits: Sequence[Sequence[KVCacheBlock]]) -> bool:
+        """Whether what the request is expected to need is free, after what the others still are."""
+        in_use = sum(block.ref_cnt > 0 for blocks in hits for block in blocks)
+        needed = self._expected(request, self._budget(request)) - in_use
+        others = sum(
+            max(0, self._expected(other.request, other.budget) - other.held)
+            for other in self._holders.values()
+            if other.request.status == RequestStatus.RUNNING
+        )
+        return needed + others <= self.block_pool.get_num_free_blocks()
+
+    def _expected(self, request: Request, budget: int) -> int:
+        """Blocks that a request is expected to hold in the end."""
+        new_tokens = min(int(self.demand.new_tokens), request.max_tokens)
+        tokens = max(request.num_tokens, request.num_prompt_tokens + new_tokens)
+        planes = max(self.demand.planes(budget), self._needed.get(request.request_id, 0))
+        return ceil(cdiv(min(tokens, self.max_model_len), self._block_size) * planes)
+
+    def offer(self, scheduled: Iterable[str]) -> BlockOffer:
+        """What the step may take: no more than it can fill, and at least what is promised."""
+        holders = [self._holders[name] for name in scheduled]
+        missing = 0
+        for holder in holders:
+            at_first = len(self._planes[0].req_to_blocks[holder.request.request_id])
+            missing += holder.budget * at_first - holder.held
+        depths, sequences = len(self._planes), len(holders)
+        fillable = depths * (self._most_a_pass + 3 * sequences)
+        promised = {name: count for name, count in self._promised.items() if count}
+        most = max(min(missing, fillable), sum(promised.values()))
+        free: list[int] = []
+        queue = self.block_pool.free_block_queue
+        block = queue.fake_free_list_head.next_free_block
+        for _ in range(min(most, queue.num_free_blocks)):
+            assert block is not None
+            free.append(block.block_id)
+            block = block.next_free_block
+        return BlockOffer(free, promised)
+
+    def book(self, name: str, taken: Sequence[TakenBlock], runs: bool) -> None:
+        """The worker has filled free blocks, for a sequence that still `runs` or does not."""
+        self.block_pool.evict_blocks({block.block_id for block in taken})
+        if runs:
+            self._holders[name].held += len(taken)
+            for depth, column, block_id in taken:
+                block = self.block_pool.blocks[block_id]
+                self._planes[depth - 1].place(name, column, block)
+
+    def note(self, name: str, wanted: int, in_flight: bool) -> None:
+        """The sequence cannot go on without `wanted` blocks; `in_flight`: with positions that it
+        has begun."""
+        holder = self._holders[name]
+        holder.wanted, holder.in_flight = wanted, in_flight
+
+    def publish(self, request: Request, complete: Sequence[int]) -> None:
+        """Blocks of the first `complete[r - 1]` positions are complete at depth r."""
+        if self.enable_caching:
+            for plane, positions in zip(self._planes, complete, strict=False):
+                plane.cache_blocks(request, positions, replay_boundaries=())
+
+    def free(self, request: Request) -> None:
+        """As in vLLM; deep planes are to be evicted first, for they are of no use without shallow
+        ones."""
+        name = request.request_id
+        holder = self._holders.pop(name, None)
+        self._promised.pop(name, None)
+        at_first = len(self._planes[0].req_to_blocks.get(name, ()))
+        if request.is_finished():
+            self._needed.pop(name, None)
+        if holder is not None and at_first:
+            if request.is_finished():
+                new_tokens = request.num_tokens - request.num_prompt_tokens
+                self.demand.observe(holder.budget, holder.held / at_first, new_tokens)
+            else:  # it comes back when there is room for what it had
+                self._needed[name] = holder.held / at_first
+        for plane in reversed(self._planes):
+            plane.free(name)
+
+    def estimate_cached_tokens(self, request: Request) -> int:
+        """At depth 1: what vLLM's statistics call created in the cache."""
+        blocks = self._planes[0].req_to_blocks.get(request.request_id, ())
+        return max((block.block_hash_num_tokens or 0 for block in blocks), default=0)
