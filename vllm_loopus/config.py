@@ -254,7 +254,11 @@ def _check_integer(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        finite = isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        finite = False
+    if not finite:
         raise ValueError(f"{name}={value!r} must be a finite number")
 
 

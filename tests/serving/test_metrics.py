@@ -202,7 +202,7 @@ def total_of(engine: Engine) -> LoopStats:
 def test_rows() -> None:
     """A prompt of 5 runs to depth 4; then budgets of 1, a row a token. The decoder goes through the
     prompt once, at the depth of its tokens."""
-    engine = Engine(max_loops=4, prefix_caching=False)
+    engine = Engine(max_loops=4, prefix_caching=False, prefill_depth="full")
     engine.add("a", [1, 2, 3, 4, 5], 4, max_loops=1)
     total = total_of(engine)
     assert engine.depths["a"] == [1, 1, 1, 1]
@@ -215,7 +215,7 @@ def test_rows() -> None:
 
 def test_catch_up() -> None:
     """Positions 3, 4 and 5 leave at depth 1; position 6 takes them along to 2, 3 and 4."""
-    engine = Engine(max_loops=4, prefix_caching=False)
+    engine = Engine(max_loops=4, prefix_caching=False, prefill_depth="full")
     request = engine.add("a", [1, 2, 3], 5, max_loops=4)
     request.sampling_params.extra_args["exit_depths"] = [1, 1, 1, 1, 4]
     total = total_of(engine)
@@ -227,7 +227,7 @@ def test_catch_up() -> None:
 @pytest.mark.parametrize(("quorum", "waiting"), [(1.0, 3 * 5), (0.5, 0)])
 def test_waiting_and_quorum(quorum: float, waiting: int) -> None:
     """With a full quorum, who leaves at 1 sits through three passes of who leaves at 4."""
-    engine = Engine(max_loops=4, prefix_caching=False, quorum=quorum)
+    engine = Engine(max_loops=4, prefix_caching=False, prefill_depth="full", quorum=quorum)
     for name, loops in (("a", 1), ("b", 4)):
         engine.add(name, [1, 2, 3], 6, min_loops=loops, max_loops=loops)
     total = total_of(engine)
@@ -237,7 +237,7 @@ def test_waiting_and_quorum(quorum: float, waiting: int) -> None:
 
 def test_blocks() -> None:
     """Blocks of four tokens: held while a request runs, none after."""
-    engine = Engine(max_loops=4, prefix_caching=False)
+    engine = Engine(max_loops=4, prefix_caching=False, prefill_depth="full")
     engine.add("a", [1] * 9, 4, max_loops=1)
     engine.step()
     held = LoopStats.received(engine.stats.pop())

@@ -216,7 +216,7 @@ def memory(model: str) -> Iterator[Finding]:
     if gib is not None and gib > free:
         shown = f"{CPU_CACHE}={given} GiB, but {free:.1f} GiB are free: vLLM will not start"
         yield Finding("K/V memory", ERROR, shown, "a smaller one, or unset it")
-    depth, fit = config.max_loops, estimate.sequences
+    depth, fit = config.max_loops, estimate.sequences[config.max_loops]
     size, gib = estimate.bytes_a_token[depth] / 1024, estimate.memory_bytes / 2**30
     shown = (
         f"{model}: {size:.1f} KiB a token at depth {depth} ({estimate.dtype}); {gib:.1f} GiB hold "

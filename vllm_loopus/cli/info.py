@@ -41,7 +41,7 @@ class KVEstimate:
     bytes_a_token: dict[int, int]  # by depth, on one rank
     memory_bytes: int  # on one rank
     max_model_len: int
-    sequences: float  # of max_model_len tokens, at full depth
+    sequences: dict[int, float]  # of max_model_len tokens that all go so deep, by depth
 
 
 def resolve(model: str) -> str:
@@ -105,7 +105,10 @@ def estimate_kv(
         bytes_a_token={depth: layout.allocated(depth) for depth in depths},
         memory_bytes=memory,
         max_model_len=length,
-        sequences=round(sequences_that_fit(blocks, BLOCK_SIZE, length, config.max_loops), 2),
+        sequences={
+            depth: round(sequences_that_fit(blocks, BLOCK_SIZE, length, depth), 2)
+            for depth in depths
+        },
     )
 
 
@@ -134,8 +137,8 @@ def info(
         ("K/V a token", f"{', '.join(sizes)} ({estimate.dtype}, one rank)"),
         (
             f"fit in {estimate.memory_bytes / 2**30:.2f} GiB",
-            f"{estimate.sequences:.2f} sequences of {estimate.max_model_len} tokens at depth "
-            f"{config.max_loops}",
+            f"sequences of {estimate.max_model_len} tokens: "
+            + ", ".join(f"{count:.2f} at {depth}" for depth, count in estimate.sequences.items()),
         ),
     ]
     print_table(("", model), rows)

@@ -1,10 +1,7 @@
 """`vllm-loopus recast`, `analyze` and `convert`: from a pretrained model to a LoopUS checkpoint."""
 
-import errno
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_loopus.cli.output import JsonOption, errors_told, print_json
 from vllm_loopus.recast import convert as writing
 from vllm_loopus.recast.about import Conversion, Story
 from vllm_loopus.recast.analysis import AnalysisOptions, analyse_base, can_analyse
@@ -58,7 +56,6 @@ DeviceMapOption = Annotated[
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 ShardOption = Annotated[str, typer.Option(help="Size of a weight file at most.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a checkpoint at OUT.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 class Dtype(StrEnum):
@@ -81,21 +78,6 @@ DtypeOption = Annotated[Dtype, typer.Option(help="What to compute the analysis i
 FormatOption = Annotated[
     Format, typer.Option("--format", help="loopus, or lds: the released layout.")
 ]
-
-
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    """What a user can mend becomes a line on standard error and exit code 2."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "no space is left on the device; nothing was kept of the output. " if full else ""
-        typer.echo(f"error: {why}{error}", err=True)
-        raise typer.Exit(2) from error
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def recast(
@@ -132,7 +114,7 @@ def recast(
         sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value
     )
     fields = {"max_loops": max_loops, "min_loops": min_loops, "exit_threshold": exit_threshold}
-    with _errors_told():
+    with errors_told(ValueError, OSError):
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
         opened = Base.open(base, revision)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
@@ -171,7 +153,7 @@ def recast(
         if found is not None:
             numbers = found.to_dict()
             result |= {name: numbers[name] for name in ("ranking", "published_cut")}
-        typer.echo(json.dumps(result, indent=1))
+        print_json(result)
         return
     if found is not None:
         _print_ranking(found.ranking, cut)
@@ -204,7 +186,7 @@ def analyze(
     wanted = AnalysisOptions(
         sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value
     )
-    with _errors_told():
+    with errors_told(ValueError, OSError):
         opened = Base.open(base, revision)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
         if out is not None and out.exists() and not force:
@@ -215,7 +197,7 @@ def analyze(
             out.mkdir(parents=True, exist_ok=True)
             write_report(out, numbers, cut, found.against_published or "The best by the rule")
     if as_json:
-        typer.echo(json.dumps(numbers, indent=1))
+        print_json(numbers)
         return
     table = Table("layer", "block", "similarity", "update / input", "norm", "lens KL")
     blocks = [block for block, run in cut.runs.items() for _ in run]
@@ -238,13 +220,13 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a LoopUS checkpoint in the other format; tensors keep every byte."""
-    with _errors_told():
+    with errors_told(ValueError, OSError):
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
         story = Conversion(source, checkpoint_format.value, ["vllm-loopus", *sys.argv[1:]])
         config = writing.convert(source, out, replace(options, finish=story.write))
     if as_json:
         result = {"out": str(out), "format": checkpoint_format.value, "max_loops": config.max_loops}
-        typer.echo(json.dumps(result, indent=1))
+        print_json(result)
     else:
         typer.echo(f"{out}: {source} in format {checkpoint_format.value}")
 

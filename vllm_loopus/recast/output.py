@@ -43,7 +43,8 @@ def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = No
 def complete_folder(out: Path) -> Iterator[Path]:
     """A folder to write to, renamed to `out` at the end and deleted after any error.
 
-    A folder `out` that is there already is replaced then.
+    A folder `out` that is there already is replaced then. Raises `OSError` as it comes, with a word
+    on what was deleted.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,5 +62,8 @@ def complete_folder(out: Path) -> Iterator[Path]:
             if os.path.lexists(replaced):
                 replaced.rename(out)
             raise
+    except OSError as error:
+        told = f"{error.strerror or error}; the unfinished {out} was deleted"
+        raise OSError(error.errno, told, error.filename) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

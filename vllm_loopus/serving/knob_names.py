@@ -24,7 +24,7 @@ OF_THE_CHECKPOINT = (
     "convergence_epsilon",
     "confidence_input",
 )
-OF_THE_ENGINE = ("kv_policy", "exit_quorum")
+OF_THE_ENGINE = ("kv_policy", "prefill_depth", "exit_quorum")
 SIMILARITY = 0.8
 LOOPISH = re.compile(r"loop|(?<![a-z])exits?(?![a-z])")
 
