@@ -267,11 +267,11 @@ class DepthKVCacheManager(KVCacheManager):
         if request.is_finished():
             self._needed.pop(name, None)
         if holder is not None and at_first:
-            if request.is_finished():
+            if not request.is_finished():  # it comes back when there is room for what it had
+                self._needed[name] = holder.held / at_first
+            elif request.status != RequestStatus.FINISHED_ABORTED:
                 new_tokens = request.num_tokens - request.num_prompt_tokens
                 self.demand.observe(holder.budget, holder.held / at_first, new_tokens)
-            else:  # it comes back when there is room for what it had
-                self._needed[name] = holder.held / at_first
         for plane in reversed(self._planes):
             plane.free(name)
 
