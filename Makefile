@@ -22,7 +22,7 @@ serve: .venv
 	$(BIN)/vllm serve loopus-tiny --host 127.0.0.1 --port 8000
 
 test: .venv
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: .venv
 	$(BIN)/ruff check .
