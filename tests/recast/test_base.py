@@ -71,6 +71,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: replace_config(f, "llava", text_config={"model_type": "gpt2"}),
         "its text part: 'gpt2'",
     ),
+    "classifier in a wrapper": (
+        lambda f: replace_config(f, "gemma3", architectures=["Gemma3ForSequenceClassification"]),
+        "is no causal language model",
+    ),
+    "type is a list": (lambda f: change(f, model_type=["qwen3"]), "are no names"),
+    "architectures are numbers": (lambda f: change(f, architectures=[1]), "are no names"),
+    "whole numbers": (lambda f: change(f, dtype="int8"), "dtype=torch.int8"),
     "quantised": (
         lambda f: change(f, quantization_config={"quant_method": "awq"}),
         "recast the model it was made from",
@@ -112,6 +119,29 @@ def test_refused(problem: str, base: Path) -> None:
         Base.open(str(base))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"hidden_size": 0}, {"num_attention_heads": 0}, {"hidden_act": "bogus"}, {"head_dim": -1}],
+)
+def test_values_that_no_model_can_have(fields: dict[str, object], base: Path) -> None:
+    change(base, **fields)
+    with pytest.raises(ValueError, match=r"config\.json is not valid|do not fit"):
+        plan(Base.open(str(base)), Cut(4, 1, 1))
+
+
+def test_a_tensor_under_two_names(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, HEAD: torch.ones(2), "model.lm_head.weight": torch.ones(2)},
+              base / "model.safetensors")  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"holds lm_head\.weight twice"):
+        Base.open(str(base))
+
+
+def test_a_revision_of_a_folder(base: Path) -> None:
+    with pytest.raises(CheckpointError, match="revision='main' means nothing to the folder"):
+        Base.open(str(base), "main")
+
+
 @pytest.mark.parametrize("kind", ["pickle with code", "damaged pickle"])
 def test_pickles(kind: str, base: Path) -> None:
     (base / "model.safetensors").unlink()
@@ -119,7 +149,7 @@ def test_pickles(kind: str, base: Path) -> None:
         torch.save({"w": Path("x")}, base / "pytorch_model.bin")
     else:
         (base / "pytorch_model.bin").write_bytes(b"PK\x03\x04" * 99)
-    with pytest.raises(CheckpointError, match="is damaged or holds more than tensors"):
+    with pytest.raises(CheckpointError, match=r"is damaged, older than PyTorch 1\.6, or holds"):
         Base.open(str(base))
 
 
@@ -207,4 +237,5 @@ def test_a_snapshot_of_the_hub_tells_its_revision(base: Path, tmp_path: Path) ->
     commit.parent.mkdir(parents=True)
     base.rename(commit)
     assert Base.open(str(commit)).revision == "0123abc"
+    assert Base.open(str(commit)).repository == "a/b"
     assert Base.open("loopus-tiny-base").revision is None

@@ -131,6 +131,7 @@ def test_one_end_by_hand(tmp_path: Path) -> None:
     out = tmp_path / "looped"
     assert run("recast", TINY, "--out", out, "--encoder", "0..1", "--tokens", "100").exit_code == 0
     assert list(LoopUSConfig.from_pretrained(out).encoder_layer_indices) == [0, 1]
+    assert "The encoder was given by hand, the rest" in (out / "README.md").read_text()
 
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
@@ -145,6 +146,18 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     assert "was not analysed" in (out / "README.md").read_text()
     again = ("--force", "--tokenizer", str(GOLDEN))
     assert "cannot be loaded" in refused("recast", tmp_path / "base", "--out", out, *again)
+
+
+def test_a_tokenizer_with_tokens_of_its_own(tmp_path: Path) -> None:
+    """As Gemma-3's, whose image token has no embedding: it matters when a text has it."""
+    save_base("llama", tmp_path / "base", vocab_size=101)  # the tokenizer knows 102
+    common = tmp_path / "common.txt"
+    common.write_text("a+b=c " * 40)
+    assert run("analyze", tmp_path / "base", "--sample", common).exit_code == 0
+    rare = tmp_path / "rare.txt"
+    rare.write_text("a+b=c\n" * 40)  # the line's end is the last token
+    message = refused("analyze", tmp_path / "base", "--sample", rare)
+    assert "the tokenizer gives token 101" in message
 
 
 def test_analyze_as_json() -> None:
@@ -187,6 +200,11 @@ def test_convert_and_back(tmp_path: Path, recast: Path) -> None:
         (("--encoder", "1..2"), "encoder='1..2' must begin at layer 0"),
         (("--decoder", "2"), "decoder='2' must end at the last layer, 3"),
         (("--encoder", "0..1", "--decoder", "2..3"), "leave no layer of 4"),
+        (("--encoder", "0..2"), "leave no layer of 4"),
+        (("--decoder", "1..3"), "leave no layer of 4"),
+        (("--device", "meta"), "cannot be run on meta"),
+        (("--device-map", "cuda"), "cannot be run on cuda"),
+        (("--revision", "main"), "revision='main' means nothing"),
         (("--max-loops", "0"), "max_loops=0 must be from 1"),
         (("--min-loops", "9"), "min_loops=9 must be from 1 to max_loops=8"),
         (("--exit-threshold", "nan"), "exit_threshold=nan must be a finite number"),

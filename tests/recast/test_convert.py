@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,8 @@ def test_pickled_base(tmp_path: Path, qwen3: Path) -> None:
     first, second = all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    held = Base.open(str(pickled)).tensors.values()
+    assert all(isinstance(tensor, tensor_files.PickledTensor) for tensor in held)  # none in memory
 
 
 def test_tokenizer_template_and_generation_config_are_copied(tmp_path: Path, qwen3: Path) -> None:
@@ -230,9 +233,40 @@ def test_force_deletes_checkpoints_only(tmp_path: Path, qwen3: Path) -> None:
     other = tmp_path / "photos"
     other.mkdir()
     (other / "one.png").touch()
-    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
+    (other / "config.json").write_text('{"port": 80}')
+    with pytest.raises(FileExistsError, match="something else than a LoopUS checkpoint"):
         recast(str(qwen3), other, encoder=1, decoder=1, options=options)
     assert (qwen3 / "config.json").is_file() and (other / "one.png").is_file()
+
+
+def test_interrupted_at_the_last_moment(
+    tmp_path: Path, qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between moving the old checkpoint away and the new one in, the old one comes back."""
+    out = tmp_path / "looped"
+    recast(str(qwen3), out, encoder=1, decoder=1)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == out and "replaced" not in self.parts:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recast(str(qwen3), out, encoder=1, decoder=1, options=WriteOptions(force=True), max_loops=3)
+    assert LoopUSConfig.from_pretrained(out).max_loops == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "looped"}
+
+
+def test_told_to_stop(tmp_path: Path, qwen3: Path) -> None:
+    def stop(folder: Path, hashes: dict[str, str]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        recast(str(qwen3), tmp_path / "x", encoder=1, decoder=1, options=WriteOptions(finish=stop))
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_too_little_space_is_noticed_first(

@@ -56,8 +56,9 @@ def test_what_is_given_stays() -> None:
     similarity = profile((0.4, 2), (0.05, 8), (0.3, 2))
     assert rank_cuts(similarity, encoder=0)[0].cut == Cut(12, 0, 2)
     assert rank_cuts(similarity, decoder=5)[0].cut == Cut(12, 2, 5)
-    with pytest.raises(ValueError, match="leave no layer of 12"):
-        rank_cuts(similarity, encoder=6, decoder=6)
+    for ends in ({"encoder": 6, "decoder": 6}, {"encoder": 11}, {"decoder": 11}):
+        with pytest.raises(ValueError, match="leave no layer of 12"):
+            rank_cuts(similarity, **ends)
 
 
 def test_too_few_layers() -> None:

@@ -108,7 +108,7 @@ def test_states_that_are_not_finite(tmp_path: Path) -> None:
     model = HiddenStates(base, CPU, torch.float32)
     nan = torch.full((5, 1, 4, 64), math.nan)
     model.states = lambda ids: nan  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="hidden states are not finite"):
+    with pytest.raises(ValueError, match="states or logits are not finite"):
         analyse(base, [torch.tensor([1, 2, 3, 4])], model)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_loopus.recast.sample import sequences, texts
+from vllm_loopus.recast.sample import CHARACTERS, sequences, texts
 from vllm_loopus.tiny.tokenizer import build_tokenizer
 
 
@@ -58,6 +58,27 @@ def test_sequences() -> None:
     assert "".join(tokenizer.decode(ids) for ids in found) == "abcdefghijklmnopqrs"
     with pytest.raises(ValueError, match="has 3 tokens; at least 16 are needed"):
         list(sequences(["abc"], tokenizer, length=8, num_tokens=100))
+
+
+def test_long_texts_are_read_in_pieces(tmp_path: Path) -> None:
+    text = "the quick brown fox\n" * 20_000 + "x" * 300_000
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(texts(str(tmp_path / "a.txt")))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 2 * CHARACTERS
+    sizes: list[int] = []
+
+    def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
+        sizes.append(len(piece))
+        return {"input_ids": [1] * len(piece)}
+
+    list(sequences([text], tokenizer, length=512, num_tokens=2048))
+    assert sizes == [CHARACTERS]  # of a document of 700 thousand characters
+
+
+def test_text_that_cannot_be_tokenised() -> None:
+    with pytest.raises(ValueError, match="cannot be tokenised"):
+        list(sequences(["\ud800" * 30], build_tokenizer(), length=8, num_tokens=64))
 
 
 def test_documents_are_read_as_they_are_needed() -> None:

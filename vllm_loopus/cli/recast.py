@@ -1,5 +1,7 @@
 """`vllm-loopus recast`, `analyze` and `convert`: from a pretrained model to a LoopUS checkpoint."""
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -88,7 +90,9 @@ def recast(
     max_loops: Annotated[int, typer.Option(help="The recursion budget N.")] = 8,
     min_loops: Annotated[int, typer.Option(help="The least depth a token may leave at.")] = 1,
     exit_threshold: Annotated[float, typer.Option(help="Confidence to leave at.")] = 0.6,
-    seed: Annotated[int, typer.Option(help="Of gate and confidence head.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of gate and confidence head.")
+    ] = 0,
     checkpoint_format: FormatOption = Format.LOOPUS,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
@@ -118,7 +122,9 @@ def recast(
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
         opened = Base.open(base, revision)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
-        by_hand = first is not None and last is not None
+        ends = {"encoder": first, "decoder": last}
+        given = [name for name, end in ends.items() if end is not None]
+        by_hand = len(given) == len(ends)
         # Whatever can be wrong is found before the long part begins.
         writing.plan(opened, Cut(opened.num_layers, first or 0, last or 0), seed, **fields)
         check_output(out, force=force, needed=opened.nbytes, reads=opened.folder)
@@ -138,7 +144,7 @@ def recast(
             cut = found.ranking[0].cut
         config, _ = writing.plan(opened, cut, seed, **fields)
         command = ["vllm-loopus", *sys.argv[1:]]
-        story = Story(opened, cut, config, seed, by_hand, command, found)
+        story = Story(opened, cut, config, seed, given, command, found)
         writing.recast(
             opened,
             out,
@@ -189,12 +195,13 @@ def analyze(
     with errors_told(ValueError, OSError):
         opened = Base.open(base, revision)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
-        if out is not None and out.exists() and not force:
-            raise FileExistsError(f"out={out} exists; choose another folder or give --force")
+        if out is not None:
+            if os.path.lexists(out) and not (force and out.is_dir()):
+                raise FileExistsError(f"out={out} exists; choose another folder or give --force")
+            out.mkdir(parents=True, exist_ok=True)
         found = analyse_base(opened, wanted, first, last)
         cut, numbers = found.ranking[0].cut, found.to_dict()
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             write_report(out, numbers, cut, found.against_published or "The best by the rule")
     if as_json:
         print_json(numbers)
@@ -237,7 +244,9 @@ def _by_hand(
     """Layers of encoder and decoder where given. Raises `ValueError`."""
     first = None if encoder is None else parse_encoder(encoder, num_layers)
     last = None if decoder is None else parse_decoder(decoder, num_layers)
-    Cut(num_layers, first or 0, last or 0)  # raises when nothing is left to loop
+    one_end = (first is None) != (last is None)
+    # Raises when nothing is left to loop; the rule gives the other end a layer at least.
+    Cut(num_layers, (first or 0) + one_end, last or 0)
     return first, last
 
 
@@ -252,4 +261,4 @@ def _print_ranking(ranking: Sequence[ScoredCut], cut: Cut, most: int = 5) -> Non
 
 def _as_path(out: Path) -> str:
     """How `out` is written for vLLM: a bare name would be taken for a repository's."""
-    return str(out) if out.is_absolute() or out.parts[0] == ".." else f"./{out}"
+    return shlex.quote(str(out) if out.is_absolute() or out.parts[0] == ".." else f"./{out}")

@@ -34,7 +34,7 @@ class Story:
     cut: Cut
     config: LoopUSConfig
     seed: int
-    by_hand: bool
+    by_hand: Sequence[str]  # of encoder and decoder, those not left to the rule
     command: Sequence[str]
     analysis: Analysis | None = None
 
@@ -51,10 +51,15 @@ class Story:
     @property
     def chosen_by(self) -> str:
         """One sentence without its full stop: who chose the cut."""
-        if self.by_hand:
-            return "The cut was given by hand"
+        whole = {"encoder", "decoder"} == set(self.by_hand)
+        if whole:
+            chosen = "The cut was given by hand"
+        elif self.by_hand:
+            chosen = f"The {self.by_hand[0]} was given by hand, the rest is the best by the rule"
+        else:
+            chosen = "The cut is the best by the rule"
         said = self.analysis and self.analysis.against_published
-        return "The cut is the best by the rule" + (f". {said}" if said else "")
+        return chosen + (f". {said}" if said else "")
 
     def _provenance(self, weights: dict[str, str]) -> dict[str, Any]:
         files = [self.base.folder / "config.json", *self.base.files]
@@ -76,20 +81,20 @@ class Story:
         }
 
     def _card(self, folder: Path) -> ModelCard:
-        on_the_hub = self.base.revision is not None
+        repository = self.base.repository
         data = ModelCardData(
-            base_model=self.base.name if on_the_hub else None,
+            base_model=repository,
             library_name="vllm-loopus",
             pipeline_tag="text-generation",
             tags=["loopus", "looped-transformer"],
         )
         loader = PackageLoader("vllm_loopus.recast")
         environment = Environment(loader=loader, undefined=StrictUndefined)
-        name = self.base.name
+        link = f"[{repository}](https://huggingface.co/{repository})"
         blocks = [block for block, run in self.cut.runs.items() for _ in run]
         text = environment.get_template("card.md.j2").render(
             name=folder.name,
-            base=f"[{name}](https://huggingface.co/{name})" if on_the_hub else f"`{name}`",
+            base=link if repository else f"`{self.base.name}`",
             cut=self.cut,
             num_layers=self.base.num_layers,
             config=self.config,
@@ -116,7 +121,7 @@ class Conversion:
     def write(self, folder: Path, weights: dict[str, str]) -> None:
         """Adds itself to `provenance.json` of `folder`; `weights` as in `Story.write`."""
         file = folder / "provenance.json"
-        provenance = json.loads(file.read_text()) if file.is_file() else {}
+        provenance = _object_in(file)
         entry = {
             "made": now(),
             "command": shlex.join(self.command),
@@ -125,8 +130,18 @@ class Conversion:
             "weights_sha256": weights,
             "versions": versions(),
         }
-        provenance["conversions"] = [*provenance.get("conversions", []), entry]
+        earlier = provenance.get("conversions")
+        provenance["conversions"] = [*(earlier if isinstance(earlier, list) else ()), entry]
         file.write_text(json.dumps(provenance, indent=1))
+
+
+def _object_in(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def now() -> str:

@@ -1,6 +1,6 @@
 """From a base model to ranked cuts: the analysis as a user asks for it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,21 +101,24 @@ def analyse_base(
         raise ValueError(
             f"tokenizer={options.tokenizer or base.name} cannot be loaded: {error}"
         ) from error
-    if len(tokenizer) > base.config.vocab_size:
-        raise ValueError(
-            f"tokenizer={options.tokenizer or base.name} has {len(tokenizer)} tokens, the model "
-            f"{base.config.vocab_size}; give the model's own by --tokenizer"
-        )
     device = _device(options.device)
     dtype = default_dtype(device, base) if options.dtype == AUTO else getattr(torch, options.dtype)
     length = min(options.length, int(base.config.max_position_embeddings))
+    if length < 2:
+        raise ValueError(f"base_config.max_position_embeddings={length} is too short to analyse")
     documents = texts(options.sample, options.text_field)
-    representation = analyse(
-        base,
-        sequences(documents, tokenizer, length, options.tokens),
-        HiddenStates(base, device, dtype, options.device_map),
-        expected_tokens=options.tokens,
-    )
+    found = _known(sequences(documents, tokenizer, length, options.tokens), base)
+    try:
+        model = HiddenStates(base, device, dtype, options.device_map)
+        representation = analyse(base, found, model, expected_tokens=options.tokens)
+    except ValueError:
+        raise
+    except Exception as error:  # of devices and models, whatever they lack
+        placed = options.device_map or device
+        raise ValueError(
+            f"{base.name} cannot be run on {placed} in {dtype} ({_first_line(error)}); choose "
+            "another --device or --dtype, or cut by hand with --no-analysis"
+        ) from error
     ranking = rank_cuts(representation.similarity, encoder, decoder)
     return Analysis(base.name, options.sample, representation, ranking)
 
@@ -126,6 +129,21 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {error}") from error
+    except Exception as error:  # of a backend that is not there
+        raise ValueError(f"device={name!r} cannot be used: {_first_line(error)}") from error
     return device
+
+
+def _known(found: Iterable[torch.Tensor], base: Base) -> Iterator[torch.Tensor]:
+    """The sequences, held against the vocabulary: a tokenizer may have more tokens than that."""
+    for ids in found:
+        if int(ids.max()) >= base.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {int(ids.max())}, but {base.name} has "
+                f"{base.config.vocab_size} tokens; give the model's own by --tokenizer"
+            )
+        yield ids
+
+
+def _first_line(error: Exception) -> str:
+    return f"{error}".partition("\n")[0] or type(error).__name__

@@ -20,7 +20,13 @@ from vllm_loopus.aliases import known_aliases
 from vllm_loopus.backbones import BACKBONES
 from vllm_loopus.modeling.checkpoint import IGNORED_SUFFIXES, LEGACY_WEIGHTS
 from vllm_loopus.recast.cut import LEAST_LAYERS
-from vllm_loopus.recast.tensors import CheckpointError, TensorSource, read_tensors, weight_files
+from vllm_loopus.recast.tensors import (
+    DTYPES,
+    CheckpointError,
+    TensorSource,
+    read_tensors,
+    weight_files,
+)
 
 # What is fetched of a repository: its other weight files would double the download.
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
@@ -30,6 +36,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Where the text model's tensors stand in checkpoints of this and earlier years of transformers.
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
 HEADS = (HEAD, "language_model.lm_head.weight", "model.lm_head.weight")
+LM_HEADS = ("ForCausalLM", "LMHeadModel")  # ends of class names
 EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts$")
 
 
@@ -54,6 +61,14 @@ class Base:
         return int(self.config.num_hidden_layers)
 
     @property
+    def repository(self) -> str | None:
+        """`owner/name` on the hub, where it came from there."""
+        if not is_snapshot(self.folder):
+            return None
+        _, *parts = self.folder.parent.parent.name.split("--")  # models--owner--name
+        return "/".join(parts)
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -65,6 +80,8 @@ class Base:
         missing or damaged.
         """
         folder = find_checkpoint(name, revision)
+        if revision is not None and not is_snapshot(folder):
+            raise CheckpointError(f"revision={revision!r} means nothing to the folder {name}")
         raw = read_config(folder)
         config, whole = _text_config(folder, raw)
         files = weight_files(folder)
@@ -72,12 +89,17 @@ class Base:
         return cls(
             name=name,
             folder=folder,
-            revision=folder.name if folder.parent.name == "snapshots" else None,
+            revision=folder.name if is_snapshot(folder) else None,
             config=config,
             tensors=tensors,
             files=tuple(files),
             left_out=left_out,
         )
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder is one of the hub's cache, named by its commit."""
+    return folder.parent.name == "snapshots"
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Path:
@@ -133,6 +155,10 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
     model_type = raw.get("model_type")
     architectures = raw.get("architectures") or []
     where = f"{folder}: model_type={model_type!r}"
+    if not isinstance(model_type, str | None) or not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise CheckpointError(f"{where}, architectures={architectures!r} are no names")
     if model_type in ("loopus", "lds"):
         raise CheckpointError(f"{where} is a LoopUS model already; vllm-loopus convert rewrites it")
     if model_type not in CONFIG_MAPPING:
@@ -151,9 +177,8 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
         raise CheckpointError(f"{where} is an encoder-decoder model; only decoder-only models loop")
     text = copy.deepcopy(config.get_text_config())
     composite = text.model_type != model_type
-    if architectures and not any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) or composite for name in architectures
-    ):
+    heads = LM_HEADS + (("ForConditionalGeneration",) if composite else ())
+    if architectures and not any(name.endswith(heads) for name in architectures):
         raise CheckpointError(
             f"{where} with architectures={architectures} is no causal language model; give the "
             "checkpoint that ends in ForCausalLM"
@@ -174,6 +199,8 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
             f"at least {LEAST_LAYERS} are needed"
         )
     text.dtype = text.dtype or config.dtype
+    if text.dtype not in (None, *DTYPES.values()):
+        raise CheckpointError(f"{where} has dtype={text.dtype}; it must be one of {list(DTYPES)}")
     return text, config
 
 
@@ -191,14 +218,15 @@ def _plain_names(
     for name, tensor in found.items():
         if name.endswith(IGNORED_SUFFIXES):
             continue
-        if name in HEADS:
-            tensors[HEAD] = tensor
-        elif name.startswith(prefix):
-            tensors[f"model.{name.removeprefix(prefix)}"] = tensor
-        elif composite:
+        if name not in HEADS and not name.startswith(prefix) and composite:
             left_out.append(name)
-        else:
-            tensors[name] = tensor  # the check against the config names it as unexpected
-    if whole.tie_word_embeddings:
+            continue
+        # Whatever is none of both keeps its name: the check against the config refuses it.
+        plain = f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+        plain = HEAD if name in HEADS else plain
+        if plain in tensors:
+            raise CheckpointError(f"{folder} holds {plain} twice, once as {name}; keep one")
+        tensors[plain] = tensor
+    if getattr(whole, "tie_word_embeddings", whole.get_text_config().tie_word_embeddings):
         tensors.setdefault(HEAD, tensors[EMBEDDING])
     return tensors, tuple(left_out)

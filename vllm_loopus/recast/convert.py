@@ -136,12 +136,18 @@ def plan(
     base_config = base.config.to_dict()
     base_config.pop("auto_map", None)  # no code of the base's repository is needed, or run
     fields.setdefault("base_model_name_or_path", base.name)
-    config = LoopUSConfig(base_config=base_config, **cut.config_fields, **fields)
+    try:
+        config = LoopUSConfig(base_config=base_config, **cut.config_fields, **fields)
+        expected = expected_shapes(config)
+        fresh = new_tensors(config.hidden_size, DTYPES[embedding.dtype], seed)
+    except ValueError:
+        raise
+    except Exception as error:  # of the base's classes, whatever the field
+        raise CheckpointError(f"{base.name}: config.json is not valid: {error!r}") from error
     config.dtype = base.config.dtype or DTYPES[embedding.dtype]
     tensors = {looped_name(name, cut): tensor for name, tensor in base.tensors.items()}
-    fresh = new_tensors(config.hidden_size, DTYPES[embedding.dtype], seed)
     tensors.update({name: LoadedTensor(tensor) for name, tensor in fresh.items()})
-    _check(config, tensors, base.name)
+    _check(expected, tensors, base.name)
     return config, tensors
 
 
@@ -183,14 +189,20 @@ def convert(source: str, out: Path, options: WriteOptions) -> LoopUSConfig:
             f"{source}: model_type={model_type!r} is no LoopUS checkpoint; vllm-loopus recast "
             "makes one from a pretrained model"
         )
-    config = AutoConfig.from_pretrained(folder)  # by model_type, in either format
+    try:
+        config = AutoConfig.from_pretrained(folder)  # by model_type, in either format
+        expected = expected_shapes(config)
+    except Exception as error:  # of validators and the base's classes, whatever the field
+        raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     found = read_tensors(weight_files(folder, LEGACY_WEIGHTS))
-    tensors = {
-        current_name(name): tensor
-        for name, tensor in found.items()
-        if not name.endswith(IGNORED_SUFFIXES)
-    }
-    _check(config, tensors, source)
+    tensors: dict[str, TensorSource] = {}
+    for name, tensor in found.items():
+        if name.endswith(IGNORED_SUFFIXES):
+            continue
+        if current_name(name) in tensors:
+            raise CheckpointError(f"{source} holds {current_name(name)} twice, once as {name}")
+        tensors[current_name(name)] = tensor
+    _check(expected, tensors, source)
     _write(out, config, tensors, folder, (*COMPANIONS, *ABOUT), options)
     return config
 
@@ -223,8 +235,10 @@ def released_config(config: LoopUSConfig) -> dict[str, Any]:
     return fields
 
 
-def _check(config: LoopUSConfig, tensors: Mapping[str, TensorSource], source: str) -> None:
-    expected = {name: tuple(shape) for name, shape in expected_shapes(config).items()}
+def _check(
+    shapes: Mapping[str, torch.Size], tensors: Mapping[str, TensorSource], source: str
+) -> None:
+    expected = {name: tuple(shape) for name, shape in shapes.items()}
     raise_if_wrong(
         source,
         missing=sorted(expected.keys() - tensors.keys()),

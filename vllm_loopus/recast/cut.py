@@ -149,7 +149,10 @@ def rank_cuts(
             score = 1 - left / total if total > 0 else 0.0
             ranked.append(ScoredCut(Cut(num_layers, first, last), score))
     if not ranked:
-        Cut(num_layers, encoder or 0, decoder or 0)  # raises
+        raise ValueError(
+            f"encoder={encoder} and decoder={decoder} leave no layer of {num_layers} for the "
+            "reasoning block and the other end; give both ends, none for an empty one"
+        )
     return sorted(ranked, key=lambda c: (-round(c.score, 12), c.cut.encoder + c.cut.decoder))
 
 

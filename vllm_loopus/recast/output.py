@@ -1,8 +1,11 @@
 """An output folder that appears when it is complete, or not at all."""
 
+import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +27,17 @@ def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = No
             raise FileExistsError(f"out={out} is or holds the model to read; choose another folder")
         if not out.is_dir():
             raise FileExistsError(f"out={out} is a file; choose another name")
-        if not (out / "config.json").is_file() and any(out.iterdir()):
+        if not _is_looped(out) and any(out.iterdir()):
             raise FileExistsError(
-                f"out={out} holds something else than a checkpoint (no config.json); --force "
-                "replaces checkpoints only: choose another folder"
+                f"out={out} holds something else than a LoopUS checkpoint; --force replaces "
+                "nothing else: choose another folder"
             )
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    existing = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"out={out} cannot be written: {error.strerror}") from error
     needed += BESIDE_WEIGHTS
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -52,18 +60,46 @@ def complete_folder(out: Path) -> Iterator[Path]:
     try:
         unfinished, replaced = scratch / out.name, scratch / "replaced" / out.name
         unfinished.mkdir()  # not the scratch folder itself: that one is for its owner only
-        yield unfinished
-        if os.path.lexists(out):
+        with _stopped_by_exception():
+            yield unfinished
             replaced.parent.mkdir()
-            out.rename(replaced)
-        try:
-            unfinished.rename(out)
-        except OSError:
-            if os.path.lexists(replaced):
-                replaced.rename(out)
-            raise
+            try:
+                if os.path.lexists(out):
+                    out.rename(replaced)
+                unfinished.rename(out)
+            except BaseException:
+                if os.path.lexists(replaced) and not os.path.lexists(out):
+                    replaced.rename(out)
+                raise
     except OSError as error:
-        told = f"{error.strerror or error}; the unfinished {out} was deleted"
+        told = f"{error.strerror or error}; nothing was written to {out}"
         raise OSError(error.errno, told, error.filename) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_looped(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in ("loopus", "lds")
+
+
+@contextmanager
+def _stopped_by_exception() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process by an exception, so that it cleans up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, _stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

@@ -57,7 +57,7 @@ def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: 
 def draw(numbers: Mapping[str, Any], cut: Cut) -> Figure:
     """All curves of an analysis, with the blocks of `cut` shaded."""
     figure = Figure(figsize=(15, 8.5), layout="constrained")
-    figure.suptitle(f"{numbers['base']}: {cut}")
+    figure.suptitle(f"{numbers['base']}: {cut}", parse_math=False)
     axes = figure.subplots(2, 3).flatten()
     _heat_map(axes[0], numbers["cosine"], cut)
     layers, states = range(cut.num_layers), range(cut.num_layers + 1)

@@ -6,6 +6,7 @@ in the middle, and turn towards the vocabulary at the end. State `l` is the inpu
 sequence is left out: models keep attention sinks there, whose norms are of another order.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -92,10 +93,13 @@ class Sums:
             for name, total in self.rows.items()
         }
         cosine = self.cosine / self.tokens
-        if not torch.isfinite(cosine).all():
+        finite = torch.isfinite(cosine).all() and all(
+            math.isfinite(value) for values in mean.values() for value in values
+        )
+        if not finite:
             raise ValueError(
-                "the model's hidden states are not finite; check its weights, or choose --dtype "
-                "float32 if it overflows"
+                "the model's hidden states or logits are not finite; check its weights, or choose "
+                "--dtype float32 if it overflows"
             )
         return Representation(
             num_tokens=self.tokens,

@@ -12,12 +12,13 @@ import torch
 BUILT_IN = "built-in"
 TEXT_FIELDS = ("text", "content", "prompt", "question")
 LEAST_TOKENS = 16
+CHARACTERS = 2**16  # read and tokenised at a time
 
 
 def texts(source: str, field: str | None = None) -> Iterator[str]:
     """Documents of `source`, read as they are asked for.
 
-    `source` is `built-in`, a text file (one document), a JSONL file, or a `datasets` name, with
+    `source` is `built-in`, a text file (in pieces), a JSONL file, or a `datasets` name, with
     configuration and split after colons (`wikitext:wikitext-2-raw-v1:train`). `field` names the
     text's field in JSONL and data sets. Raises `ValueError` for a source that cannot be read.
     """
@@ -33,15 +34,17 @@ def texts(source: str, field: str | None = None) -> Iterator[str]:
                         if line.strip():
                             yield _text_of(json.loads(line), field, f"{path}, line {number}")
             else:
-                yield path.read_text()
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                with path.open() as stream:
+                    while piece := stream.read(CHARACTERS):
+                        yield piece + stream.readline(CHARACTERS)  # to the end of its last line
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"sample={source!r} cannot be read: {error}") from error
         return
     for number, row in enumerate(_dataset(source), 1):
         yield _text_of(row, field, f"{source}, row {number}")
 
 
-def _dataset(source: str) -> Iterable[Any]:
+def _dataset(source: str) -> Iterator[Any]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -52,7 +55,7 @@ def _dataset(source: str) -> Iterable[Any]:
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     try:
-        return load_dataset(name, config or None, split=split or "train", streaming=True)
+        yield from load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # of the hub, of data formats
         raise ValueError(
             f"sample={source!r} is no file and no data set that could be read: {error}"
@@ -76,15 +79,21 @@ def sequences(
 
     The last sequence may be shorter. Raises `ValueError` when there are too few.
     """
-    ids = (
-        token
-        for text in documents
-        for token in tokenizer(text, verbose=False)["input_ids"]  # may be longer than the context
-    )
-    budget = islice(ids, num_tokens)
+    budget = islice(_token_ids(documents, tokenizer), num_tokens)
     found = 0
     while len(sequence := list(islice(budget, length))) > 1:
         found += len(sequence)
         yield torch.tensor(sequence)
     if found < LEAST_TOKENS:
         raise ValueError(f"the sample has {found} tokens; at least {LEAST_TOKENS} are needed")
+
+
+def _token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
+    for text in documents:
+        for start in range(0, len(text), CHARACTERS):
+            piece = text[start : start + CHARACTERS]
+            try:  # verbose: a document may be longer than the model's context
+                tokens = tokenizer(piece, add_special_tokens=start == 0, verbose=False)["input_ids"]
+            except Exception as error:  # of tokenizers, whatever the text
+                raise ValueError(f"the sample cannot be tokenised: {error}") from error
+            yield from tokens

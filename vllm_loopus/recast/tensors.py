@@ -83,7 +83,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class LoadedTensor:
-    """A tensor in memory, or mapped from a pickled checkpoint."""
+    """A tensor in memory."""
 
     tensor: torch.Tensor
 
@@ -107,6 +107,24 @@ class LoadedTensor:
 
     def load(self) -> torch.Tensor:
         return self.tensor
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor in a pickled checkpoint, opened anew each time: a mapping would stay in memory."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def pieces(self) -> Iterator[bytes]:
+        yield from LoadedTensor(self.load()).pieces()
+
+    def load(self) -> torch.Tensor:
+        tensor: torch.Tensor = _unpickle(self.file)[self.name]
+        return tensor
 
 
 def weight_files(folder: Path, *other_names: str) -> list[Path]:
@@ -184,19 +202,27 @@ def _safetensors(file: Path) -> Mapping[str, TensorSource]:
 
 
 def _pickled(file: Path) -> Mapping[str, TensorSource]:
+    tensors = {}
+    for name, tensor in _unpickle(file).items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{name} in {file} is sparse or empty; save the model again")
+        found = LoadedTensor(tensor)
+        tensors[name] = PickledTensor(file, name, found.dtype, found.shape, found.nbytes)
+    return tensors
+
+
+def _unpickle(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a pickled file, mapped. Raises `CheckpointError`."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of pickle, zip and torch, whatever the damage
         raise CheckpointError(
-            f"{file} is damaged or holds more than tensors ({error}); fetch it again"
+            f"{file} is damaged, older than PyTorch 1.6, or holds more than tensors ({error}); "
+            "fetch it again, or save the model as safetensors"
         ) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file} holds no tensors by name")
-    return {
-        str(name): LoadedTensor(tensor)
-        for name, tensor in loaded.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    return {str(name): t for name, t in loaded.items() if isinstance(t, torch.Tensor)}
 
 
 def write_tensors(
