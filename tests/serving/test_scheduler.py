@@ -296,6 +296,28 @@ def test_streaming_input_session() -> None:
     assert_right(engine, "session", turn, 6)
 
 
+def test_a_waiting_session_holds_no_blocks() -> None:
+    """A request that needs the whole pool finishes beside a session that waits for input."""
+    engine = Engine(num_blocks=41, max_num_batched_tokens=64)
+    first = list(range(20))
+    engine.add("session", first, 2, min_loops=4, resumable=True)
+    while len(engine.outputs["session"]) < 2:
+        engine.step()
+    assert engine.free_blocks == 40
+    prompt = [9, *range(25)]
+    request = engine.add("r", prompt, 10, min_loops=4)
+    while "r" not in engine.reasons:
+        engine.step()
+        assert engine.steps < 300, "it does not finish"
+    assert request.num_preemptions == 0
+    assert_right(engine, "r", prompt, 10, min_loops=4)
+    turn = [*first, *engine.outputs["session"][:-1], 7]
+    engine.add("session", [7], 3, min_loops=4, resumable=True)
+    while len(engine.outputs["session"]) < 3:
+        engine.step()
+    assert_right(engine, "session", turn, 3, min_loops=4)
+
+
 @pytest.mark.parametrize("quorum", [0.01, 0.5, 1.0, "auto"])
 @pytest.mark.parametrize("budget", [4, 8, 64])
 def test_nobody_starves(quorum: float | str, budget: int) -> None:

@@ -140,6 +140,14 @@ class LoopUSScheduler(Scheduler):
             self._stats = LoopStats()
         return stats
 
+    def _handle_stopped_request(self, request: "Request") -> bool:
+        """As in vLLM; a session that waits for input holds no blocks: requests that run, whose
+        deep planes grow, could not take them from it."""
+        finished = super()._handle_stopped_request(request)
+        if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            self.kv_cache_manager.free(request)
+        return finished
+
     def _update_request_as_session(self, session: "Request", update: Any) -> None:
         """A streaming-input session goes on: with what is complete at every depth, from the prefix
         cache, for the planes of its answers may have gaps."""
