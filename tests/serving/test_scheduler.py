@@ -6,6 +6,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.serving.fakes import BLOCK, Engine, answer
 from vllm_loopus.serving.boundary import boundary_rule
+from vllm_loopus.serving.stats import LoopStats
 
 
 def assert_right(engine: Engine, name: str, prompt: list[int], count: int, **knobs: int) -> None:
@@ -294,6 +295,14 @@ def test_streaming_input_session() -> None:
     for _ in range(30):
         engine.step()
     assert_right(engine, "session", turn, 6)
+
+
+def test_statistics_that_nobody_takes_are_not_kept() -> None:
+    engine = Engine()
+    engine.scheduler.log_stats = False
+    engine.add("r", [1, 2], 10)
+    engine.run()
+    assert engine.scheduler._stats == LoopStats()
 
 
 def test_a_waiting_session_holds_no_blocks() -> None:

@@ -116,7 +116,8 @@ class LoopUSScheduler(Scheduler):
                 request.num_in_flight_tokens -= scheduled
                 if runs:
                     request.num_computed_tokens = progress.computed[request_id]
-        self._stats.add(progress.stats)
+        if self.log_stats:  # else nobody takes them
+            self._stats.add(progress.stats)
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = leaving
         outputs = super().update_from_output(visible, model_runner_output)
