@@ -354,6 +354,7 @@ class Engine:
                         positions |= set(range(sequence.prefill_end, sequence.done[0]))
                     computed[depth] |= {int(table[depth, p // BLOCK]) for p in positions}
         assert held == computed
+        assert manager._promised_in_all == sum(manager._promised.values())
         in_use = [len(ids) for ids in held]
         assert in_use == self.scheduler.blocks_by_depth()
         assert sum(in_use) == self.num_blocks - 1 - self.free_blocks

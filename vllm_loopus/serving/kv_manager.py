@@ -130,7 +130,7 @@ class DepthKVCacheManager(KVCacheManager):
         manager.short_of_planes = 0
         manager._holders = {}
         manager._needed = {}
-        manager._promised = {}
+        manager._promised, manager._promised_in_all = {}, 0
         manager._most_a_pass = cdiv(row_budget, manager._block_size)
         manager.demand = Demand()
 
@@ -140,6 +140,7 @@ class DepthKVCacheManager(KVCacheManager):
     _most_a_pass: int  # blocks that the row budget of a pass fills
     _holders: dict[str, _Holder]
     _promised: dict[str, int]  # of this step
+    _promised_in_all: int
     _needed: dict[str, float]  # planes that preempted requests had for each block of depth 1
     demand: Demand
     short_of_planes: int  # times that a sequence with deeper planes to fill had to preempt for them
@@ -157,7 +158,7 @@ class DepthKVCacheManager(KVCacheManager):
         return self.create_kv_cache_blocks(blocks), length, boundary
 
     def new_step_starts(self) -> None:
-        self._promised = {}
+        self._promised, self._promised_in_all = {}, 0
         super().new_step_starts()
 
     def allocate_slots(
@@ -179,13 +180,13 @@ class DepthKVCacheManager(KVCacheManager):
             holder = _Holder(request, self._budget(request), sum(map(len, hits)))
         elif holder.in_flight:
             num_new_tokens = 1  # it goes on with the positions that it has
-            most = len(self._planes) * self._most_a_pass - sum(self._promised.values())
+            most = len(self._planes) * self._most_a_pass - self._promised_in_all
             wanted = min(holder.wanted, max(0, most))
         else:
             wanted = holder.wanted
         kwargs["delay_cache_blocks"] = True
         kwargs["reserved_blocks"] = (
-            kwargs.get("reserved_blocks", 0) + sum(self._promised.values()) + wanted
+            kwargs.get("reserved_blocks", 0) + self._promised_in_all + wanted
         )
         blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is None:
@@ -194,6 +195,7 @@ class DepthKVCacheManager(KVCacheManager):
             holder.held += len(blocks.blocks[0])
             self._holders[name] = holder
             self._promised[name] = wanted
+            self._promised_in_all += wanted
             for depth, found in enumerate(hits):
                 self.hits_by_depth[depth] += len(found) * self._block_size
         return blocks
@@ -226,7 +228,7 @@ class DepthKVCacheManager(KVCacheManager):
         depths, sequences = len(self._planes), len(holders)
         fillable = depths * (self._most_a_pass + 3 * sequences)
         promised = {name: count for name, count in self._promised.items() if count}
-        most = max(min(missing, fillable), sum(promised.values()))
+        most = max(min(missing, fillable), self._promised_in_all)
         free: list[int] = []
         queue = self.block_pool.free_block_queue
         block = queue.fake_free_list_head.next_free_block
@@ -262,7 +264,7 @@ class DepthKVCacheManager(KVCacheManager):
         ones."""
         name = request.request_id
         holder = self._holders.pop(name, None)
-        self._promised.pop(name, None)
+        self._promised_in_all -= self._promised.pop(name, 0)
         at_first = len(self._planes[0].req_to_blocks.get(name, ()))
         if request.is_finished():
             self._needed.pop(name, None)
