@@ -120,6 +120,30 @@ def test_admission_leaves_room_for_what_is_expected() -> None:
         engine.run()
 
 
+def test_shared_blocks_leave_the_need_of_others() -> None:
+    """A request that shares more blocks than it is expected to need takes no room from others, and
+    makes none for further ones."""
+    engine = Engine(num_blocks=100, max_num_batched_tokens=64, max_model_len=100)
+    shared = list(range(10 * BLOCK + 1))
+    engine.add("deep", shared, 50, min_loops=4)
+    engine.step()
+    manager = engine.scheduler.kv_cache_manager
+    for _ in range(60):  # so the next one is expected to need a plane at most
+        manager.demand.observe(4, 1.0, 40)
+    manager._needed["deep"] = 4.0
+    new = engine.add("x", [*shared, 1], 1)
+    hits = manager.get_computed_blocks(new)[0].blocks
+    in_use = sum(block.ref_cnt > 0 for blocks in hits for block in blocks)
+    assert in_use > manager._expected(new, 4)
+    deep = manager._holders["deep"]
+    still = manager._expected(deep.request, 4) - deep.held
+    assert still > 0
+    taken = manager.block_pool.get_new_blocks(engine.free_blocks - still + 1)
+    assert not manager._fits(new, hits)
+    manager.block_pool.free_blocks(taken[:1])
+    assert manager._fits(new, hits)
+
+
 def test_chunks_stay_in_the_budget() -> None:
     """FakeExecutor fails on more rows than `max_num_batched_tokens`."""
     engine = Engine(max_num_batched_tokens=4, max_num_seqs=4)

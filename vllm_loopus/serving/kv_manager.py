@@ -203,7 +203,7 @@ class DepthKVCacheManager(KVCacheManager):
     def _fits(self, request: Request, hits: Sequence[Sequence[KVCacheBlock]]) -> bool:
         """Whether what the request is expected to need is free, after what the others still are."""
         in_use = sum(block.ref_cnt > 0 for blocks in hits for block in blocks)
-        needed = self._expected(request, self._budget(request)) - in_use
+        needed = max(0, self._expected(request, self._budget(request)) - in_use)
         others = sum(
             max(0, self._expected(other.request, other.budget) - other.held)
             for other in self._holders.values()
