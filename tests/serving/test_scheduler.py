@@ -157,6 +157,36 @@ def test_chunks_stay_in_the_budget() -> None:
     assert_right(engine, "short", [7, 7], 9)
 
 
+@pytest.mark.parametrize("quorum", [0.01, 0.5, "auto"])
+def test_a_chunk_in_flight_leaves_the_budget_to_others(quorum: float | str) -> None:
+    """Requests that come after a long prompt wait as long as if its chunks took one pass."""
+    waited = {}
+    for depth in (1, 4):
+        engine = Engine(
+            max_model_len=400,
+            num_blocks=1000,
+            max_num_seqs=8,
+            quorum=quorum,
+        )
+        for i in range(3):  # a step ends when one of them is ready
+            engine.add(f"first{i}", [i], 300, max_loops=1)
+        engine.step()
+        prompt = list(range(200))
+        engine.add("long", prompt, 2, min_loops=depth)
+        engine.step()
+        for i in range(3):
+            engine.add(f"late{i}", [7 + i], 3, max_loops=1)
+        before = engine.steps
+        while not all(engine.outputs[f"late{i}"] for i in range(3)):
+            engine.step()
+        waited[depth] = engine.steps - before
+        engine.run()
+        assert_right(engine, "long", prompt, 2, min_loops=depth)
+        for i in range(3):
+            assert_right(engine, f"late{i}", [7 + i], 3, max_loops=1)
+    assert waited[4] <= waited[1]
+
+
 def test_priorities() -> None:
     engine = Engine(policy="priority", max_num_seqs=1)
     for name, priority in (("low", 5), ("high", 0), ("middle", 3)):

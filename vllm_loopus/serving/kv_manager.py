@@ -179,9 +179,7 @@ class DepthKVCacheManager(KVCacheManager):
                 return None
             holder = _Holder(request, self._budget(request), sum(map(len, hits)))
         elif holder.in_flight:
-            num_new_tokens = 1  # it goes on with the positions that it has
-            most = len(self._planes) * self._most_a_pass - self._promised_in_all
-            wanted = min(holder.wanted, max(0, most))
+            return self._go_on(name, holder, kwargs.get("reserved_blocks", 0))
         else:
             wanted = holder.wanted
         kwargs["delay_cache_blocks"] = True
@@ -194,11 +192,25 @@ class DepthKVCacheManager(KVCacheManager):
         else:
             holder.held += len(blocks.blocks[0])
             self._holders[name] = holder
-            self._promised[name] = wanted
-            self._promised_in_all += wanted
+            self._promise(name, wanted)
             for depth, found in enumerate(hits):
                 self.hits_by_depth[depth] += len(found) * self._block_size
         return blocks
+
+    def _go_on(self, name: str, holder: _Holder, reserved: int) -> KVCacheBlocks | None:
+        """A sequence in flight has its blocks of depth 1; None if deeper planes cannot go on."""
+        most = len(self._planes) * self._most_a_pass - self._promised_in_all
+        wanted = min(holder.wanted, max(0, most))
+        free = self.block_pool.get_num_free_blocks() - self._promised_in_all - reserved
+        if wanted > free:
+            self.short_of_planes += 1
+            return None
+        self._promise(name, wanted)
+        return self.empty_kv_cache_blocks
+
+    def _promise(self, name: str, count: int) -> None:
+        self._promised[name] = count
+        self._promised_in_all += count
 
     def _fits(self, request: Request, hits: Sequence[Sequence[KVCacheBlock]]) -> bool:
         """Whether what the request is expected to need is free, after what the others still are."""

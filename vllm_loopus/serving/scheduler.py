@@ -114,7 +114,10 @@ class LoopUSScheduler(Scheduler):
                 leaving[request_id] = scheduled
             elif request is not None:
                 request.num_in_flight_tokens -= scheduled
-                if runs:
+                if runs and request_id in progress.in_flight:
+                    # One token of the schedule's budget, for it begins nothing.
+                    request.num_computed_tokens = request.num_tokens - 1
+                elif runs:
                     request.num_computed_tokens = progress.computed[request_id]
         if self.log_stats:  # else nobody takes them
             self._stats.add(progress.stats)
