@@ -293,7 +293,6 @@ class Engine:
         self.steps = 0
         self.peak = 0
         self.found: dict[str, list[int]] = {}  # positions in the prefix cache, by depth
-        self.sessions: list[str] = []  # hold blocks between their turns
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **more: Any) -> Request:
         names = ("max_loops", "min_loops", "exit_depths")
@@ -312,8 +311,6 @@ class Engine:
             block_hasher=self.hasher,
         )
         self.outputs[name], self.depths[name] = [], []
-        if resumable:
-            self.sessions.append(name)
         self.scheduler.add_request(request)
         return request
 
@@ -357,10 +354,10 @@ class Engine:
                         positions |= set(range(sequence.prefill_end, sequence.done[0]))
                     computed[depth] |= {int(table[depth, p // BLOCK]) for p in positions}
         assert held == computed
+        assert manager._promised_in_all == sum(manager._promised.values())
         in_use = [len(ids) for ids in held]
-        if not self.sessions:
-            assert in_use == self.scheduler.blocks_by_depth()
-            assert sum(in_use) == self.num_blocks - 1 - self.free_blocks
+        assert in_use == self.scheduler.blocks_by_depth()
+        assert sum(in_use) == self.num_blocks - 1 - self.free_blocks
         self.peak = max(self.peak, sum(in_use))
 
     def run(self, most_steps: int = 10_000) -> None:

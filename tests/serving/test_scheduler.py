@@ -6,6 +6,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.serving.fakes import BLOCK, Engine, answer
 from vllm_loopus.serving.boundary import boundary_rule
+from vllm_loopus.serving.stats import LoopStats
 
 
 def assert_right(engine: Engine, name: str, prompt: list[int], count: int, **knobs: int) -> None:
@@ -119,6 +120,30 @@ def test_admission_leaves_room_for_what_is_expected() -> None:
         engine.run()
 
 
+def test_shared_blocks_leave_the_need_of_others() -> None:
+    """A request that shares more blocks than it is expected to need takes no room from others, and
+    makes none for further ones."""
+    engine = Engine(num_blocks=100, max_num_batched_tokens=64, max_model_len=100)
+    shared = list(range(10 * BLOCK + 1))
+    engine.add("deep", shared, 50, min_loops=4)
+    engine.step()
+    manager = engine.scheduler.kv_cache_manager
+    for _ in range(60):  # so the next one is expected to need a plane at most
+        manager.demand.observe(4, 1.0, 40)
+    manager._needed["deep"] = 4.0
+    new = engine.add("x", [*shared, 1], 1)
+    hits = manager.get_computed_blocks(new)[0].blocks
+    in_use = sum(block.ref_cnt > 0 for blocks in hits for block in blocks)
+    assert in_use > manager._expected(new, 4)
+    deep = manager._holders["deep"]
+    still = manager._expected(deep.request, 4) - deep.held
+    assert still > 0
+    taken = manager.block_pool.get_new_blocks(engine.free_blocks - still + 1)
+    assert not manager._fits(new, hits)
+    manager.block_pool.free_blocks(taken[:1])
+    assert manager._fits(new, hits)
+
+
 def test_chunks_stay_in_the_budget() -> None:
     """FakeExecutor fails on more rows than `max_num_batched_tokens`."""
     engine = Engine(max_num_batched_tokens=4, max_num_seqs=4)
@@ -130,6 +155,36 @@ def test_chunks_stay_in_the_budget() -> None:
     engine.run()
     assert_right(engine, "long", prompt, 4)
     assert_right(engine, "short", [7, 7], 9)
+
+
+@pytest.mark.parametrize("quorum", [0.01, 0.5, "auto"])
+def test_a_chunk_in_flight_leaves_the_budget_to_others(quorum: float | str) -> None:
+    """Requests that come after a long prompt wait as long as if its chunks took one pass."""
+    waited = {}
+    for depth in (1, 4):
+        engine = Engine(
+            max_model_len=400,
+            num_blocks=1000,
+            max_num_seqs=8,
+            quorum=quorum,
+        )
+        for i in range(3):  # a step ends when one of them is ready
+            engine.add(f"first{i}", [i], 300, max_loops=1)
+        engine.step()
+        prompt = list(range(200))
+        engine.add("long", prompt, 2, min_loops=depth)
+        engine.step()
+        for i in range(3):
+            engine.add(f"late{i}", [7 + i], 3, max_loops=1)
+        before = engine.steps
+        while not all(engine.outputs[f"late{i}"] for i in range(3)):
+            engine.step()
+        waited[depth] = engine.steps - before
+        engine.run()
+        assert_right(engine, "long", prompt, 2, min_loops=depth)
+        for i in range(3):
+            assert_right(engine, f"late{i}", [7 + i], 3, max_loops=1)
+    assert waited[4] <= waited[1]
 
 
 def test_priorities() -> None:
@@ -294,6 +349,36 @@ def test_streaming_input_session() -> None:
     for _ in range(30):
         engine.step()
     assert_right(engine, "session", turn, 6)
+
+
+def test_statistics_that_nobody_takes_are_not_kept() -> None:
+    engine = Engine()
+    engine.scheduler.log_stats = False
+    engine.add("r", [1, 2], 10)
+    engine.run()
+    assert engine.scheduler._stats == LoopStats()
+
+
+def test_a_waiting_session_holds_no_blocks() -> None:
+    """A request that needs the whole pool finishes beside a session that waits for input."""
+    engine = Engine(num_blocks=41, max_num_batched_tokens=64)
+    first = list(range(20))
+    engine.add("session", first, 2, min_loops=4, resumable=True)
+    while len(engine.outputs["session"]) < 2:
+        engine.step()
+    assert engine.free_blocks == 40
+    prompt = [9, *range(25)]
+    request = engine.add("r", prompt, 10, min_loops=4)
+    while "r" not in engine.reasons:
+        engine.step()
+        assert engine.steps < 300, "it does not finish"
+    assert request.num_preemptions == 0
+    assert_right(engine, "r", prompt, 10, min_loops=4)
+    turn = [*first, *engine.outputs["session"][:-1], 7]
+    engine.add("session", [7], 3, min_loops=4, resumable=True)
+    while len(engine.outputs["session"]) < 3:
+        engine.step()
+    assert_right(engine, "session", turn, 3, min_loops=4)
 
 
 @pytest.mark.parametrize("quorum", [0.01, 0.5, 1.0, "auto"])

@@ -130,7 +130,7 @@ class DepthKVCacheManager(KVCacheManager):
         manager.short_of_planes = 0
         manager._holders = {}
         manager._needed = {}
-        manager._promised = {}
+        manager._promised, manager._promised_in_all = {}, 0
         manager._most_a_pass = cdiv(row_budget, manager._block_size)
         manager.demand = Demand()
 
@@ -140,6 +140,7 @@ class DepthKVCacheManager(KVCacheManager):
     _most_a_pass: int  # blocks that the row budget of a pass fills
     _holders: dict[str, _Holder]
     _promised: dict[str, int]  # of this step
+    _promised_in_all: int
     _needed: dict[str, float]  # planes that preempted requests had for each block of depth 1
     demand: Demand
     short_of_planes: int  # times that a sequence with deeper planes to fill had to preempt for them
@@ -157,7 +158,7 @@ class DepthKVCacheManager(KVCacheManager):
         return self.create_kv_cache_blocks(blocks), length, boundary
 
     def new_step_starts(self) -> None:
-        self._promised = {}
+        self._promised, self._promised_in_all = {}, 0
         super().new_step_starts()
 
     def allocate_slots(
@@ -178,14 +179,12 @@ class DepthKVCacheManager(KVCacheManager):
                 return None
             holder = _Holder(request, self._budget(request), sum(map(len, hits)))
         elif holder.in_flight:
-            num_new_tokens = 1  # it goes on with the positions that it has
-            most = len(self._planes) * self._most_a_pass - sum(self._promised.values())
-            wanted = min(holder.wanted, max(0, most))
+            return self._go_on(name, holder, kwargs.get("reserved_blocks", 0))
         else:
             wanted = holder.wanted
         kwargs["delay_cache_blocks"] = True
         kwargs["reserved_blocks"] = (
-            kwargs.get("reserved_blocks", 0) + sum(self._promised.values()) + wanted
+            kwargs.get("reserved_blocks", 0) + self._promised_in_all + wanted
         )
         blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is None:
@@ -193,15 +192,30 @@ class DepthKVCacheManager(KVCacheManager):
         else:
             holder.held += len(blocks.blocks[0])
             self._holders[name] = holder
-            self._promised[name] = wanted
+            self._promise(name, wanted)
             for depth, found in enumerate(hits):
                 self.hits_by_depth[depth] += len(found) * self._block_size
         return blocks
 
+    def _go_on(self, name: str, holder: _Holder, reserved: int) -> KVCacheBlocks | None:
+        """A sequence in flight has its blocks of depth 1; None if deeper planes cannot go on."""
+        most = len(self._planes) * self._most_a_pass - self._promised_in_all
+        wanted = min(holder.wanted, max(0, most))
+        free = self.block_pool.get_num_free_blocks() - self._promised_in_all - reserved
+        if wanted > free:
+            self.short_of_planes += 1
+            return None
+        self._promise(name, wanted)
+        return self.empty_kv_cache_blocks
+
+    def _promise(self, name: str, count: int) -> None:
+        self._promised[name] = count
+        self._promised_in_all += count
+
     def _fits(self, request: Request, hits: Sequence[Sequence[KVCacheBlock]]) -> bool:
         """Whether what the request is expected to need is free, after what the others still are."""
         in_use = sum(block.ref_cnt > 0 for blocks in hits for block in blocks)
-        needed = self._expected(request, self._budget(request)) - in_use
+        needed = max(0, self._expected(request, self._budget(request)) - in_use)
         others = sum(
             max(0, self._expected(other.request, other.budget) - other.held)
             for other in self._holders.values()
@@ -226,7 +240,7 @@ class DepthKVCacheManager(KVCacheManager):
         depths, sequences = len(self._planes), len(holders)
         fillable = depths * (self._most_a_pass + 3 * sequences)
         promised = {name: count for name, count in self._promised.items() if count}
-        most = max(min(missing, fillable), sum(promised.values()))
+        most = max(min(missing, fillable), self._promised_in_all)
         free: list[int] = []
         queue = self.block_pool.free_block_queue
         block = queue.fake_free_list_head.next_free_block
@@ -262,7 +276,7 @@ class DepthKVCacheManager(KVCacheManager):
         ones."""
         name = request.request_id
         holder = self._holders.pop(name, None)
-        self._promised.pop(name, None)
+        self._promised_in_all -= self._promised.pop(name, 0)
         at_first = len(self._planes[0].req_to_blocks.get(name, ()))
         if request.is_finished():
             self._needed.pop(name, None)

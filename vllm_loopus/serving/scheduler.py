@@ -114,9 +114,13 @@ class LoopUSScheduler(Scheduler):
                 leaving[request_id] = scheduled
             elif request is not None:
                 request.num_in_flight_tokens -= scheduled
-                if runs:
+                if runs and request_id in progress.in_flight:
+                    # One token of the schedule's budget, for it begins nothing.
+                    request.num_computed_tokens = request.num_tokens - 1
+                elif runs:
                     request.num_computed_tokens = progress.computed[request_id]
-        self._stats.add(progress.stats)
+        if self.log_stats:  # else nobody takes them
+            self._stats.add(progress.stats)
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = leaving
         outputs = super().update_from_output(visible, model_runner_output)
@@ -139,6 +143,14 @@ class LoopUSScheduler(Scheduler):
             self._stats.send_with(stats)
             self._stats = LoopStats()
         return stats
+
+    def _handle_stopped_request(self, request: "Request") -> bool:
+        """As in vLLM; a session that waits for input holds no blocks: requests that run, whose
+        deep planes grow, could not take them from it."""
+        finished = super()._handle_stopped_request(request)
+        if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            self.kv_cache_manager.free(request)
+        return finished
 
     def _update_request_as_session(self, session: "Request", update: Any) -> None:
         """A streaming-input session goes on: with what is complete at every depth, from the prefix
