@@ -51,18 +51,18 @@ def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = No
 def complete_folder(out: Path) -> Iterator[Path]:
     """A folder to write to, renamed to `out` at the end and deleted after any error.
 
-    A folder `out` that is there already is replaced then. Raises `OSError` as it comes, with a word
-    on what was deleted.
+    A folder `out` that is there already is replaced then, and kept after an error.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        unfinished, replaced = scratch / out.name, scratch / "replaced" / out.name
-        unfinished.mkdir()  # not the scratch folder itself: that one is for its owner only
+        # Not the scratch folder itself, which is for its owner only.
+        unfinished, replaced = scratch / "new" / out.name, scratch / "old" / out.name
+        unfinished.mkdir(parents=True)
+        replaced.parent.mkdir()
         with _stopped_by_exception():
             yield unfinished
-            replaced.parent.mkdir()
             try:
                 if os.path.lexists(out):
                     out.rename(replaced)
