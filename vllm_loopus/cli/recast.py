@@ -20,7 +20,6 @@ from vllm_loopus.recast.analysis import AnalysisOptions, analyse_base, can_analy
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.cut import Cut, ScoredCut, parse_decoder, parse_encoder, range_text
 from vllm_loopus.recast.output import check_output
-from vllm_loopus.recast.report import PAGE, write_report
 
 DEFAULTS = AnalysisOptions()
 
@@ -165,7 +164,7 @@ def recast(
         _print_ranking(found.ranking, cut)
     typer.echo(f"{out}: {cut}. {story.chosen_by}.")
     if found is not None:
-        typer.echo(f"Curves: {out / PAGE}")
+        typer.echo(f"Curves: {out / 'report.html'}")
     typer.echo(f"Serve it: vllm serve {_as_path(out)} --host 127.0.0.1")
 
 
@@ -202,6 +201,8 @@ def analyze(
         found = analyse_base(opened, wanted, first, last)
         cut, numbers = found.ranking[0].cut, found.to_dict()
         if out is not None:
+            from vllm_loopus.recast.report import write_report  # matplotlib: only where drawn
+
             write_report(out, numbers, cut, found.against_published or "The best by the rule")
     if as_json:
         print_json(numbers)

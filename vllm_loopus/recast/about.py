@@ -19,7 +19,6 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.recast.analysis import Analysis
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.cut import Cut
-from vllm_loopus.recast.report import write_report
 from vllm_loopus.recast.tensors import PIECE
 
 PACKAGES = ("vllm-loopus", "transformers", "torch", "safetensors")
@@ -44,6 +43,8 @@ class Story:
         `weights`: the SHA-256 of each weight file.
         """
         if self.analysis is not None:
+            from vllm_loopus.recast.report import write_report  # matplotlib: only where drawn
+
             write_report(folder, self.analysis.to_dict(), self.cut, self.chosen_by)
         (folder / "provenance.json").write_text(json.dumps(self._provenance(weights), indent=1))
         self._card(folder).save(folder / "README.md")

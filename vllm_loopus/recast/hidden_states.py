@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -96,6 +95,8 @@ def default_dtype(device: torch.device, base: Base) -> torch.dtype:
 
 
 def _streamed(base: Base, device: torch.device, options: dict[str, Any]) -> Any:
+    from accelerate import cpu_offload, init_empty_weights  # not at the start of every command
+
     _give_freed_memory_back()
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = False
