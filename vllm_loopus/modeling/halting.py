@@ -46,7 +46,7 @@ class HaltingRule:
             convergence_epsilon=config.convergence_epsilon,
         )
 
-    def leaves(
+    def satisfied(
         self,
         depth: Number,
         *,
@@ -54,21 +54,30 @@ class HaltingRule:
         step_length: torch.Tensor,
         survival: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows leave at `depth`.
+        """For which rows the strategy's criterion holds at `depth`, whatever `min_loops` says.
 
         `confidence` is `q` [B], `step_length` is `||h^r - h^(r-1)||_2` [B], `survival` the product
         of `1 - q` over the depths evaluated so far [B] (ones before the first pass). Returns the
-        mask of leaving rows [B] and the new survival [B].
+        mask [B] and the new survival [B].
         """
         depth = torch.as_tensor(depth, device=confidence.device)
         evaluated = (depth % self.exit_interval == 0) | (depth >= self.max_loops)
         if self.strategy == "convergence":
-            early = step_length < self.convergence_epsilon
-        elif self.strategy == "cdf":
+            return step_length < self.convergence_epsilon, survival
+        if self.strategy == "cdf":
             survival = torch.where(
                 evaluated, survival * (1 - confidence.clamp(max=MAX_HAZARD)), survival
             )
-            early = evaluated & (1 - survival > self.exit_threshold)
-        else:
-            early = evaluated & (confidence > self.exit_threshold)
+            return evaluated & (1 - survival > self.exit_threshold), survival
+        return evaluated & (confidence > self.exit_threshold), survival
+
+    def leaves(
+        self, depth: Number, **values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows leave at `depth`: the mask [B] and the new survival [B].
+
+        Takes what `satisfied` takes.
+        """
+        early, survival = self.satisfied(depth, **values)
+        depth = torch.as_tensor(depth, device=early.device)
         return (early & (depth >= self.min_loops)) | (depth >= self.max_loops), survival

@@ -1,0 +1,283 @@
+"""`vllm-loopus trace`: what each depth would have said, where tokens left and why."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_loopus.cli.info import ModelArgument, load_config, resolve
+from vllm_loopus.cli.output import PROBLEM, errors_told, print_json
+
+if TYPE_CHECKING:
+    from vllm_loopus.trace.questions import Question
+    from vllm_loopus.trace.tokens import Vocabulary
+    from vllm_loopus.trace.tracing import Answer, Traced
+
+STDOUT = Path("-")
+
+
+class Engine(StrEnum):
+    """Which side generates."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
+class Halting(StrEnum):
+    """Halting strategies."""
+
+    THRESHOLD = "threshold"
+    CDF = "cdf"
+    CONVERGENCE = "convergence"
+
+
+class Dtype(StrEnum):
+    """What both sides compute in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+OwnDefault = "Default: the checkpoint's."
+
+
+def trace(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="The prompt to answer.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file of prompts: a line each, or JSON lines with `prompt`."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
+    ] = False,
+    answer: Annotated[
+        str | None, typer.Option(help="Trace this answer to --prompt instead of generating one.")
+    ] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Trace the `answer` of each line of --prompts.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 32,
+    max_loops: Annotated[int | None, typer.Option(help=f"Recursion budget. {OwnDefault}")] = None,
+    min_loops: Annotated[
+        int | None, typer.Option(help=f"The least depth to leave at. {OwnDefault}")
+    ] = None,
+    exit_threshold: Annotated[
+        float | None, typer.Option(help=f"Confidence to leave at. {OwnDefault}")
+    ] = None,
+    halting_strategy: Annotated[Halting | None, typer.Option(help=OwnDefault)] = None,
+    exit_interval: Annotated[int | None, typer.Option(help=OwnDefault)] = None,
+    convergence_epsilon: Annotated[float | None, typer.Option(help=OwnDefault)] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Which side generates. Values are the transformers side's.")
+    ] = Engine.TRANSFORMERS,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Generate on both sides and compare; exit code 1 if they differ."),
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="Tokens of each depth to keep.")] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the trace as JSON; - for standard output.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to look at.")] = None,
+    trajectories: Annotated[
+        Path | None, typer.Option(help="Draw how states move (PNG, SVG, PDF); of the first prompt.")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens whose states to follow: 0,2,5..8. Default: spread evenly."),
+    ] = None,
+    convergence: Annotated[
+        Path | None, typer.Option(help="Draw the convergence over all prompts (PNG, SVG, PDF).")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer, where the model has none of its own.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What both sides compute in.")] = Dtype.FLOAT32,
+    device: Annotated[str, typer.Option(help="Of the transformers side: cpu, cuda.")] = "cpu",
+) -> None:
+    """Show what each depth would have said for every token, where it left and why."""
+    from vllm_loopus.modeling.halting import HaltingRule
+
+    with errors_told(ValueError, OSError):
+        _check_options(prompt, prompts, answer, answers, tokens, engine, check)
+        files = (json_file, html, trajectories, convergence)
+        _check_files([file for file in files if file is not None and file != STDOUT])
+        _check_formats([file for file in (trajectories, convergence) if file is not None])
+        config = load_config(model)
+
+        from vllm_loopus.trace import reference, tracing
+        from vllm_loopus.trace.questions import check_lengths, from_file, from_text
+
+        rule = tracing.set_knobs(
+            config,
+            max_loops=max_loops,
+            min_loops=min_loops,
+            exit_threshold=exit_threshold,
+            halting_strategy=halting_strategy.value if halting_strategy else None,
+            exit_interval=exit_interval,
+            convergence_epsilon=convergence_epsilon,
+        )
+        source = resolve(model)
+        vocabulary = reference.load_vocabulary(source, config, tokenizer)
+        if prompt is not None:
+            questions = [from_text(vocabulary, prompt, answer, chat)]
+        else:
+            assert prompts is not None
+            questions = from_file(vocabulary, prompts, chat, answers)
+        check_lengths(questions, max_tokens, tracing.context_of(config))
+        reasoner = reference.load_model(source, config, dtype.value, device)
+        stops = reference.stop_tokens(reasoner, vocabulary)
+        told = _ask_vllm(
+            engine is Engine.VLLM or check, source, rule, questions, vocabulary, dtype.value,
+            max_tokens, stops,
+        )  # fmt: skip
+        generated = (
+            told
+            if engine is Engine.VLLM
+            else tracing.answers_of_transformers(reasoner, questions, max_tokens, stops)
+        )
+        found = []
+        for question, one in zip(questions, generated, strict=True):
+            found.append(_follow(tracing.traced(reasoner, vocabulary, question, one, top), tokens))
+    document = _document(model, engine, dtype, HaltingRule.from_config(config), found)
+    _write(document, json_file, html, trajectories, convergence)
+    if json_file != STDOUT:
+        from vllm_loopus.cli.trace_tables import print_tables
+
+        print_tables(document)
+    _tell_differences(found, told if check else None)
+
+
+def _check_options(
+    prompt: str | None,
+    prompts: Path | None,
+    answer: str | None,
+    answers: bool,
+    tokens: str | None,
+    engine: Engine,
+    check: bool,
+) -> None:
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give one of --prompt TEXT and --prompts FILE")
+    if answer is not None and prompt is None:
+        raise ValueError("--answer belongs to --prompt; lines of a file have answers of their own")
+    if answers and prompts is None:
+        raise ValueError("--answers belongs to --prompts; give --answer TEXT")
+    if tokens is not None and prompt is None:
+        raise ValueError("--tokens belongs to --prompt: answers of a file differ in length")
+    if (answer is not None or answers) and (engine is Engine.VLLM or check):
+        raise ValueError("a given answer is not generated: leave --engine vllm and --check away")
+
+
+def _check_files(files: Sequence[Path]) -> None:
+    for file in files:
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise ValueError(f"{file} cannot be written: its folder must exist, and it be a file")
+
+
+def _check_formats(pictures: Sequence[Path]) -> None:
+    for file in pictures:
+        if file.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"{file} is no picture: its name must end in .png, .svg or .pdf")
+
+
+def _ask_vllm(
+    wanted: bool,
+    source: str,
+    rule: Any,
+    questions: "Sequence[Question]",
+    vocabulary: "Vocabulary",
+    dtype: str,
+    max_tokens: int,
+    stops: Sequence[int],
+) -> "list[Answer]":
+    if not wanted:
+        return []
+    from vllm_loopus.trace import engine, tracing
+
+    longest = max(len(question.prompt_ids) for question in questions) + max_tokens
+    llm = engine.start(source, rule, dtype=dtype, max_model_len=longest)
+    try:
+        return tracing.answers_of_vllm(llm, questions, rule, max_tokens, stops)
+    finally:
+        engine.shut_down(llm)
+
+
+def _follow(traced: "Traced", tokens: str | None) -> "Traced":
+    """With trajectories in its trace, and without the states, which are large."""
+    from vllm_loopus.trace.trajectories import chosen_tokens, trajectories
+
+    chosen = None if tokens is None else chosen_tokens(tokens, len(traced.trace.tokens))
+    moved = trajectories(traced.values, chosen)
+    return replace(
+        traced,
+        trace=replace(traced.trace, trajectories=moved),
+        values=replace(traced.values, states=traced.values.states[:, :0]),
+    )
+
+
+def _document(
+    model: str, engine: Engine, dtype: Dtype, rule: Any, found: "Sequence[Traced]"
+) -> dict[str, Any]:
+    from vllm_loopus.trace.convergence import convergence
+    from vllm_loopus.trace.record import document
+
+    return document(
+        model,
+        engine.value,
+        dtype.value,
+        rule,
+        [one.trace for one in found],
+        convergence(one.values for one in found),
+    )
+
+
+def _write(
+    document: dict[str, Any],
+    json_file: Path | None,
+    html: Path | None,
+    trajectories: Path | None,
+    convergence: Path | None,
+) -> None:
+    from vllm_loopus.trace import page, record
+
+    with errors_told(OSError):
+        if json_file == STDOUT:
+            print_json(document)
+        elif json_file is not None:
+            record.write(document, json_file)
+        if html is not None:
+            html.write_text(page.render(document))
+        if trajectories is not None or convergence is not None:
+            from vllm_loopus.trace import pictures  # matplotlib: only where drawn
+
+            name = document["model"]
+            if trajectories is not None:
+                figure = pictures.draw_trajectories(document["traces"][0], name)
+                pictures.save(figure, trajectories)
+            if convergence is not None:
+                figure = pictures.draw_convergence(document["convergence"], name)
+                pictures.save(figure, convergence)
+
+
+def _tell_differences(found: "Sequence[Traced]", told: "Sequence[Answer] | None") -> None:
+    """Holds traces against the engine's answers. Exit code 1 where rounding explains no difference."""
+    from vllm_loopus.trace.tracing import difference
+
+    others = told or [(one.trace.token_ids, one.engine_depths) for one in found]
+    differences = [
+        (index, problem)
+        for index, (one, other) in enumerate(zip(found, others, strict=True))
+        if (problem := difference(one, other)) is not None
+    ]
+    for index, problem in differences:
+        typer.echo(f"prompt {index}, the two sides differ. {problem}", err=True)
+    if told is not None and not differences:
+        typer.echo(f"Both sides agree in tokens and exit depths of {len(found)} answers.", err=True)
+    if any(problem.certain for _, problem in differences):
+        raise typer.Exit(PROBLEM)

@@ -1,0 +1,78 @@
+"""A trace in the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_loopus.trace.tokens import visible
+
+
+def print_tables(document: Mapping[str, Any]) -> None:
+    """One prompt: every token at every depth. Several: values by depth over all of them."""
+    console = Console()
+    traces = document["traces"]
+    if len(traces) == 1:
+        _print_trace(console, traces[0])
+    _print_convergence(console, document["convergence"])
+    depths = [depth for trace in traces for depth in trace["exit_depths"]]
+    most = document["halting"]["max_loops"]
+    mean = sum(depths) / len(depths)
+    console.print(f"mean exit depth {mean:.2f} of {most}, passes saved {1 - mean / most:.1%}")
+
+
+def _print_trace(console: Console, trace: Mapping[str, Any]) -> None:
+    """A row a depth of every token; what it left with is bold, what was not computed is dim."""
+    table = Table("token", "depth", "says", "p", "q", "gate", "step", "left by")
+    for index, token in enumerate(trace["tokens"]):
+        for depth in token["depths"]:
+            here = depth["depth"] == token["exit_depth"]
+            best = depth["top"][0]
+            name = f"{index}: {visible(token['text'])}" if depth["depth"] == 1 else ""
+            cells = [
+                Text(name),  # never markup: a model may say [red]
+                Text(str(depth["depth"])),
+                Text(visible(best["text"])),
+                _number(best["probability"], ".3f"),
+                _number(depth["confidence"], ".3f"),
+                _number(depth["gate_mean"], ".3f"),
+                _number(depth["step_length"], ".3g"),
+                Text(token["left_by"] if here else ""),
+            ]
+            if here:
+                style = "bold reverse"
+            else:
+                style = "dim" if depth["depth"] > token["exit_depth"] else ""
+            for cell in cells[1:]:
+                cell.stylize(style)
+            table.add_row(*cells)
+        table.add_section()
+    console.print(table)
+
+
+def _print_convergence(console: Console, found: Mapping[str, Any]) -> None:
+    table = Table(
+        "depth", "step", "KL to last", "agrees", "q", "gate",
+        title=f"means over {found['num_tokens']} tokens (quantiles 0.1, 0.5, 0.9)",
+    )  # fmt: skip
+    for row in found["depths"]:
+        table.add_row(
+            str(row["depth"]),
+            _with_quantiles(row["step_length"]),
+            _with_quantiles(row["kl_to_last"]),
+            f"{row['agreement']:.1%}",
+            _number(row["confidence"]["mean"], ".3f"),
+            _number(row["gate_mean"]["mean"], ".3f"),
+        )
+    console.print(table)
+
+
+def _with_quantiles(value: Mapping[str, Any]) -> Text:
+    quantiles = " ".join(_number(v, ".2g").plain for v in value["quantiles"].values())
+    return Text.assemble(_number(value["mean"], ".3g"), (f" ({quantiles})", "dim"))
+
+
+def _number(value: float | None, form: str) -> Text:
+    return Text("not finite" if value is None else format(value, form))

@@ -1,0 +1,4 @@
+"""Looking inside: what every depth would have said, how states move, where a workload leaves.
+
+`reference` computes on the transformers side, `engine` alone imports vLLM.
+"""

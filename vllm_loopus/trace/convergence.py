@@ -1,0 +1,48 @@
+"""How fast the states of a data set settle: values by depth, over all tokens."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_loopus.trace.record import number
+from vllm_loopus.trace.reference import DepthValues
+
+QUANTILES = (0.1, 0.5, 0.9)
+SUMMARISED = ("step_length", "distance_to_last", "kl_to_last", "confidence", "gate_mean")
+
+
+def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
+    """Over the tokens of all answers, by depth, as JSON.
+
+    `agreement` is the share of tokens whose most probable token is that of the last depth; the
+    others are `{"mean": ..., "quantiles": {"0.1": ...}}`.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for one in values:
+        for name in SUMMARISED:
+            parts.setdefault(name, []).append(getattr(one, name))
+        best = one.top_ids[..., 0]
+        parts.setdefault("agreement", []).append((best == best[-1]).float())
+    columns = {
+        name: torch.cat(tensors, dim=1).double().numpy() for name, tensors in parts.items()
+    }
+    num_depths, num_tokens = columns["agreement"].shape
+    depths = []
+    for row in range(num_depths):
+        told: dict[str, Any] = {
+            "depth": row + 1,
+            "agreement": number(columns["agreement"][row].mean()),
+        }
+        for name in SUMMARISED:
+            column = columns[name][row]
+            found = np.quantile(column, QUANTILES).tolist()
+            told[name] = {
+                "mean": number(column.mean()),
+                "quantiles": {
+                    f"{q:g}": number(v) for q, v in zip(QUANTILES, found, strict=True)
+                },
+            }
+        depths.append(told)
+    return {"num_tokens": num_tokens, "depths": depths}

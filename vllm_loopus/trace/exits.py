@@ -1,0 +1,91 @@
+"""Where tokens leave and why, worked out from their values at every depth."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_loopus.modeling.halting import HaltingRule
+
+BUDGET, MIN_LOOPS = "budget", "min_loops"
+CERTAIN = 1e-4  # rounding decides about values that are closer to a limit than this
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Of n tokens: exit depths, reasons, and how near the rule was to deciding otherwise.
+
+    A reason is the halting strategy, `min_loops` (the criterion held before, at a depth too small
+    to leave at) or `budget` (the criterion did not hold at the last depth).
+    """
+
+    depths: list[int]
+    reasons: list[str]
+    margins: list[float]
+
+
+def exits(rule: HaltingRule, confidence: torch.Tensor, step_length: torch.Tensor) -> Exits:
+    """By `rule`, from `q` and `||h^r - h^(r-1)||` at depths 1.. [N, n]; N is `rule.max_loops`."""
+    num_tokens = confidence.shape[1]
+    depths, reasons = [0] * num_tokens, [""] * num_tokens
+    margins = [math.inf] * num_tokens
+    held_back = [False] * num_tokens
+    survival = torch.ones(num_tokens)
+    for depth, (q, length) in enumerate(zip(confidence, step_length, strict=True), 1):
+        values = {"confidence": q, "step_length": length, "survival": survival}
+        satisfied, _ = rule.satisfied(depth, **values)
+        leaves, survival = rule.leaves(depth, **values)
+        distance = _margin(rule, depth, q, length, survival)
+        for token in range(num_tokens):
+            if depths[token]:
+                continue
+            if rule.min_loops <= depth < rule.max_loops:
+                margins[token] = min(margins[token], float(distance[token]))
+            if leaves[token]:
+                depths[token] = depth
+                if not satisfied[token]:
+                    reasons[token] = BUDGET
+                else:
+                    reasons[token] = MIN_LOOPS if held_back[token] else rule.strategy
+            # Once it was free to leave and did not, nothing holds it back any more.
+            free = bool(depth >= rule.min_loops) and _evaluated(rule, depth)
+            held_back[token] = (held_back[token] or bool(satisfied[token])) and not free
+    return Exits(depths, reasons, margins)
+
+
+def rule_of(document: Mapping[str, Any], **changed: Any) -> HaltingRule:
+    """The halting rule of a trace as JSON, with fields `changed`."""
+    return HaltingRule(**{**document["halting"], **changed})
+
+
+def exits_of(trace: Mapping[str, Any], rule: HaltingRule) -> Exits:
+    """Where the tokens of a trace, as JSON, leave by `rule`."""
+    columns = {
+        name: torch.tensor(
+            [
+                [math.nan if depth[name] is None else depth[name] for depth in token["depths"]]
+                for token in trace["tokens"]
+            ],
+            dtype=torch.float32,
+        ).T
+        for name in ("confidence", "step_length")
+    }
+    return exits(rule, columns["confidence"], columns["step_length"])
+
+
+def _evaluated(rule: HaltingRule, depth: int) -> bool:
+    return rule.strategy == "convergence" or depth % rule.exit_interval == 0
+
+
+def _margin(
+    rule: HaltingRule, depth: int, q: torch.Tensor, length: torch.Tensor, survival: torch.Tensor
+) -> torch.Tensor:
+    """Distance [n] between what the rule looks at in depth `depth` and its limit."""
+    if not _evaluated(rule, depth):
+        return torch.full_like(q, math.inf)
+    if rule.strategy == "convergence":
+        return (length - rule.convergence_epsilon).abs()
+    looked_at = 1 - survival if rule.strategy == "cdf" else q
+    return (looked_at - rule.exit_threshold).abs()

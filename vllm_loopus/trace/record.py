@@ -1,0 +1,171 @@
+"""The trace as data: what is written as JSON and drawn. The schema is in docs/looking-inside.md."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.trace.exits import Exits
+from vllm_loopus.trace.reference import DepthValues
+from vllm_loopus.trace.tokens import Vocabulary
+
+FORMAT, VERSION = "vllm-loopus trace", 1
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that a depth would have said, and its probability."""
+
+    token_id: int
+    text: str
+    probability: float | None
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A token at one depth. Numbers that are not finite are None."""
+
+    depth: int
+    top: list[Guess]  # most probable first
+    probability: float | None  # of the token that came
+    confidence: float | None
+    gate_mean: float | None
+    step_length: float | None
+    distance_to_last: float | None
+    kl_to_last: float | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the answer. `position` is the one that it was predicted from, 0-based."""
+
+    token_id: int
+    text: str
+    token_class: str
+    position: int
+    exit_depth: int
+    left_by: str  # threshold, cdf, convergence, min_loops or budget
+    depths: list[Depth]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt with its answer. `exit_depths` and `token_ids` repeat what `tokens` say."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    text: str | None
+    token_ids: list[int]
+    exit_depths: list[int]
+    given: bool  # the answer was given, not generated
+    tokens: list[Token]
+    trajectories: dict[str, Any] | None = None
+    fields: dict[str, Any] = field(default_factory=dict)  # of the line the prompt was read from
+
+
+def build(
+    vocabulary: Vocabulary,
+    prompt: str | None,
+    prompt_ids: Sequence[int],
+    answer: Sequence[int],
+    values: DepthValues,
+    found: Exits,
+    *,
+    given: bool,
+    fields: dict[str, Any],
+) -> Trace:
+    """The trace of an answer from its values and exits."""
+    columns = {
+        name: _numbers(getattr(values, name))
+        for name in (
+            "probability",
+            "confidence",
+            "gate_mean",
+            "step_length",
+            "distance_to_last",
+            "kl_to_last",
+        )
+    }
+    ids, probabilities = values.top_ids.tolist(), _numbers(values.top_probabilities)
+    tokens = []
+    for index, token_id in enumerate(answer):
+        depths = [
+            Depth(
+                depth=row + 1,
+                top=[
+                    Guess(guess, vocabulary.text(guess), probability)
+                    for guess, probability in zip(
+                        ids[row][index], probabilities[row][index], strict=True
+                    )
+                ],
+                **{name: column[row][index] for name, column in columns.items()},
+            )
+            for row in range(len(ids))
+        ]
+        tokens.append(
+            Token(
+                token_id=token_id,
+                text=vocabulary.text(token_id),
+                token_class=vocabulary.token_class(token_id),
+                position=len(prompt_ids) - 1 + index,
+                exit_depth=found.depths[index],
+                left_by=found.reasons[index],
+                depths=depths,
+            )
+        )
+    return Trace(
+        prompt=prompt,
+        prompt_token_ids=list(prompt_ids),
+        text=vocabulary.joined(answer),
+        token_ids=list(answer),
+        exit_depths=found.depths,
+        given=given,
+        tokens=tokens,
+        fields=fields,
+    )
+
+
+def document(
+    model: str,
+    engine: str,
+    dtype: str,
+    rule: HaltingRule,
+    traces: Iterable[Trace],
+    convergence: dict[str, Any],
+) -> dict[str, Any]:
+    """What `trace --json` writes."""
+    from vllm_loopus import __version__
+
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "vllm_loopus": __version__,
+        "model": model,
+        "engine": engine,
+        "dtype": dtype,
+        "halting": asdict(rule),
+        "traces": [asdict(trace) for trace in traces],
+        "convergence": convergence,
+    }
+
+
+def write(data: dict[str, Any], file: Path) -> None:
+    """One line of ASCII JSON."""
+    file.write_text(json.dumps(data, allow_nan=False) + "\n")
+
+
+def number(value: Any) -> float | None:
+    """The shortest decimal that reads back as the same float32; None for what is not finite."""
+    return float(str(np.float32(value))) if math.isfinite(value) else None
+
+
+def _numbers(values: Any) -> Any:
+    """A tensor as nested lists of such numbers."""
+    flat = np.asarray(values, dtype=np.float32)
+    numbers = np.array([number(value) for value in flat.ravel()], dtype=object)
+    return numbers.reshape(flat.shape).tolist()

@@ -1,0 +1,149 @@
+"""Token ids, their texts, and the classes that statistics sort tokens into."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+CLASSES = ("letter", "digit", "punctuation", "whitespace", "mixed", "special", "unknown")
+UNKNOWN = "unknown"
+SPECIAL_LOOKS = re.compile(r"<\|[^|]*\|>|</?[a-zA-Z_]+>|\[[A-Z]+\]")
+MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def token_class(text: str | None, special: bool | None = None) -> str:
+    """One of `CLASSES`; blanks around a text do not count.
+
+    - `special`: as the tokenizer says; where it is not known, empty or written `<|...|>`, `<...>`.
+    - `whitespace`: blanks alone. `digit`: digits of any script alone. `letter`: letters, with their
+      marks. `punctuation`: punctuation and symbols. `mixed`: anything else, halves of characters
+      too. `unknown`: no text known.
+    """
+    if special:
+        return "special"
+    if text is None:
+        return UNKNOWN
+    if special is None and (not text or SPECIAL_LOOKS.fullmatch(text)):
+        return "special"
+    stripped = text.strip()
+    if not stripped:
+        return "whitespace"
+    kinds = {unicodedata.category(character)[0] for character in stripped}
+    if "\ufffd" in stripped:
+        return "mixed"
+    if "L" in kinds and kinds <= {"L", "M"}:
+        return "letter"
+    for letter, name in (("N", "digit"), ("P", "punctuation"), ("S", "punctuation")):
+        if letter in kinds and kinds <= ({"N"} if name == "digit" else {"P", "S"}):
+            return name
+    return "mixed"
+
+
+def visible(text: str) -> str:
+    """A text for showing: blanks at its ends, line ends and control characters become visible.
+
+    Nothing in the result can move a terminal's cursor or turn the direction of writing.
+    """
+    inner = text.strip(" ")
+    start = len(text) - len(text.lstrip(" "))
+    text = "·" * start + inner + "·" * (len(text) - start - len(inner))
+    shown = []
+    for character in text:
+        if character != " " and character in MARKS:
+            shown.append(MARKS[character])
+        elif unicodedata.category(character) in UNPRINTABLE:
+            shown.append(f"\\u{{{ord(character):x}}}")
+        else:
+            shown.append(character)
+    return "".join(shown) or "∅"
+
+
+class Vocabulary:
+    """A tokenizer, or none: then there are token ids alone.
+
+    `size` is the model's number of tokens; `name` is what errors call the model.
+    """
+
+    def __init__(self, tokenizer: Any, size: int, name: str) -> None:
+        self.tokenizer, self.size, self.name = tokenizer, size, name
+        self._special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
+        self._texts: dict[int, str] = {}
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids. Raises `ValueError` for a model without a tokenizer."""
+        ids = self._tokenizer_for(text)(text, add_special_tokens=special, verbose=False)
+        return self.checked(list(ids["input_ids"]), f"prompt={_shortened(text)}")
+
+    def chat(self, text: str) -> list[int]:
+        """Token ids of a user's message in the chat template, up to the answer's beginning.
+
+        Raises `ValueError` where there is no tokenizer or it has no template.
+        """
+        tokenizer = self._tokenizer_for(text)
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"{self.name} has no chat template; leave --chat away")
+        messages = [{"role": "user", "content": text}]
+        try:
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        except Exception as error:  # of templates, whatever the text
+            raise ValueError(f"the chat template of {self.name} fails: {error}") from error
+        return self.checked(list(ids), f"prompt={_shortened(text)}")
+
+    def checked(self, ids: Sequence[int], what: str) -> list[int]:
+        """The ids. Raises `ValueError` for no ids, and for ids that the model does not have."""
+        if not ids:
+            raise ValueError(f"{what} has no tokens; give some text")
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise ValueError(f"{what} holds {token_id!r}, which is no token id")
+            if not 0 <= token_id < self.size:
+                raise ValueError(
+                    f"{what} holds token {token_id}, but {self.name} has {self.size} tokens; "
+                    "give the model's own tokenizer"
+                )
+        return list(ids)
+
+    def text(self, token_id: int) -> str:
+        """What one token stands for; `#17` without a tokenizer."""
+        if token_id not in self._texts:
+            self._texts[token_id] = self._text(token_id)
+        return self._texts[token_id]
+
+    def joined(self, ids: Sequence[int]) -> str | None:
+        """The text of tokens together, special ones left out; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token_class(self, token_id: int) -> str:
+        """One of `CLASSES`."""
+        if self.tokenizer is None:
+            return UNKNOWN
+        return token_class(self.text(token_id), token_id in self._special)
+
+    def _tokenizer_for(self, text: str) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} has no tokenizer for prompt={_shortened(text)}; give --tokenizer, or "
+                "token ids (prompt_token_ids in a file of --prompts)"
+            )
+        return self.tokenizer
+
+    def _text(self, token_id: int) -> str:
+        if self.tokenizer is None:
+            return f"#{token_id}"
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # ids that the model has and the tokenizer does not
+            return f"#{token_id}"
+        text = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        if "\ufffd" in text:  # a part of a character
+            return str(piece)
+        # SentencePiece drops the blank before a word that stands alone.
+        return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else str(text)
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
