@@ -3,6 +3,7 @@
 import typer
 
 from vllm_loopus.cli.alias import alias_app
+from vllm_loopus.cli.depths import depths
 from vllm_loopus.cli.doctor import doctor
 from vllm_loopus.cli.info import info
 from vllm_loopus.cli.recast import analyze, convert, recast
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
-for command in (doctor, info, recast, analyze, convert, trace):
+for command in (doctor, info, recast, analyze, convert, trace, depths):
     app.command()(command)
 
 

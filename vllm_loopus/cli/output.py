@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a problem was found (`doctor`); 2 the input is wrong, also
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 PROBLEM, BAD_INPUT = 1, 2
+PICTURES = (".png", ".svg", ".pdf")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -36,3 +38,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def check_writable(file: Path) -> None:
+    """Raises `ValueError` for a file that cannot be written, before work for it starts."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written; name a file in a folder that exists")
+
+
+def check_picture(file: Path) -> None:
+    """Raises `ValueError` for a picture's file that cannot be written, or of an unknown kind."""
+    check_writable(file)
+    if file.suffix not in PICTURES:
+        raise ValueError(f"{file} is no picture: its name must end in {', '.join(PICTURES)}")

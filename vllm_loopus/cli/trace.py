@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_loopus.cli.info import ModelArgument, load_config, resolve
-from vllm_loopus.cli.output import PROBLEM, errors_told, print_json
+from vllm_loopus.cli.output import PROBLEM, check_picture, check_writable, errors_told, print_json
 
 if TYPE_CHECKING:
     from vllm_loopus.trace.questions import Question
@@ -77,7 +77,7 @@ def trace(
     ] = Engine.TRANSFORMERS,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Generate on both sides and compare; exit code 1 if they differ."),
+        typer.Option("--check", help="Ask both sides and compare; exit code 1 if they differ."),
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Tokens of each depth to keep.")] = 5,
     json_file: Annotated[
@@ -105,10 +105,15 @@ def trace(
 
     with errors_told(ValueError, OSError):
         _check_options(prompt, prompts, answer, answers, tokens, engine, check)
-        files = (json_file, html, trajectories, convergence)
-        _check_files([file for file in files if file is not None and file != STDOUT])
-        _check_formats([file for file in (trajectories, convergence) if file is not None])
+        for file in (json_file, html):
+            if file is not None and file != STDOUT:
+                check_writable(file)
+        for picture in (trajectories, convergence):
+            if picture is not None:
+                check_picture(picture)
         config = load_config(model)
+
+        from transformers.utils.logging import disable_progress_bar
 
         from vllm_loopus.trace import reference, tracing
         from vllm_loopus.trace.questions import check_lengths, from_file, from_text
@@ -130,6 +135,7 @@ def trace(
             assert prompts is not None
             questions = from_file(vocabulary, prompts, chat, answers)
         check_lengths(questions, max_tokens, tracing.context_of(config))
+        disable_progress_bar()
         reasoner = reference.load_model(source, config, dtype.value, device)
         stops = reference.stop_tokens(reasoner, vocabulary)
         told = _ask_vllm(
@@ -150,7 +156,13 @@ def trace(
         from vllm_loopus.cli.trace_tables import print_tables
 
         print_tables(document)
-    _tell_differences(found, told if check else None)
+    by_vllm = engine is Engine.VLLM
+    _tell_differences(
+        found,
+        told if check and not by_vllm else [one.by_the_reference for one in found],
+        f"Both sides agree in tokens and exit depths of {len(found)} answers." if told else "",
+        dtype is Dtype.FLOAT32,
+    )
 
 
 def _check_options(
@@ -172,18 +184,6 @@ def _check_options(
         raise ValueError("--tokens belongs to --prompt: answers of a file differ in length")
     if (answer is not None or answers) and (engine is Engine.VLLM or check):
         raise ValueError("a given answer is not generated: leave --engine vllm and --check away")
-
-
-def _check_files(files: Sequence[Path]) -> None:
-    for file in files:
-        if file.is_dir() or not file.absolute().parent.is_dir():
-            raise ValueError(f"{file} cannot be written: its folder must exist, and it be a file")
-
-
-def _check_formats(pictures: Sequence[Path]) -> None:
-    for file in pictures:
-        if file.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"{file} is no picture: its name must end in .png, .svg or .pdf")
 
 
 def _ask_vllm(
@@ -265,19 +265,20 @@ def _write(
                 pictures.save(figure, convergence)
 
 
-def _tell_differences(found: "Sequence[Traced]", told: "Sequence[Answer] | None") -> None:
-    """Holds traces against the engine's answers. Exit code 1 where rounding explains no difference."""
+def _tell_differences(
+    found: "Sequence[Traced]", others: "Sequence[Answer]", agreed: str, exact: bool
+) -> None:
+    """Exit code 1 where answers differ and rounding does not explain it (`exact`: float32)."""
     from vllm_loopus.trace.tracing import difference
 
-    others = told or [(one.trace.token_ids, one.engine_depths) for one in found]
-    differences = [
-        (index, problem)
+    differences = {
+        index: problem
         for index, (one, other) in enumerate(zip(found, others, strict=True))
         if (problem := difference(one, other)) is not None
-    ]
-    for index, problem in differences:
-        typer.echo(f"prompt {index}, the two sides differ. {problem}", err=True)
-    if told is not None and not differences:
-        typer.echo(f"Both sides agree in tokens and exit depths of {len(found)} answers.", err=True)
-    if any(problem.certain for _, problem in differences):
+    }
+    for index, problem in differences.items():
+        typer.echo(f"prompt {index}: transformers and vLLM differ. {problem}", err=True)
+    if not differences and agreed:
+        typer.echo(agreed, err=True)
+    if exact and any(problem.certain for problem in differences.values()):
         raise typer.Exit(PROBLEM)

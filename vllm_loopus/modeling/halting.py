@@ -71,9 +71,7 @@ class HaltingRule:
             return evaluated & (1 - survival > self.exit_threshold), survival
         return evaluated & (confidence > self.exit_threshold), survival
 
-    def leaves(
-        self, depth: Number, **values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def leaves(self, depth: Number, **values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which rows leave at `depth`: the mask [B] and the new survival [B].
 
         Takes what `satisfied` takes.

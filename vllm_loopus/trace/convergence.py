@@ -25,9 +25,7 @@ def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
             parts.setdefault(name, []).append(getattr(one, name))
         best = one.top_ids[..., 0]
         parts.setdefault("agreement", []).append((best == best[-1]).float())
-    columns = {
-        name: torch.cat(tensors, dim=1).double().numpy() for name, tensors in parts.items()
-    }
+    columns = {name: torch.cat(tensors, dim=1).double().numpy() for name, tensors in parts.items()}
     num_depths, num_tokens = columns["agreement"].shape
     depths = []
     for row in range(num_depths):
@@ -40,9 +38,7 @@ def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
             found = np.quantile(column, QUANTILES).tolist()
             told[name] = {
                 "mean": number(column.mean()),
-                "quantiles": {
-                    f"{q:g}": number(v) for q, v in zip(QUANTILES, found, strict=True)
-                },
+                "quantiles": {f"{q:g}": number(v) for q, v in zip(QUANTILES, found, strict=True)},
             }
         depths.append(told)
     return {"num_tokens": num_tokens, "depths": depths}

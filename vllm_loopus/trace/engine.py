@@ -1,4 +1,4 @@
-"""The served engine's answers: tokens and the depths at which they left. Alone in importing vLLM."""
+"""The served engine's answers: tokens and exit depths. The one module here that imports vLLM."""
 
 import os
 from collections.abc import Sequence
@@ -10,12 +10,16 @@ from vllm_loopus.modeling.halting import HaltingRule
 def start(source: str, rule: HaltingRule, *, dtype: str, max_model_len: int) -> Any:
     """vLLM's `LLM` for a checkpoint whose halting fields are those of `rule`; it takes token ids.
 
-    Raises `ValueError` when vLLM refuses it.
+    Raises `ValueError` when vLLM is not there or refuses it.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm import LLM
-
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ValueError(
+            f"vLLM cannot be imported ({error}); pip install 'vllm-loopus[cpu]' or [cuda]"
+        ) from error
     overrides = {
         "max_loops": rule.max_loops,
         "min_loops": rule.min_loops,
@@ -24,13 +28,16 @@ def start(source: str, rule: HaltingRule, *, dtype: str, max_model_len: int) -> 
         "exit_interval": rule.exit_interval,
         "convergence_epsilon": rule.convergence_epsilon,
     }
-    return LLM(
-        source,
-        skip_tokenizer_init=True,
-        hf_overrides=overrides,
-        dtype=dtype,
-        max_model_len=max_model_len,
-    )
+    try:
+        return LLM(
+            source,
+            skip_tokenizer_init=True,
+            hf_overrides=overrides,
+            dtype=dtype,
+            max_model_len=max_model_len,
+        )
+    except RuntimeError as error:  # its reason is in the log above
+        raise ValueError(f"vLLM does not start with {source}: {error}") from error
 
 
 def answer(

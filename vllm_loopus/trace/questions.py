@@ -23,7 +23,11 @@ class Question:
 
 
 def from_text(
-    vocabulary: Vocabulary, prompt: str, answer: str | None = None, chat: bool = False, **fields: Any
+    vocabulary: Vocabulary,
+    prompt: str,
+    answer: str | None = None,
+    chat: bool = False,
+    **fields: Any,
 ) -> Question:
     """Raises `ValueError` for a prompt or answer without tokens."""
     ids = vocabulary.chat(prompt) if chat else vocabulary.encode(prompt)
@@ -62,7 +66,7 @@ def from_file(
 
 
 def check_lengths(questions: Iterable[Question], max_tokens: int, context: int) -> None:
-    """Raises `ValueError` for a prompt that leaves no room for its answer in the model's context."""
+    """Raises `ValueError` for a prompt that leaves its answer no room in the model's context."""
     for question in questions:
         prompt = len(question.prompt_ids)
         answer = max_tokens if question.answer is None else len(question.answer)

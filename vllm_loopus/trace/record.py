@@ -62,6 +62,7 @@ class Trace:
     text: str | None
     token_ids: list[int]
     exit_depths: list[int]
+    engine_exit_depths: list[int] | None  # where the engine generated: what it says itself
     given: bool  # the answer was given, not generated
     tokens: list[Token]
     trajectories: dict[str, Any] | None = None
@@ -76,6 +77,7 @@ def build(
     values: DepthValues,
     found: Exits,
     *,
+    engine_depths: list[int] | None,
     given: bool,
     fields: dict[str, Any],
 ) -> Trace:
@@ -124,6 +126,7 @@ def build(
         text=vocabulary.joined(answer),
         token_ids=list(answer),
         exit_depths=found.depths,
+        engine_exit_depths=engine_depths,
         given=given,
         tokens=tokens,
         fields=fields,

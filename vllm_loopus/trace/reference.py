@@ -54,9 +54,7 @@ def load_model(source: str, config: LoopUSConfig, dtype: str, device: str) -> Lo
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r} cannot be used: {reason}") from error
-    model = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=getattr(torch, dtype)
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=getattr(torch, dtype))
     return model.to(place).eval()
 
 
@@ -104,9 +102,7 @@ def generate(
     own = model.generation_config
     model.generation_config = greedy  # or it would fill in what `greedy` leaves open
     try:
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=greedy
-        )
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     finally:
         model.generation_config = own
     return list(output[0, len(prompt) :].tolist())
@@ -129,9 +125,7 @@ def depth_values(
         gate_mean.append(model.reasoning.gate.coefficient(moved, before).float().mean(-1))
         seen = after if model.config.confidence_input == "state" else moved - before
         confidence.append(model.confidence(seen).float())
-        decoded.append(
-            model.decoder.norm(model.decoder.run_layers(new_state, positions))[0, asked]
-        )
+        decoded.append(model.decoder.norm(model.decoder.run_layers(new_state, positions))[0, asked])
         states.append(after)
         state = new_state
     every = torch.stack(states).float()

@@ -24,11 +24,14 @@ class Traced:
     trace: record.Trace
     values: reference.DepthValues
     exits: Exits
-    engine_depths: list[int] | None  # None: not answered by the engine
 
-
-class EngineError(RuntimeError):
-    """The engine left elsewhere than the reference says, and rounding does not explain it."""
+    @property
+    def by_the_reference(self) -> Answer:
+        """What the reference says at every exit after the tokens before, given answers aside; and
+        where the engine says that it left."""
+        best, trace = self.values.top_ids[..., 0], self.trace
+        said = [int(best[depth - 1, i]) for i, depth in enumerate(trace.exit_depths)]
+        return trace.token_ids if trace.given else said, trace.engine_exit_depths
 
 
 def set_knobs(config: LoopUSConfig, **knobs: Any) -> HaltingRule:
@@ -85,9 +88,7 @@ def traced(
     """The trace of an answer; its halting rule is that of the model's config."""
     ids, engine_depths = answer
     values = reference.depth_values(model, question.prompt_ids, ids, top)
-    found = exits(
-        HaltingRule.from_config(model.config), values.confidence, values.step_length
-    )
+    found = exits(HaltingRule.from_config(model.config), values.confidence, values.step_length)
     trace = record.build(
         vocabulary,
         question.prompt,
@@ -95,10 +96,11 @@ def traced(
         ids,
         values,
         found,
+        engine_depths=engine_depths,
         given=question.answer is not None,
         fields=question.fields,
     )
-    return Traced(trace, values, found, engine_depths)
+    return Traced(trace, values, found)
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,10 @@ def difference(mine: Traced, other: Answer) -> Difference | None:
             certain = mine.exits.margins[index] >= CERTAIN
             return Difference(index, f"left at depth {depth} and at {depths[index]}", certain)
         if ids[index] != trace.token_ids[index]:
-            certain = min(
-                mine.exits.margins[index], float(mine.values.logit_gap[depth - 1, index])
-            ) >= CERTAIN
+            certain = (
+                min(mine.exits.margins[index], float(mine.values.logit_gap[depth - 1, index]))
+                >= CERTAIN
+            )
             what = f"{trace.token_ids[index]} and {ids[index]}"
             return Difference(index, what, certain)
     return None
