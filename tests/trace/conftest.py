@@ -66,8 +66,7 @@ def varied(backbone: str, strategy: str, interval: int = 1) -> list[dict[str, An
         (
             cases
             for cases in settings(backbone)
-            if cases[0]["halting_strategy"] == strategy
-            and cases[0]["q_eval_interval"] == interval
+            if cases[0]["halting_strategy"] == strategy and cases[0]["q_eval_interval"] == interval
         ),
         key=lambda cases: len({depth for case in cases for depth in case["depths"]}),
     )

@@ -75,7 +75,9 @@ def test_from_json(
     model = golden_models["phi3"]
     traced = trace_case(model, vocabulary, varied("phi3", strategy)[0])
     rule = HaltingRule.from_config(model.config)
-    made = document("m", "transformers", "float32", rule, [traced.trace], convergence([traced.values]))
+    made = document(
+        "m", "transformers", "float32", rule, [traced.trace], convergence([traced.values])
+    )
     read = json.loads(json.dumps(made, allow_nan=False))
     again = exits_of(read["traces"][0], rule_of(read))
     assert again == traced.exits
@@ -90,9 +92,7 @@ def test_numbers() -> None:
     assert number(math.nan) is None and number(math.inf) is None
 
 
-def test_differences(
-    golden_models: dict[str, LoopUSForCausalLM], vocabulary: Vocabulary
-) -> None:
+def test_differences(golden_models: dict[str, LoopUSForCausalLM], vocabulary: Vocabulary) -> None:
     case = varied("qwen3", "threshold")[0]
     traced = trace_case(golden_models["qwen3"], vocabulary, case)
     tokens, depths = case["tokens"], case["depths"]
