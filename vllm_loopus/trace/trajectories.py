@@ -1,5 +1,6 @@
 """How the states of some tokens move from depth to depth (the paper's figure 4)."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,15 +20,14 @@ def chosen_tokens(asked: str, num_tokens: int) -> list[int]:
     """
     chosen: set[int] = set()
     for part in asked.split(","):
-        first, _, last = part.strip().partition("..")
-        try:
-            run = range(int(first), int(last or first) + 1)
-        except ValueError:
+        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip(), re.ASCII)
+        if found is None:
             raise ValueError(
                 f"tokens={asked!r} must be indices such as 0,2,5..8, counted from the answer's "
                 "first token"
-            ) from None
-        if not run or run[0] < 0 or run[-1] >= num_tokens:
+            )
+        run = range(int(found[1]), int(found[2] or found[1]) + 1)
+        if not run or run[-1] >= num_tokens:
             raise ValueError(
                 f"tokens={asked!r}: {part.strip()} is not within 0..{num_tokens - 1}, the tokens "
                 "of the answer"
