@@ -90,9 +90,7 @@ def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     wrong = [*case["depths"][:2], 9 - case["depths"][2], *case["depths"][3:]]
     monkeypatch.setattr("vllm_loopus.trace.engine.start", lambda *_, **__: None)
     monkeypatch.setattr("vllm_loopus.trace.engine.shut_down", lambda _: None)
-    monkeypatch.setattr(
-        "vllm_loopus.trace.engine.answer", lambda *_: [(case["tokens"], wrong)]
-    )
+    monkeypatch.setattr("vllm_loopus.trace.engine.answer", lambda *_: [(case["tokens"], wrong)])
     options = ("--max-tokens", "20", "--exit-threshold", case["q_threshold"])
     for engine in (("--engine", "vllm"), ("--check",)):
         result = run("trace", GOLDEN / "qwen3", "--prompts", prompts, *options, *engine)

@@ -54,12 +54,8 @@ def test_states_that_do_not_move() -> None:
     assert shares.tolist() == pytest.approx([1.0, 0.0]) and not points[:, 1].any()
 
 
-def test_trajectories(
-    golden_models: dict[str, LoopUSForCausalLM], vocabulary: Vocabulary
-) -> None:
-    values = trace_case(
-        golden_models["qwen3"], vocabulary, varied("qwen3", "threshold")[0]
-    ).values
+def test_trajectories(golden_models: dict[str, LoopUSForCausalLM], vocabulary: Vocabulary) -> None:
+    values = trace_case(golden_models["qwen3"], vocabulary, varied("qwen3", "threshold")[0]).values
     every = trajectories(values)
     assert every["tokens"] == list(range(20)) and len(every["drawn"]) == DRAWN
     assert np.shape(every["points"]) == (20, 9, 2)
@@ -123,9 +119,7 @@ def test_pictures(
     golden_models: dict[str, LoopUSForCausalLM], vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
     """Texts of a model are drawn, not typeset: a dollar begins no formula."""
-    traced = trace_case(
-        golden_models["llama"], vocabulary, varied("llama", "threshold")[0]
-    )
+    traced = trace_case(golden_models["llama"], vocabulary, varied("llama", "threshold")[0])
     trace = asdict(replace(traced.trace, trajectories=trajectories(traced.values)))
     for token in trace["tokens"]:
         token["text"] = "$\\frac{$ <b>\x1b"
