@@ -5,7 +5,7 @@ LOCK := requirements/cpu.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test lint serve bench-early-exit lock clean
+.PHONY: demo test lint serve browser pictures bench-early-exit lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -28,6 +28,15 @@ lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# For the tests of HTML pages, which are skipped where there is none. Debian and Ubuntu, as root.
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -q && apt-get install -qy --no-install-recommends chromium fonts-dejavu-core; }
+
+# The pictures of docs/looking-inside.md, from what loopus-tiny says today.
+pictures: .venv browser
+	$(BIN)/python docs/pictures.py $(TRACE_OPTIONS)
 
 # Hours on a slow CPU; options make it shorter, see the file.
 bench-early-exit: .venv

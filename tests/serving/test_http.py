@@ -4,12 +4,18 @@ import json
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
 
 from tests.serving.conftest import EFFORTS, MAX_LOOPS, SERVED
+from vllm_loopus import LoopUSConfig
+from vllm_loopus.cli.info import resolve
+from vllm_loopus.trace.reference import load_vocabulary
+from vllm_loopus.trace.runs import read
+from vllm_loopus.trace.tokens import UNKNOWN
 
 PROMPTS = ["(3+4)=", "(1+2)*3=", "b c a d\n2a", "(((9*9)+1)*2)="]
 COMPLETION = {"model": SERVED, "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
@@ -97,6 +103,36 @@ def test_depths_of_responses(client: OpenAI) -> None:
     assert events[-1].type == "response.completed"
     assert events[-1].response.exit_depths == DEPTHS
     assert not hasattr(client.responses.create(**RESPONSE), "exit_depths")
+
+
+def test_saved_answers_are_read(client: OpenAI, address: str, tmp_path: Path) -> None:
+    """What a user writes to a file is what `vllm-loopus depths` takes, token by token."""
+    options = with_knobs(FORCED, logprobs=0)
+    lines = [complete(client, FORCED, logprobs=0), complete(client, FORCED)]
+    for token_ids in (True, False):
+        body = {**COMPLETION, **options, "return_token_ids": token_ids}
+        lines.append(send(address, "completions", body)[1])
+    lines.append(client.chat.completions.create(**CHAT, logprobs=True, extra_body=with_knobs(FORCED)))
+    lines.append(client.responses.create(**RESPONSE, extra_body=with_knobs(FORCED)))
+    dumped = [line if isinstance(line, dict) else json.loads(line.to_json()) for line in lines]
+    stream = {**CHAT, **with_knobs(FORCED), "stream": True}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps(stream).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        events = response.read().decode()
+    file = tmp_path / "run.jsonl"
+    file.write_text("\n".join(map(json.dumps, dumped)) + "\n" + events)
+    target = resolve(SERVED)
+    vocabulary = load_vocabulary(target, LoopUSConfig.from_pretrained(target), None)
+    answers = read(file, vocabulary)
+    assert [answer.exit_depths for answer in answers] == [DEPTHS] * 7
+    known = [answer.classes for answer in answers if UNKNOWN not in answer.classes]
+    # All but the whole text without ids, which ignored ends make ambiguous, the response, the stream.
+    assert len(known) >= 4 and all(classes == known[0] for classes in known[:3])
+    assert [answer.exit_depths for answer in read(file)] == [DEPTHS] * 7
 
 
 def test_other_endpoints_say_that_they_give_no_depths(address: str) -> None:
