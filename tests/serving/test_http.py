@@ -112,7 +112,9 @@ def test_saved_answers_are_read(client: OpenAI, address: str, tmp_path: Path) ->
     for token_ids in (True, False):
         body = {**COMPLETION, **options, "return_token_ids": token_ids}
         lines.append(send(address, "completions", body)[1])
-    lines.append(client.chat.completions.create(**CHAT, logprobs=True, extra_body=with_knobs(FORCED)))
+    lines.append(
+        client.chat.completions.create(**CHAT, logprobs=True, extra_body=with_knobs(FORCED))
+    )
     lines.append(client.responses.create(**RESPONSE, extra_body=with_knobs(FORCED)))
     dumped = [line if isinstance(line, dict) else json.loads(line.to_json()) for line in lines]
     stream = {**CHAT, **with_knobs(FORCED), "stream": True}
