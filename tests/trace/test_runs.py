@@ -64,6 +64,20 @@ SHAPES: dict[str, tuple[Any, list[str] | None, list[str] | None]] = {
     ),
     "offline tokens": ({"tokens": ["7", "<|end|>"], "exit_depths": DEPTHS}, CLASSES, CLASSES),
     "offline text": ({"text": "7", "exit_depths": DEPTHS}, None, CLASSES),
+    "cut off": (
+        {"choices": [{"text": "7", "finish_reason": "length", "exit_depths": DEPTHS}]},
+        None,
+        None,
+    ),
+    "stop string": (
+        {
+            "choices": [
+                {"text": "7", "finish_reason": "stop", "stop_reason": "x", "exit_depths": DEPTHS}
+            ]
+        },
+        None,
+        None,
+    ),
     "whole text": ({"text": "77", "exit_depths": DEPTHS}, None, ["digit", "digit"]),
     "other text": ({"text": "12345", "exit_depths": DEPTHS}, None, None),
     "outputs": ({"outputs": [{"text": "7", "exit_depths": DEPTHS}]}, None, CLASSES),

@@ -152,10 +152,15 @@ def _classes(
     text = part.get("text") or (part.get("message") or {}).get("content")
     if vocabulary is not None and isinstance(text, str) and text:
         classes = [vocabulary.token_class(i) for i in vocabulary.encode(text, special=False)]
-        if len(classes) == num_tokens - 1:  # the last token ended the text
+        if len(classes) == num_tokens - 1 and _ended(part):
             classes.append("special")
         return classes if len(classes) == num_tokens else None
     return None
+
+
+def _ended(part: Mapping[str, Any]) -> bool:
+    """Whether the last token of an answer may be its end-of-text, which its text does not show."""
+    return part.get("finish_reason") in (None, "stop") and part.get("stop_reason") is None
 
 
 def _of_logprobs(text: Any, vocabulary: Vocabulary | None) -> str:
