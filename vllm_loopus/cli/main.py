@@ -6,6 +6,7 @@ from vllm_loopus.cli.alias import alias_app
 from vllm_loopus.cli.doctor import doctor
 from vllm_loopus.cli.info import info
 from vllm_loopus.cli.recast import analyze, convert, recast
+from vllm_loopus.cli.train import train
 
 app = typer.Typer(
     name="vllm-loopus",
@@ -15,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
-for command in (doctor, info, recast, analyze, convert):
+for command in (doctor, info, recast, analyze, convert, train):
     app.command()(command)
 
 
