@@ -57,7 +57,7 @@ class Documents:
             else ()
         )
         begin = [i for i in self.tokenizer("")["input_ids"] if i != self.tokenizer.eos_token_id]
-        documents = []
+        documents: list[dict[str, list[int]]] = []
         for draft in drafts:
             ids: list[int] = []
             labels: list[int] = []

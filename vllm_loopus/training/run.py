@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.recast.base import find_checkpoint
+from vllm_loopus.training import xformers_attention
 from vllm_loopus.training.checkpoints import MODEL, FinalModel, last_complete
 from vllm_loopus.training.documents import Documents
 from vllm_loopus.training.metrics import MetricsFile, Progress, read_metrics
@@ -175,6 +176,8 @@ def _load_model(settings: Settings, start: Path) -> Any:
         for name, value in settings.served.model_dump(exclude_none=True).items():
             setattr(config, name, value)
         config.check()
+    if settings.attention == xformers_attention.NAME:
+        xformers_attention.register(config)
     options = {
         "dtype": getattr(torch, settings.weights_dtype),
         "attn_implementation": settings.attention,
@@ -229,7 +232,7 @@ def _finish(settings: Settings, trainer: PackedTrainer, start: Path, seconds: fl
     metrics: dict[str, float] = {}
     if trainer.is_world_process_zero():
         lines = read_metrics(settings.output)
-        last = next((line for line in reversed(lines) if _is_evaluation(line)), {})
+        last: dict[str, Any] = next(filter(_is_evaluation, reversed(lines)), {})
         metrics = {name: value for name, value in last.items() if name.startswith("eval_")}
         final = FinalModel(
             settings, trainer.processing_class, start, trainer.schedule.tokens, metrics

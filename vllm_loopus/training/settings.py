@@ -24,7 +24,7 @@ class Section(BaseModel):
 class Supervision(Section):
     """Random deep supervision.
 
-    - `n_supervision` of `n_reasoning_steps` steps are drawn for every batch; only these have a loss.
+    - `n_supervision` of `n_reasoning_steps` steps are drawn for a batch; only these have a loss.
     - `beta`: weight of `L_Mono`; `confidence_weight`: of `L_Q`.
     - `monotonicity`: compare losses by `document` or by `batch` (as released: what one process
       sees at a time).
@@ -78,11 +78,8 @@ class Source(Section):
     def _one_of_them(self) -> "Source":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give exactly one of path (a local file) and dataset (on the hub)")
-        if self.path is not None:
-            if not self.path.expanduser().is_file():
-                raise ValueError(f"path={str(self.path)!r} is no file; check the name")
-            if self.path.suffix not in (".jsonl", ".json", ".parquet"):
-                raise ValueError(f"path={str(self.path)!r} must end in .jsonl, .json or .parquet")
+        if self.path is not None and self.path.suffix not in (".jsonl", ".json", ".parquet"):
+            raise ValueError(f"path={str(self.path)!r} must end in .jsonl, .json or .parquet")
         return self
 
 

@@ -29,6 +29,8 @@ class LocalRows:
         self.name = str(source.path)
         self.seed = seed
         self.epoch = self.taken = 0
+        if not path.is_file():
+            raise DataError(f"path={self.name!r} is no file; check data.sources and data.eval")
         try:
             self.rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         except Exception as error:  # of data formats

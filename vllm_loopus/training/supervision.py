@@ -5,13 +5,13 @@ gradient, and the state is detached before each step, so that the graph in memor
 step, however many there are. Steps after the last drawn one change nothing and are not run.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.blocks import Positions
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
@@ -33,7 +33,12 @@ class TrainableLoopUS(LoopUSForCausalLM):
     What wraps a model for data parallel or sharded training works on its `forward`.
     """
 
-    def forward(self, function: Callable[..., Any] | Any = None, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, config: LoopUSConfig) -> None:
+        super().__init__(config)
+        # What sharded training gathers at a time.
+        self._no_split_modules = [config.backbone.hf_layer.partition(":")[2]]
+
+    def forward(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """`function(model, ...)`, or the reference's forward for anything else."""
         if callable(function):
             return function(self, *args, **kwargs)
@@ -180,8 +185,9 @@ def measure_by_depth(
 ) -> dict[str, torch.Tensor]:
     """Sums over the labelled tokens of a batch [B, T], at depths 1..`max_loops`.
 
-    `loss`, `accuracy` (right tokens) and `confidence` [N]; and where each token leaves by the config's halting rule,
-    decoded at that depth as served: `exit_depth`, `exit_accuracy` and `exit_loss`, a number each.
+    `loss`, `accuracy` (right tokens) and `confidence` [N]; and where each token leaves by the
+    config's halting rule, decoded at that depth as served: `exit_depth`, `exit_accuracy` and
+    `exit_loss`, a number each.
     """
     rule = HaltingRule.from_config(model.config)
     embedded = model.encoder.embed_tokens(input_ids)

@@ -120,6 +120,9 @@ class PackedTrainer(Trainer):
 
     # Optimisation
 
+    lr_scheduler: Any
+    control: Any
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             self.lr_scheduler = cosine_by_tokens(optimizer or self.optimizer, self.schedule)
