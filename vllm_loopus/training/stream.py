@@ -7,6 +7,7 @@ from one gives the rows that would have come.
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -88,29 +89,32 @@ class HubRows:
             self.rows = load_dataset(name, config or None, split=split or "train", streaming=True)
         except Exception as error:  # of the hub, of data formats
             raise DataError(f"dataset={self.name!r} cannot be read: {error}") from error
+        self._beginning = self.rows.state_dict()
+        self._unread: dict[str, Any] | None = None  # the state that was restored and not read from
         self._iterator: Iterator[Any] = iter(self.rows)
 
     def take(self, count: int) -> list[tuple[str, Any]]:
         taken: list[tuple[str, Any]] = []
-        read = False
+        ends = 0
         while len(taken) < count:
             row = next(self._iterator, None)
+            self._unread = None
             if row is not None:
                 taken.append((self.name, row))
-                read = True
-            elif not read and not taken and self.epoch:
+                ends = 0
+            elif (ends := ends + 1) == 2:
                 raise DataError(f"dataset={self.name!r} holds no rows")
             else:
-                self.epoch += 1
-                self._iterator = iter(self.rows)
+                self.restore({"epoch": self.epoch + 1, "stream": self._beginning})
         return taken
 
     def state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "stream": self.rows.state_dict()}
+        return {"epoch": self.epoch, "stream": self._unread or self.rows.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
-        self.rows.load_state_dict(state["stream"])
+        self._unread = state["stream"]
+        self.rows.load_state_dict(deepcopy(self._unread))  # it goes on in what it is given
         self._iterator = iter(self.rows)
 
 
