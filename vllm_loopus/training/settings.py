@@ -86,7 +86,9 @@ class Source(Section):
 class Data(Section):
     """Rows of `max_length` tokens, packed with whole documents that do not see each other.
 
-    `shuffle_documents`: documents read, shuffled and packed at a time. `eval`: sources of the
+    `shuffle_documents`: documents read, shuffled and packed at a time; with `shuffle` off, local
+    files are read in their own order, once and again (a curriculum), and only documents read at a
+    time are shuffled. `eval`: sources of the
     evaluation set, of which the first `eval_documents` are taken.
     """
 
@@ -94,6 +96,7 @@ class Data(Section):
     eval: tuple[Source, ...] = ()
     eval_documents: Positive = 1000
     max_length: Annotated[int, Field(ge=2)] = 1024
+    shuffle: bool = True
     shuffle_documents: Positive = 4096
 
 

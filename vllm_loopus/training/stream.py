@@ -132,7 +132,8 @@ class RowStream(IterableDataset[list[Document]]):
     def __init__(self, data: Data, documents: Documents, seed: int) -> None:
         self.data, self.documents, self.seed = data, documents, seed
         self.sources = [
-            open_source(source, (seed, index)) for index, source in enumerate(data.sources)
+            open_source(source, (seed, index) if data.shuffle else None)
+            for index, source in enumerate(data.sources)
         ]
         weights = np.array([source.weight for source in data.sources])
         self.shares = weights / weights.sum()
