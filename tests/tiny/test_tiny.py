@@ -71,7 +71,7 @@ def test_the_curriculum_rises_to_the_end() -> None:
     levels = list(curriculum(1000))
     assert levels == sorted(levels)
     assert set(levels) == set(range(1, MAX_DIFFICULTY + 1))
-    assert levels[:250] == [1] * 250 and levels[-200:] == [8] * 200
+    assert levels[:200] == [1] * 200 and levels[-400:] == [8] * 400
 
 
 def test_evaluation_items_are_their_own() -> None:

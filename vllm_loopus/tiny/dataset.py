@@ -14,19 +14,17 @@ from vllm_loopus.tiny.tasks import (
     MAX_DIFFICULTY,
     TASKS,
     Item,
+    conversation,
     evaluation_set,
-    generate,
     training_rng,
 )
 
 Row = dict[str, Any]
 
-# Difficulty k is drawn with weight k ** -EASY_FIRST.
-EASY_FIRST = 1.0
 CHAT_SHARE = 0.4  # of the rows; the others are single questions
 BARE_SHARE = 0.5  # of single questions come without their "="
 TURNS = 3  # of a conversation
-CURRICULUM_SHARE = 0.8
+CURRICULUM_SHARE = 0.6
 HELD_OUT_SEED = 1000  # of the items looked at during training
 
 
@@ -35,11 +33,8 @@ def training_rows(rng: random.Random, hardest: Iterable[int]) -> Iterator[Row]:
     difficulties from 1 to the entry."""
     for index, limit in enumerate(hardest):
         task = TASKS[index % len(TASKS)]
-        levels = range(1, limit + 1)
-        weights = [k**-EASY_FIRST for k in levels]
         chat = rng.random() < CHAT_SHARE
-        chosen = rng.choices(levels, weights, k=TURNS if chat else 1)
-        items = [generate(task, k, rng) for k in chosen]
+        items = conversation(task, TURNS if chat else 1, rng, hardest=limit)
         yield chat_row(items) if chat else single_row(items[0], rng.random() < BARE_SHARE)
 
 

@@ -37,7 +37,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write; it appears when it is complete.")],
     base_rows: Annotated[int, typer.Option(min=1, help="Rows of base.jsonl.")] = 300_000,
-    post_rows: Annotated[int, typer.Option(min=1, help="Rows of post.jsonl.")] = 200_000,
+    post_rows: Annotated[int, typer.Option(min=1, help="Rows of post.jsonl.")] = 250_000,
     held_out: Annotated[int, typer.Option(min=1, help="Items a task and difficulty.")] = 25,
     seed: int = 0,
 ) -> None:

@@ -45,6 +45,18 @@ def generate(task: str, difficulty: int, rng: random.Random) -> Item:
     raise ValueError(f"task={task!r} is unknown; choose one of {', '.join(TASKS)}")
 
 
+def conversation(
+    task: str,
+    turns: int,
+    rng: random.Random,
+    hardest: int = MAX_DIFFICULTY,
+) -> list[Item]:
+    """`turns` items of `task`, of difficulties 1 to `hardest`: k is drawn with weight 1/k."""
+    levels = range(1, hardest + 1)
+    chosen = rng.choices(levels, weights=[1 / k for k in levels], k=turns)
+    return [generate(task, k, rng) for k in chosen]
+
+
 def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
     """`per_difficulty` items for each task and difficulty, drawn as no training run draws."""
     rng = random.Random(2 * seed + EVALUATION_SEEDS)
