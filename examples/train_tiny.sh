@@ -9,7 +9,7 @@ runs=runs/tiny
 python -m vllm_loopus.tiny.prepare --out $runs
 vllm-loopus train configs/loopus-tiny-base.yaml
 vllm-loopus recast $runs/base/model --out $runs/recast --encoder 0..0 --decoder 3..3 \
-  --exit-threshold 0.9 --no-analysis
+  --exit-threshold 0.95 --no-analysis
 vllm-loopus train configs/loopus-tiny.yaml
 vllm-loopus train configs/loopus-tiny-control.yaml
 python -m vllm_loopus.tiny.evaluate --looped $runs/looped/model --plain base=$runs/base/model \
