@@ -158,7 +158,8 @@ def test_two_processes_are_as_one(content: Content, tmp_path: Path) -> None:
     whole = weights(Path(settings["output"]) / "model")
 
     settings["output"] = str(tmp_path / "two")
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    # Without a GPU these are CPU processes over gloo; with --cpu it would start a single one.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     module = ["-m", "vllm_loopus.cli", "train", str(write(settings, tmp_path))]
     done = subprocess.run(
         [sys.executable, *launch, *module],
