@@ -133,7 +133,7 @@ def test_going_on_after_a_kill(
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while len(read_metrics(out)) < lines and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
