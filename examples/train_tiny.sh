@@ -16,4 +16,5 @@ python -m vllm_loopus.tiny.evaluate --looped $runs/looped/model --plain base=$ru
   --plain control=$runs/control/model --training $runs/looped --out $runs/report
 if [ "${1:-}" = --publish ]; then
   python -m vllm_loopus.tiny.publish --runs $runs
+  mkdir -p docs/loopus-tiny && cp $runs/report/* docs/loopus-tiny/
 fi

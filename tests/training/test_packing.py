@@ -94,7 +94,7 @@ def test_refused_rows(row: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         documents_of(row)
     broken = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="a row: the chat template cannot .*must alternate"):
+    with pytest.raises(DataError, match=r"a row: the chat template cannot .*must alternate"):
         documents_of({"messages": CHAT}, chat_template=broken)
     answers_first = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError, match="renders turn 2 differently once it is answered"):

@@ -56,9 +56,15 @@ def test_wrong_settings(
 def test_overrides(content: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(content()))
-    overrides = ["tokens=1.5e9", "supervision.beta=0.5", "served.max_loops=4"]
+    overrides = [
+        "tokens=1.5e9",
+        "optimizer.warmup_tokens=2e3",
+        "supervision.beta=0.5",
+        "served.max_loops=4",
+    ]
     found = read_settings(file, overrides)
     assert (found.tokens, found.supervision.beta, found.served.max_loops) == (1_500_000_000, 0.5, 4)
+    assert found.optimizer.warmup_tokens == 2000
     for wrong, message in (
         ("tokens", "is not key=value"),
         ("supervision.bta=1", "did you mean 'beta'"),

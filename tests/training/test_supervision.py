@@ -112,9 +112,7 @@ def test_gradients_reach_what_they_should(model: TrainableLoopUS, batch: dict[st
     assert blocks_reached(reached) == {"reasoning", "decoder", "q_head"}
     assert all(value for name, value in reached.items() if not name.startswith("encoder"))
 
-    trained = gradients(
-        model, step(model, batch, Carried(labelled), 0, train_encoder=True)["loss"]
-    )
+    trained = gradients(model, step(model, batch, Carried(labelled), 0, train_encoder=True)["loss"])
     assert all(trained.values())
     # After an unsupervised step the state has no graph: nothing reaches the encoder.
     late = gradients(model, step(model, batch, Carried(labelled), 1, train_encoder=True)["loss"])
@@ -189,9 +187,7 @@ def saved_bytes(model: TrainableLoopUS, batch: dict[str, Any], at: int, **option
     return sum(saved.values())
 
 
-def test_memory_does_not_grow_with_the_steps(
-    model: TrainableLoopUS, batch: dict[str, Any]
-) -> None:
+def test_memory_does_not_grow_with_the_steps(model: TrainableLoopUS, batch: dict[str, Any]) -> None:
     one = saved_bytes(model, batch, 0)
     assert one > 0
     assert saved_bytes(model, batch, 1) == saved_bytes(model, batch, 40) == one

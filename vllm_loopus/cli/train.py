@@ -1,5 +1,6 @@
 """`vllm-loopus train`: post-train a LoopUS model, or a plain one as its control."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -24,14 +25,14 @@ def train(
 
     On several GPUs or machines: accelerate launch -m vllm_loopus.cli train CONFIG.
     """
-    import os
-
-    with errors_told(ValueError, OSError, ImportError):
+    with errors_told(ValueError, OSError, ImportError, FloatingPointError):
         from vllm_loopus.training.settings import read_settings
 
         settings = read_settings(config, override or ())
-        from vllm_loopus.training.run import train as run  # torch and the Trainer: seconds
-
+        try:
+            from vllm_loopus.training.run import train as run  # torch and the Trainer: seconds
+        except ImportError as error:
+            raise ImportError(f"{error}; pip install 'vllm-loopus[train]'") from error
         summary = run(settings, resume)
     if os.environ.get("RANK", "0") != "0":
         return

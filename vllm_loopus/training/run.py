@@ -118,6 +118,7 @@ def _arguments(settings: Settings, processes: int) -> TrainingArguments:
         adam_beta1=optimizer.beta1,
         adam_beta2=optimizer.beta2,
         max_grad_norm=optimizer.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=settings.mixed_precision == "bf16",
         fp16=settings.mixed_precision == "fp16",
         gradient_checkpointing=settings.gradient_checkpointing,

@@ -6,11 +6,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_loopus.config import CONFIDENCE_INPUTS, HALTING_STRATEGIES
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _whole_number(value: Any) -> Any:
+    """`1.5e9` is a text in YAML, and readable."""
+    try:
+        return int(float(value.replace("_", ""))) if isinstance(value, str) else value
+    except (ValueError, OverflowError):
+        return value
+
+
+Tokens = Annotated[int, BeforeValidator(_whole_number)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -108,7 +126,7 @@ class Optimizer(Section):
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     final_learning_rate: Share = 0.0
-    warmup_tokens: Annotated[int, Field(ge=0)] = 0
+    warmup_tokens: Annotated[Tokens, Field(ge=0)] = 0
     weight_decay: NotNegative = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -144,7 +162,7 @@ class Settings(Section):
     objective: Literal["looped", "plain"] = "looped"
     random_weights: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    tokens: Positive
+    tokens: Annotated[Tokens, Field(ge=1)]
     batch_size: Positive
     micro_batch_size: Positive | None = None
     supervision: Supervision = Supervision()
@@ -161,17 +179,6 @@ class Settings(Section):
     save_every: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Positive = 2
     report_to: Literal["auto", "none"] | tuple[Literal["tensorboard", "wandb"], ...] = "auto"
-
-    @field_validator("tokens", mode="before")
-    @classmethod
-    def _whole_number(cls, value: Any) -> Any:
-        """`1.5e9` is a text in YAML, and readable."""
-        if isinstance(value, str):
-            try:
-                return int(float(value.replace("_", "")))
-            except (ValueError, OverflowError):
-                return value
-        return value
 
     @model_validator(mode="after")
     def _batches_add_up(self) -> "Settings":

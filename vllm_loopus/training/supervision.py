@@ -42,7 +42,7 @@ class TrainableLoopUS(LoopUSForCausalLM):
         """`function(model, ...)`, or the reference's forward for anything else."""
         if callable(function):
             return function(self, *args, **kwargs)
-        return super().forward(function, *args, **kwargs)
+        return super().forward(*(() if function is None else (function,)), *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the config names the reference model."""
