@@ -96,7 +96,7 @@ def _training(run: Path) -> Any:
             values = [line[f"eval_{name}_depth_{depth}"] for line in lines]
             axes.plot(tokens, values, color=colour, label=depth)
     for axes, name in zip(panels, ("loss", "accuracy"), strict=True):
-        axes.set(xlabel="tokens of data, millions", ylabel=f"held-out {name}")
+        axes.set(xlabel="tokens of data, millions", ylabel=f"held-out {name} (answers and ends)")
         axes.grid(alpha=0.3)
     panels[-1].legend(title="depth", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("Post-training: every depth on held-out items")

@@ -69,7 +69,10 @@ class FinalModel:
             model.config.dtype = before
             self.tokenizer.save_pretrained(folder)
             self._generation_config().save_pretrained(folder)
-            weights = {file.name: file_hash(file) for file in sorted(folder.glob("*.safetensors"))}
+            files = sorted(folder.glob("*.safetensors"))
+            for file in files:
+                file.chmod(0o644)  # safetensors writes for the owner only
+            weights = {file.name: file_hash(file) for file in files}
             provenance = json.dumps(self._provenance(weights), indent=1)
             (folder / "provenance.json").write_text(provenance)
             self._card(model, folder).save(folder / "README.md")
