@@ -5,7 +5,7 @@ LOCK := requirements/cpu.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test lint serve browser pictures bench-early-exit lock clean
+.PHONY: demo test lint serve browser pictures bench-early-exit train-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -41,6 +41,10 @@ pictures: .venv browser
 # Hours on a slow CPU; options make it shorter, see the file.
 bench-early-exit: .venv
 	$(BIN)/python benchmarks/early_exit.py --write early_exit.json
+
+# loopus-tiny from nothing, with its control and report; about 40 minutes on two cores.
+train-tiny: .venv
+	examples/train_tiny.sh
 
 # Resolve the lock file again (needs uv). See requirements/README.md.
 lock:

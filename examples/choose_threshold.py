@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDED = "loopus-tiny"
-THRESHOLDS = [0.0, 0.3, 0.4, 0.45, 0.48, 0.5, 0.52, 0.54, 0.56, 0.6, 0.8, 1.0]
+THRESHOLDS = [0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0]
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ def test_a_changed_vllm_is_noticed(name: str, parameters: tuple, message: str) -
         patch.apply()
 
 
-def test_modeling_does_not_import_vllm() -> None:
+def test_modeling_and_training_do_not_import_vllm() -> None:
     code = (
-        "import sys, vllm_loopus.modeling.model, vllm_loopus.recast.cut\n"
+        "import sys, vllm_loopus.modeling.model, vllm_loopus.recast.cut, vllm_loopus.training.run\n"
         "import vllm_loopus.trace.tracing, vllm_loopus.trace.page, vllm_loopus.trace.workload\n"
         "sys.exit(any(m == 'vllm' or m.startswith('vllm.') for m in sys.modules))"
     )

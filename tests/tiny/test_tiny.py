@@ -1,5 +1,6 @@
-"""The synthetic task, the tokenizer and the training command of `loopus-tiny`."""
+"""The synthetic tasks, the data, and what the embedded `loopus-tiny` learned."""
 
+import json
 import random
 import re
 from itertools import islice
@@ -7,34 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from typer.testing import CliRunner
 
 from vllm_loopus.aliases import EMBEDDED
-from vllm_loopus.tiny.pretrain import accuracy, pretrain
-from vllm_loopus.tiny.tasks import (
-    MAX_DIFFICULTY,
-    TASKS,
-    Item,
-    conversations,
-    evaluation_set,
-    generate,
-)
+from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.tiny.dataset import chat_row, curriculum, single_row, training_rows
+from vllm_loopus.tiny.evaluate import evaluate, load, markdown, standard_error
+from vllm_loopus.tiny.scores import score
+from vllm_loopus.tiny.tasks import MAX_DIFFICULTY, TASKS, evaluation_set, generate, training_rng
 from vllm_loopus.tiny.tokenizer import build_tokenizer
 
 
-def solve(question: str, earlier: str = "") -> tuple[str, int]:
+def solve(question: str) -> tuple[str, int]:
     """Answer and number of steps, worked out from the text alone."""
-    if question.endswith("="):
-        operations = len(re.findall(r"[-+*]", question))
-        text = question[:-1]
-        while not text.isdigit():  # innermost first, each result modulo 10
-            text = re.sub(r"\((\d[-+*]\d)\)", lambda match: str(eval(match[1]) % 10), text)
-        return text, operations
-    arrows = dict(re.findall(r"\b([a-z])([a-z])\b", earlier + question))
-    steps, at = int(question[-2]), question[-1]
-    for _ in range(steps):
-        at = arrows[at]
-    return at, steps
+    if ":" in question:
+        place, swaps = question.removesuffix("=").split(":")
+        for pair in (steps := swaps.split(",")):
+            if place in pair:
+                place = pair.replace(place, "")
+        return place, len(steps)
+    value = int(question[0])
+    steps = re.findall(r"([-+*])(\d)", question)
+    for symbol, operand in steps:
+        value = eval(f"value {symbol} {operand}") % 10
+    return str(value), len(steps)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -47,29 +45,48 @@ def test_answers_are_right(task: str) -> None:
             assert item.difficulty == difficulty
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_conversations(task: str) -> None:
-    for items in islice(conversations(3, task, turns=4, max_difficulty=3), 50):
-        assert len(items) == 4
-        for item in items:
-            earlier = items[0].question + " " if item is not items[0] else ""
-            assert solve(item.question, earlier) == (item.answer, item.difficulty)
-            assert item.difficulty <= 3
-    first, again = (list(islice(conversations(3, task, 4), 5)) for _ in range(2))
-    assert first == again
+def test_rows_are_questions_with_their_answers() -> None:
+    rows = list(training_rows(training_rng(3), [2, 8] * 200))
+    assert rows == list(training_rows(training_rng(3), [2, 8] * 200))
+    hardest = {0: 0, 1: 0}
+    forms = set()
+    for index, row in enumerate(rows):
+        if "messages" in row:
+            turns = row["messages"]
+            asked = [(q["content"], a["content"]) for q, a in zip(*[iter(turns)] * 2, strict=True)]
+            assert {q["role"] for q in turns[::2]} == {"user"}
+            assert {a["role"] for a in turns[1::2]} == {"assistant"}
+        else:
+            asked = [(row["prompt"], row["completion"])]
+            forms.add(row["prompt"][-1] == "=")
+        for question, answer in asked:
+            right, steps = solve(question)
+            assert answer == right
+            hardest[index % 2] = max(hardest[index % 2], steps)
+    assert hardest == {0: 2, 1: 8}
+    assert forms == {True, False}
+
+
+def test_the_curriculum_rises_to_the_end() -> None:
+    levels = list(curriculum(1000))
+    assert levels == sorted(levels)
+    assert set(levels) == set(range(1, MAX_DIFFICULTY + 1))
+    assert levels[:200] == [1] * 200 and levels[-400:] == [8] * 400
 
 
 def test_evaluation_items_are_their_own() -> None:
     items = evaluation_set(seed=0, per_difficulty=20)
     assert items == evaluation_set(seed=0, per_difficulty=20)
     assert len(items) == len(TASKS) * MAX_DIFFICULTY * 20
-    trained = {items[0].question for items in islice(conversations(0, "lookup", 1), 2000)}
-    assert not trained & {item.question for item in items if item.task == "lookup"}
+    hard = {item.question for item in items if item.difficulty >= 7}
+    rows = islice(training_rows(training_rng(0), [8] * 4000), 4000)
+    trained = {row["prompt"] for row in rows if "prompt" in row}
+    assert not hard & trained
 
 
 @pytest.mark.parametrize(
     ("task", "difficulty", "message"),
-    [("lookup", 0, "difficulty=0"), ("lookup", 5, "difficulty=5"), ("poetry", 1, "task='poetry'")],
+    [("swaps", 0, "difficulty=0"), ("swaps", 9, "difficulty=9"), ("poetry", 1, "task='poetry'")],
 )
 def test_bad_arguments(task: str, difficulty: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -90,23 +107,71 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.unk_token_id in tokenizer.encode("é")
 
 
-def test_pretrain_writes_a_checkpoint_once(tmp_path: Path) -> None:
-    arguments = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "seed": 0}
-    pretrain(tmp_path / "base", per_difficulty=1, **arguments)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert model.config.model_type == "qwen3"
-    assert AutoTokenizer.from_pretrained(tmp_path / "base").eos_token == "<|end|>"
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
-    with pytest.raises(FileExistsError, match="choose another folder"):
-        pretrain(tmp_path / "base", per_difficulty=1, **arguments)
+def test_prepare_writes_everything_or_nothing(tmp_path: Path, monkeypatch) -> None:
+    import typer
+
+    from vllm_loopus.tiny import dataset, prepare
+
+    app = typer.Typer()
+    app.command()(prepare.main)
+    arguments = ["--out", str(tmp_path / "runs"), "--base-rows", "40", "--post-rows", "30"]
+    result = CliRunner().invoke(app, [*arguments, "--held-out", "2"])
+    assert result.exit_code == 0, result.output
+    assert AutoConfig.from_pretrained(tmp_path / "runs" / "start").model_type == "qwen3"
+    data = tmp_path / "runs" / "data"
+    lines = {file.name: len(file.read_text().splitlines()) for file in data.iterdir()}
+    assert lines == {
+        "base.jsonl": 40,
+        "post.jsonl": 30,
+        "held-out.jsonl": 2 * len(TASKS) * MAX_DIFFICULTY,
+    }
+
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(dataset, "write_rows", fail)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "other"), "--base-rows", "4"])
+    assert result.exit_code != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_the_embedded_model_was_trained() -> None:
-    """At one loop it still knows more than a guess: 1/7 for lookups, about 1/10 for digits."""
-    folder = EMBEDDED["loopus-tiny"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.config.update({"max_loops": 1})
-    items: list[Item] = [i for i in evaluation_set(seed=0, per_difficulty=50) if i.difficulty == 1]
-    shares = accuracy(model, AutoTokenizer.from_pretrained(folder), items)
-    assert shares["arithmetic", 1] > 0.25
-    assert shares["lookup", 1] > 0.25
+def test_row_forms() -> None:
+    items = evaluation_set(seed=0, per_difficulty=1)[:2]
+    assert json.loads(json.dumps(chat_row(items)))["messages"][1]["content"] == items[0].answer
+    assert single_row(items[0])["prompt"].endswith("=")
+    assert not single_row(items[0], bare=True)["prompt"].endswith("=")
+
+
+def test_scores_are_those_of_the_reference() -> None:
+    model, tokenizer = load(EMBEDDED["loopus-tiny"])
+    items = evaluation_set(seed=5, per_difficulty=2)
+    scores = score(model, tokenizer, items)
+    depths = scores.exit_depths(HaltingRule.from_config(model.config))
+    right, losses = scores.at(depths)
+    for i, item in enumerate(items):
+        output = model(torch.tensor([tokenizer.encode(item.question)]))
+        answer = tokenizer.encode(item.answer)[0]
+        assert output.exit_depths.item() == depths[i]
+        log_probability = output.logits[0, -1].log_softmax(-1)[answer]
+        assert -log_probability.item() == pytest.approx(losses[i].item(), abs=1e-4)
+        assert bool(right[i]) == (output.logits[0, -1].argmax() == answer)
+
+
+def test_the_embedded_model_refines() -> None:
+    """On items that neither its training nor its card used: better than its base, better with
+    loops, deeper where it is harder, and early exit costs next to nothing."""
+    result = evaluate(EMBEDDED["loopus-tiny"], {"base": EMBEDDED["loopus-tiny-base"]}, 100, seed=7)
+    looped, base = result["looped"], result["plain"]["base"]
+    by_depth = [numbers["accuracy"] for numbers in looped["by_depth"]]
+    full = by_depth[-1]
+    margin = 3 * (base["standard_error"] ** 2 + standard_error(full, result["items"]) ** 2) ** 0.5
+    assert full > base["accuracy"] + margin
+    assert by_depth[:4] == sorted(by_depth[:4]) and by_depth[3] > by_depth[0] + margin
+    exit_ = looped["early_exit"][str(looped["default_threshold"])]
+    assert exit_["accuracy"] > full - 0.01
+    assert exit_["mean_exit_depth"] <= 0.6 * looped["max_loops"]
+    for counts in exit_["exit_depths"].values():
+        means = [sum(d * n for d, n in enumerate(row, 1)) / sum(row) for row in counts]
+        easy, middle, hard = means[0], sum(means[2:5]) / 3, sum(means[6:]) / 2
+        assert easy < middle < hard
+    assert "| base |" in markdown(result)

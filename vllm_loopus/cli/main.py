@@ -8,6 +8,7 @@ from vllm_loopus.cli.doctor import doctor
 from vllm_loopus.cli.info import info
 from vllm_loopus.cli.recast import analyze, convert, recast
 from vllm_loopus.cli.trace import trace
+from vllm_loopus.cli.train import train
 
 app = typer.Typer(
     name="vllm-loopus",
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
-for command in (doctor, info, recast, analyze, convert, trace, depths):
+for command in (doctor, info, recast, analyze, convert, train, trace, depths):
     app.command()(command)
 
 

@@ -1,22 +1,23 @@
-"""The synthetic multi-step task that `loopus-tiny` learns: every item has a known difficulty k.
+"""The synthetic multi-step tasks that `loopus-tiny` learns: every item has a known difficulty k.
 
-- `lookup`: pairs of letters are arrows of a permutation, in random order; follow k arrows.
-  `da bc ab cd 2a` (here with 4 letters) asks for a -> b -> c, so the answer is `c`.
-- `arithmetic`: k operations on digits, nested, every result taken modulo 10.
-  `((3+4)*2)=` has k = 2 and the answer `4`.
+- `swaps`: a ball lies under one of four cups, k pairs of cups are swapped one after the other:
+  `b:ab,cd=` has k = 2 and the answer `a`.
+- `arithmetic`: a pocket calculator of one digit. k operations, left to right without precedence,
+  every result taken modulo 10: `3+2*3=` has k = 2 and the answer `5`.
 
-Nothing between question and answer is written out: more steps must happen inside the model.
+Nothing between question and answer is written out: more steps must happen inside the model. Every
+beginning of a question is a question itself, so that one step more is the same step again.
 """
 
 import random
-import string
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-TASKS = ("lookup", "arithmetic")
-MAX_DIFFICULTY = 4
-# No way back is shorter than k steps forward: NUM_LETTERS - k >= k.
-NUM_LETTERS = 8
+TASKS = ("swaps", "arithmetic")
+MAX_DIFFICULTY = 8
+CUPS = "abcd"
+# Each operation permutes the ten digits: no step forgets what was before it. Small steps, some of
+# them none at all, make the tables of the operations quick to learn.
+OPERANDS = {"+": "012", "-": "012", "*": "13"}
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 # Training uses the even seeds of `random.Random`, evaluation the odd ones: no evaluation draws the
 # numbers of a training run.
@@ -34,38 +35,26 @@ class Item:
 
 
 def generate(task: str, difficulty: int, rng: random.Random) -> Item:
-    """One item. Raises `ValueError` for an unknown task or a difficulty outside 1..4."""
+    """One item. Raises `ValueError` for an unknown task or a difficulty outside 1..8."""
     if not 1 <= difficulty <= MAX_DIFFICULTY:
         raise ValueError(f"difficulty={difficulty} must be from 1 to {MAX_DIFFICULTY}")
-    if task == "lookup":
-        return _lookup(difficulty, rng, _cycle(rng))
+    if task == "swaps":
+        return _swaps(difficulty, rng)
     if task == "arithmetic":
-        text, value = _expression(difficulty, rng)
-        return Item(task, f"{text}=", str(value), difficulty)
+        return _arithmetic(difficulty, rng)
     raise ValueError(f"task={task!r} is unknown; choose one of {', '.join(TASKS)}")
 
 
-def conversations(
-    seed: int, task: str, turns: int, max_difficulty: int = MAX_DIFFICULTY
-) -> Iterator[list[Item]]:
-    """Lists of `turns` items of `task` for training, without end, the same for the same arguments.
-
-    Later lookups ask about the map of the first question and give their start alone (`3b`); half of
-    the maps are written twice, which teaches to look arrows up. Easy items are drawn more often:
-    difficulty k with weight 1/k.
-    """
-    rng = random.Random(2 * seed + TRAIN_SEEDS)
-    levels = range(1, max_difficulty + 1)
-    while True:
-        chosen = rng.choices(levels, weights=[1 / k for k in levels], k=turns)
-        if task == "lookup":
-            cycle = _cycle(rng)
-            copies = rng.randint(1, 2)
-            yield [
-                _lookup(k, rng, cycle, copies if turn == 0 else 0) for turn, k in enumerate(chosen)
-            ]
-        else:
-            yield [generate(task, k, rng) for k in chosen]
+def conversation(
+    task: str,
+    turns: int,
+    rng: random.Random,
+    hardest: int = MAX_DIFFICULTY,
+) -> list[Item]:
+    """`turns` items of `task`, of difficulties 1 to `hardest`: k is drawn with weight 1/k."""
+    levels = range(1, hardest + 1)
+    chosen = rng.choices(levels, weights=[1 / k for k in levels], k=turns)
+    return [generate(task, k, rng) for k in chosen]
 
 
 def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
@@ -79,27 +68,27 @@ def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
     ]
 
 
-def _cycle(rng: random.Random) -> list[str]:
-    """One cycle through all letters: k steps do not come back to the start for k < NUM_LETTERS."""
-    return rng.sample(string.ascii_lowercase[:NUM_LETTERS], NUM_LETTERS)
+def training_rng(seed: int) -> random.Random:
+    """A source of random numbers that no evaluation set uses."""
+    return random.Random(2 * seed + TRAIN_SEEDS)
 
 
-def _lookup(difficulty: int, rng: random.Random, cycle: list[str], copies: int = 1) -> Item:
-    start = rng.randrange(NUM_LETTERS)
-    arrows = [a + b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
-    written = [arrow for _ in range(copies) for arrow in rng.sample(arrows, NUM_LETTERS)]
-    question = " ".join([*written, f"{difficulty}{cycle[start]}"])
-    return Item("lookup", question, cycle[(start + difficulty) % NUM_LETTERS], difficulty)
+def _swaps(difficulty: int, rng: random.Random) -> Item:
+    start = place = rng.choice(CUPS)
+    swaps = []
+    for _ in range(difficulty):
+        one, other = rng.sample(CUPS, 2)
+        swaps.append(one + other)
+        place = {one: other, other: one}.get(place, place)
+    return Item("swaps", f"{start}:{','.join(swaps)}=", place, difficulty)
 
 
-def _expression(operations: int, rng: random.Random) -> tuple[str, int]:
-    if operations == 0:
-        digit = rng.randint(0, 9)
-        return str(digit), digit
-    left = rng.randint(0, operations - 1)
-    (left_text, a), (right_text, b) = (
-        _expression(left, rng),
-        _expression(operations - 1 - left, rng),
-    )
-    symbol = rng.choice(list(OPERATORS))
-    return f"({left_text}{symbol}{right_text})", OPERATORS[symbol](a, b) % 10
+def _arithmetic(difficulty: int, rng: random.Random) -> Item:
+    value = rng.randint(0, 9)
+    text = str(value)
+    for _ in range(difficulty):
+        symbol = rng.choice(list(OPERATORS))
+        operand = rng.choice(OPERANDS[symbol])
+        text += symbol + operand
+        value = OPERATORS[symbol](value, int(operand)) % 10
+    return Item("arithmetic", f"{text}=", str(value), difficulty)

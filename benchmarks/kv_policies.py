@@ -1,0 +1,192 @@
+"""What `last_exited` costs in quality: both K/V policies on the same held-out text.
+
+    python benchmarks/kv_policies.py --model loopus-tiny
+    python benchmarks/kv_policies.py --model my-loopus --texts texts.jsonl   # {"text": ...} lines
+
+Every token of a text after the first is decoded, not prefilled: a logits processor forces the
+sampler to take the text's next token, while vLLM reports log-probabilities from before it. So every
+position leaves at its own depth, and deeper positions read what the policy put in the planes below
+them. Without `--texts` the texts are conversations of loopus-tiny's tasks, and only answers count.
+"""
+
+import argparse
+import gc
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from vllm_loopus import exit_depths
+from vllm_loopus.tiny.dataset import chat_row
+from vllm_loopus.tiny.tasks import EVALUATION_SEEDS, TASKS, conversation
+
+FORCED = "forced_token_ids"
+POLICIES = ("exact", "last_exited")
+
+
+class Forced(AdapterLogitsProcessor):
+    """Leaves only the next token of a given text."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(
+        self, params: SamplingParams
+    ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
+        forced = (params.extra_args or {}).get(FORCED)
+        if forced is None:
+            return None
+
+        def only_the_next(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            allowed = torch.full_like(logits, -math.inf)
+            allowed[forced[len(output_ids)]] = 0.0
+            return allowed
+
+        return only_the_next
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, and which of them count."""
+
+    ids: list[int]
+    counts: list[bool]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One policy at one threshold. `accuracy`: counted tokens that were the likeliest;
+    `mean_exit_depth`: of all decoded tokens, `counted_exit_depth`: of those that count."""
+
+    policy: str
+    threshold: float
+    counted: int
+    accuracy: float
+    standard_error: float
+    perplexity: float
+    mean_exit_depth: float
+    counted_exit_depth: float
+
+
+def conversations(tokenizer: Any, count: int, turns: int, seed: int) -> Iterable[Text]:
+    """Held-out conversations of loopus-tiny's tasks; answers count."""
+    import random
+
+    rng = random.Random(2 * seed + EVALUATION_SEEDS)
+    for index in range(count):
+        items = conversation(TASKS[index % len(TASKS)], turns, rng)
+        ids: list[int] = []
+        counts: list[bool] = []
+        messages = chat_row(items)["messages"]
+        for turn in range(0, len(messages), 2):
+            asked = tokenizer.apply_chat_template(
+                messages[turn : turn + 1], tokenize=False, add_generation_prompt=True
+            )
+            question = tokenizer.encode(asked, add_special_tokens=False)
+            answer = tokenizer.encode(messages[turn + 1]["content"], add_special_tokens=False)
+            ids += [*question, *answer, tokenizer.eos_token_id]
+            counts += [False] * len(question) + [True] * len(answer) + [False]
+        yield Text(ids, counts)
+
+
+def texts_of(file: Path, tokenizer: Any, limit: int) -> Iterable[Text]:
+    """Lines of a file; every token after the first counts."""
+    for line in file.read_text().splitlines():
+        ids = tokenizer.encode(json.loads(line)["text"])[:limit]
+        if len(ids) > 1:
+            yield Text(ids, [False] + [True] * (len(ids) - 1))
+
+
+def measure(llm: LLM, texts: list[Text], policy: str, threshold: float) -> Result:
+    """Decode all texts as they stand, and look at what was likely before."""
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=len(text.ids) - 1,
+            ignore_eos=True,
+            logprobs=1,
+            extra_args={FORCED: text.ids[1:], "exit_threshold": threshold},
+        )
+        for text in texts
+    ]
+    outputs = llm.generate([{"prompt_token_ids": text.ids[:1]} for text in texts], params)
+    right, losses, counted_depths, depths = [], [], [], []
+    for text, output in zip(texts, outputs, strict=True):
+        (completion,) = output.outputs
+        if list(completion.token_ids) != text.ids[1:]:
+            raise RuntimeError("the engine did not follow the text")
+        depths += exit_depths(completion)
+        for token, counts, found, depth in zip(
+            text.ids[1:], text.counts[1:], completion.logprobs, exit_depths(completion), strict=True
+        ):
+            if counts:
+                losses.append(-found[token].logprob)
+                right.append(found[token].rank == 1)
+                counted_depths.append(depth)
+    accuracy = sum(right) / len(right)
+    return Result(
+        policy=policy,
+        threshold=threshold,
+        counted=len(right),
+        accuracy=accuracy,
+        standard_error=math.sqrt(accuracy * (1 - accuracy) / len(right)),
+        perplexity=math.exp(sum(losses) / len(losses)),
+        mean_exit_depth=sum(depths) / len(depths),
+        counted_exit_depth=sum(counted_depths) / len(counted_depths),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="loopus-tiny")
+    parser.add_argument("--texts", type=Path, help="JSON lines with text")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text at most")
+    parser.add_argument("--conversations", type=int, default=200)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--thresholds", type=float, nargs="+", help="default: the model's, and 1")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    args = parser.parse_args()
+    results = []
+    for policy in POLICIES:
+        llm = LLM(
+            args.model,
+            dtype=args.dtype,
+            max_model_len=args.max_length,
+            max_num_seqs=64,
+            logits_processors=[Forced],
+            additional_config={"loopus": {"kv_policy": policy}},
+        )
+        tokenizer = llm.get_tokenizer()
+        texts = list(
+            texts_of(args.texts, tokenizer, args.max_length)
+            if args.texts
+            else conversations(tokenizer, args.conversations, args.turns, args.seed)
+        )
+        default = llm.model_config.hf_config.exit_threshold
+        for threshold in args.thresholds or [default, 1.0]:
+            results.append(measure(llm, texts, policy, threshold))
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    names = list(asdict(results[0]))
+    table = Table(*(name.replace("_", " ") for name in names))
+    for result in results:
+        values = asdict(result).values()
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    Console(width=160).print(table)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The file of a run: strict keys, checked values, overrides, and every recipe we ship."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vllm_loopus.training.settings import SettingsError, read_settings, settings_from
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_is_read(file: Path) -> None:
+    found = read_settings(file)
+    assert found.tokens > found.optimizer.warmup_tokens
+    assert settings_from(found.model_dump(mode="json")) == found
+
+
+def test_there_are_recipes() -> None:
+    names = {file.stem for file in CONFIGS.glob("*.yaml")}
+    assert names >= {"qwen3-1.7b", "qwen3-4b", "qwen3-8b", "phi-4", "tinyllama", "loopus-tiny"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, "modle: unknown key; did you mean 'model'?"),
+        ({"supervision": {"n_supervison": 2}}, "supervision.n_supervison: .*'n_supervision'"),
+        ({"data": {"sorces": []}}, "data.sources is missing; data.sorces: .*mean 'sources'"),
+        ({"data": {"sources": [{"path": "a.jsonl", "wieght": 1}]}}, "0.wieght: .*'weight'"),
+        ({"optimizer": {"zzz": 1}}, "optimizer.zzz: unknown key; known keys: learning_rate"),
+        ({"tokens": 0}, "tokens=0: .*greater than or equal to 1"),
+        ({"tokens": "many"}, "tokens='many': .*integer"),
+        ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 does not divide"),
+        ({"supervision": {"n_supervision": 9, "n_reasoning_steps": 8}}, "n_supervision=9 steps"),
+        ({"supervision": {"confidence_input": "both"}}, "confidence_input='both': .*'state'"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate=nan"),
+        ({"optimizer": {"warmup_tokens": 2000}}, "warmup_tokens=2000 must be below tokens=2000"),
+        ({"data": {"sources": []}}, "data.sources"),
+        ({"data": {"sources": [{}]}}, "exactly one of path"),
+        ({"data": {"sources": [{"path": "a.csv"}]}}, "'a.csv' must end in .jsonl"),
+        ({"objective": "loop"}, "objective='loop'"),
+        ({"served": {"max_loops": 0}}, "served.max_loops=0"),
+    ],
+)
+def test_wrong_settings(
+    changes: dict[str, Any], message: str, content: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings_from(content(**changes))
+
+
+def test_overrides(content: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(content()))
+    overrides = [
+        "tokens=1.5e9",
+        "optimizer.warmup_tokens=2e3",
+        "supervision.beta=0.5",
+        "served.max_loops=4",
+    ]
+    found = read_settings(file, overrides)
+    assert (found.tokens, found.supervision.beta, found.served.max_loops) == (1_500_000_000, 0.5, 4)
+    assert found.optimizer.warmup_tokens == 2000
+    for wrong, message in (
+        ("tokens", "is not key=value"),
+        ("supervision.bta=1", "did you mean 'beta'"),
+        ("tokens.x=1", "tokens has no keys"),
+        ("seed=[", "the value is not YAML"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            read_settings(file, [wrong])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- a", "holds no keys"), (None, "cannot be")]
+)
+def test_no_settings_at_all(text: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        read_settings(file)

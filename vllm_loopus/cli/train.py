@@ -1,0 +1,50 @@
+"""`vllm-loopus train`: post-train a LoopUS model, or a plain one as its control."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_loopus.cli.output import JsonOption, errors_told, print_json, print_table
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the output's last complete checkpoint.")
+    ] = False,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE over the file's, such as supervision.beta=0.5."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Post-train a LoopUS model by random deep supervision, as a YAML file says.
+
+    On several GPUs or machines: accelerate launch -m vllm_loopus.cli train CONFIG.
+    """
+    with errors_told(ValueError, OSError, ImportError, FloatingPointError):
+        from vllm_loopus.training.settings import read_settings
+
+        settings = read_settings(config, override or ())
+        try:
+            from vllm_loopus.training.run import train as run  # torch and the Trainer: seconds
+        except ImportError as error:
+            raise ImportError(f"{error}; pip install 'vllm-loopus[train]'") from error
+        summary = run(settings, resume)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print_json(asdict(summary))
+        return
+    rows = [
+        ("tokens", f"{summary.tokens:,}"),
+        ("batches", f"{summary.batches:,}"),
+        ("updates", f"{summary.updates:,}"),
+        ("time", f"{summary.seconds:,.1f} s"),
+        *((name, f"{value:.4f}") for name, value in summary.metrics.items()),
+    ]
+    print_table(("trained", ""), rows)
+    typer.echo(f"{summary.model}: vllm serve {summary.model}")

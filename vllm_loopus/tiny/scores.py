@@ -1,0 +1,114 @@
+"""How well models answer the synthetic tasks: by depth, and with early exit.
+
+An answer is one character, so a model is right when its likeliest next token is that character.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.tiny.tasks import Item
+
+BATCH_SIZE = 200
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's answers to M items at depths 1..N; a plain model has the one depth.
+
+    - `right` [N, M]: whether the answer is right.
+    - `losses` [N, M]: negative log-likelihood of the right answer, in nats.
+    - `confidences`, `step_lengths` [N, M]: what the halting rule reads; zeros for a plain model.
+    """
+
+    items: Sequence[Item]
+    right: torch.Tensor
+    losses: torch.Tensor
+    confidences: torch.Tensor
+    step_lengths: torch.Tensor
+
+    def exit_depths(self, rule: HaltingRule) -> torch.Tensor:
+        """The depth [M] at which every answer leaves by `rule`."""
+        depths = torch.zeros(len(self.items), dtype=torch.long)
+        survival = torch.ones(len(self.items))
+        for depth in range(1, len(self.right) + 1):
+            leaves, survival = rule.leaves(
+                depth,
+                confidence=self.confidences[depth - 1],
+                step_length=self.step_lengths[depth - 1],
+                survival=survival,
+            )
+            depths = torch.where((depths == 0) & leaves, depth, depths)
+        return depths
+
+    def at(self, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rightness and losses [M] at one depth an item [M]."""
+        index = (depths - 1)[None]
+        return self.right.gather(0, index)[0], self.losses.gather(0, index)[0]
+
+    def of(self, task: str | None = None, difficulty: int | None = None) -> torch.Tensor:
+        """Mask [M] of the items of a task and difficulty; None for all."""
+        return torch.tensor(
+            [
+                task in (None, item.task) and difficulty in (None, item.difficulty)
+                for item in self.items
+            ]
+        )
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+) -> Scores:
+    """Ask `model`, a LoopUS or a plain one, all `items` as raw questions."""
+    batches: list[list[tuple[torch.Tensor, ...]]] = []
+    for start in range(0, len(items), BATCH_SIZE):
+        batch = items[start : start + BATCH_SIZE]
+        encoded = [torch.tensor(tokenizer.encode(item.question)) for item in batch]
+        ids = pad_sequence(encoded, batch_first=True, padding_value=tokenizer.pad_token_id)
+        last = torch.tensor([len(one) - 1 for one in encoded])
+        answers = torch.tensor([tokenizer.encode(item.answer)[0] for item in batch])
+        batches.append(
+            [
+                (
+                    (logits.argmax(-1) == answers).float(),
+                    F.cross_entropy(logits.float(), answers, reduction="none"),
+                    *read_by_the_rule,
+                )
+                for logits, *read_by_the_rule in _depths(model, ids, last)
+            ]
+        )
+    by_depth = [
+        tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*batches, strict=True)
+    ]
+    right, losses, confidences, step_lengths = map(torch.stack, zip(*by_depth, strict=True))
+    return Scores(items, right, losses, confidences, step_lengths)
+
+
+def _depths(
+    model: PreTrainedModel, ids: torch.Tensor, last: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Logits, confidence and step length of the positions `last` [B] at every depth. Padding on the
+    right changes nothing before it: attention is causal."""
+    rows = torch.arange(len(ids))
+    if not isinstance(model, LoopUSForCausalLM):
+        nothing = torch.zeros(len(ids))
+        yield model(ids).logits[rows, last], nothing, nothing
+        return
+    embedded = model.get_input_embeddings()(ids)
+    positions = model.positions(embedded)
+    state = model.encode(embedded, positions)
+    for _ in range(model.config.max_loops):
+        before = state[rows, last]
+        update, state = model.refine(state, positions)
+        after = state[rows, last]
+        read = after if model.config.confidence_input == "state" else update[rows, last] - before
+        step_length = torch.linalg.vector_norm((after - before).float(), dim=-1)
+        logits = model.decode(state, positions)[rows, last]
+        yield logits, model.confidence(read).float(), step_length

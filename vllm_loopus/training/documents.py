@@ -1,0 +1,138 @@
+"""From rows of a data set to documents: token ids, and which of them are targets."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_loopus.training.objective import IGNORED
+
+ROLE = "assistant"
+
+
+class DataError(ValueError):
+    """A row cannot be trained on; the message names source, row and fix."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document's text that is a target or not, tokenised by itself."""
+
+    text: str
+    target: bool
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A document before it has token ids. `splits`: it may go on in another row of a batch."""
+
+    segments: tuple[Segment, ...]
+    begins: bool  # with the tokenizer's special tokens
+    ends: bool  # with the end token, a target
+    splits: bool = False
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Makes documents with a tokenizer.
+
+    Three forms of rows, told apart by their keys: text (every token a target), `messages` (the
+    assistant's turns) and `prompt` with `completion` (the completion). Text and completions are
+    closed by the end token.
+    """
+
+    tokenizer: Any
+    max_length: int
+
+    def of(self, rows: Sequence[tuple[str, str, Any]]) -> list[dict[str, list[int]]]:
+        """Documents of at most `max_length` tokens, `input_ids` and `labels` each.
+
+        `rows`: where a row stands, the key of its text, and the row. Text is split, what else is
+        too long is cut; documents without a target are left out. Raises `DataError`.
+        """
+        drafts = [draft for where, key, row in rows for draft in self._drafts(where, key, row)]
+        texts = [segment.text for draft in drafts for segment in draft.segments]
+        encoded = iter(
+            self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            if texts
+            else ()
+        )
+        begin = [i for i in self.tokenizer("")["input_ids"] if i != self.tokenizer.eos_token_id]
+        documents: list[dict[str, list[int]]] = []
+        for draft in drafts:
+            ids: list[int] = []
+            labels: list[int] = []
+            if draft.begins:
+                ids += begin
+                labels += [IGNORED] * len(begin)
+            for segment in draft.segments:
+                piece = next(encoded)
+                ids += piece
+                labels += piece if segment.target else [IGNORED] * len(piece)
+            if draft.ends and self.tokenizer.eos_token_id is not None:
+                ids.append(self.tokenizer.eos_token_id)
+                labels.append(self.tokenizer.eos_token_id)
+            documents += self._pieces(ids, labels, draft.splits)
+        return documents
+
+    def _pieces(
+        self, ids: list[int], labels: list[int], splits: bool
+    ) -> Iterator[dict[str, list[int]]]:
+        end = len(ids) if splits else min(len(ids), self.max_length)
+        for start in range(0, end, self.max_length):
+            part = slice(start, min(start + self.max_length, end))
+            # The first token of a document has nothing to be predicted from.
+            if any(label != IGNORED for label in labels[part][1:]):
+                yield {"input_ids": ids[part], "labels": labels[part]}
+
+    def _drafts(self, where: str, key: str, row: Any) -> Iterator[Draft]:
+        if isinstance(row.get(key), str):
+            yield Draft((Segment(row[key], True),), begins=True, ends=True, splits=True)
+        elif row.get("messages") is not None:
+            yield from self._chat(where, row["messages"])
+        elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+            segments = (Segment(row["prompt"], False), Segment(row["completion"], True))
+            yield Draft(segments, begins=True, ends=True)
+        else:
+            raise DataError(
+                f"{where} has neither text under {key!r}, nor messages, nor prompt and completion "
+                f"(it has {', '.join(name for name in row if row[name] is not None) or 'nothing'})"
+            )
+
+    def _chat(self, where: str, messages: Any) -> Iterator[Draft]:
+        turns = [i for i, message in enumerate(messages) if message["role"] == ROLE]
+        if not turns:
+            raise DataError(f"{where}: messages hold no turn of the {ROLE}, so nothing to learn")
+        spans = [self._turn(where, messages, turn) for turn in turns]
+        whole = self._render(where, messages)
+        if all(whole.startswith(text) for _, text in spans):
+            segments = []
+            done = 0
+            for start, text in spans:
+                segments.append(Segment(whole[done:start], False))
+                segments.append(Segment(text[start:], True))
+                done = len(text)
+            yield Draft(tuple(segments), begins=False, ends=False)
+            return
+        # A template that renders earlier turns differently (such as without their thinking): each
+        # turn is learnt from the text that it would be generated from.
+        for start, text in spans:
+            segments = [Segment(text[:start], False), Segment(text[start:], True)]
+            yield Draft(tuple(segments), begins=False, ends=False)
+
+    def _turn(self, where: str, messages: Any, turn: int) -> tuple[int, str]:
+        """Where the answer of a turn begins in the chat up to its end, and that text."""
+        before = self._render(where, messages[:turn], add_generation_prompt=True)
+        text = self._render(where, messages[: turn + 1]).rstrip()
+        if not text.startswith(before):
+            raise DataError(
+                f"{where}: the chat template renders turn {turn} differently once it is answered, "
+                "so its answer cannot be told from the rest; use another template, or rows of "
+                "prompt and completion"
+            )
+        return len(before), text
+
+    def _render(self, where: str, messages: Any, **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # of templates, whatever the messages
+            raise DataError(f"{where}: the chat template cannot render it: {error}") from error

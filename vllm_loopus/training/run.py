@@ -1,0 +1,254 @@
+"""A training run, put together: from settings to the folder that is served."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.integrations import is_tensorboard_available, is_wandb_available
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
+from vllm_loopus.recast.base import find_checkpoint
+from vllm_loopus.training import xformers_attention
+from vllm_loopus.training.checkpoints import MODEL, FinalModel, last_complete
+from vllm_loopus.training.documents import Documents
+from vllm_loopus.training.metrics import MetricsFile, Progress, read_metrics
+from vllm_loopus.training.packing import collate
+from vllm_loopus.training.settings import Settings, SettingsError, settings_from
+from vllm_loopus.training.stream import RowStream, evaluation_rows
+from vllm_loopus.training.supervision import TrainableLoopUS
+from vllm_loopus.training.trainer import Flow, LoopedTrainer, PackedTrainer
+
+CONFIG = "config.yaml"
+MAX_STEPS = 2**40  # the token budget ends a run
+# What may be changed when a run goes on: it does not touch what is computed.
+FREE_TO_CHANGE = ("output", "micro_batch_size", "keep_checkpoints", "report_to")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run says."""
+
+    model: str
+    tokens: int
+    batches: int
+    updates: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+def train(settings: Settings, resume: bool = False) -> Summary:
+    """Run a training to its end; the model is then in the folder `model` of the output.
+
+    With `resume` the run in the output folder goes on from its last complete checkpoint. Raises
+    `ValueError` for what cannot be, before any training.
+    """
+    processes, rank = (int(os.environ.get(name, default)) for name, default in _PROCESSES)
+    arguments = _arguments(settings, processes)
+    if arguments.n_gpu > 1:
+        raise SettingsError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start with accelerate launch, or "
+            "set CUDA_VISIBLE_DEVICES to one"
+        )
+    start = find_checkpoint(settings.model)
+    transformers.set_seed(settings.seed)
+    model = _load_model(settings, start)
+    tokenizer = _load_tokenizer(settings, start, model.config)
+    documents = Documents(tokenizer, settings.data.max_length)
+    stream = RowStream(settings.data, documents, settings.seed)
+    evaluation = evaluation_rows(settings.data, documents) if settings.data.eval else None
+    checkpoint = _prepare_output(settings, resume, processes, rank)
+
+    trainer_class = LoopedTrainer if settings.objective == "looped" else PackedTrainer
+    pad = tokenizer.pad_token_id or 0
+    trainer = trainer_class(
+        settings,
+        model=model,
+        args=arguments,
+        train_dataset=stream,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        data_collator=partial(collate, max_length=settings.data.max_length, pad=pad),
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    flow = Flow()
+    flow.trainer = trainer
+    for added in (flow, MetricsFile(settings.output), Progress(settings.tokens, trainer.tokens)):
+        trainer.add_callback(added)
+    if checkpoint is not None:
+        trainer.restore_position(checkpoint)
+    elif evaluation is not None:
+        arguments.eval_on_start = True
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return _finish(settings, trainer, start, time.monotonic() - began)
+
+
+_PROCESSES = (("WORLD_SIZE", "1"), ("RANK", "0"))
+
+
+def _arguments(settings: Settings, processes: int) -> TrainingArguments:
+    micro = settings.micro_batch_size or max(settings.batch_size // processes, 1)
+    accumulation, left = divmod(settings.batch_size, micro * processes)
+    if left or not accumulation:
+        raise SettingsError(
+            f"batch_size={settings.batch_size} is no multiple of micro_batch_size={micro} times "
+            f"{processes} processes; change one of them"
+        )
+    updates = settings.updates_per_batch
+    optimizer = settings.optimizer
+    has_evaluation = bool(settings.data.eval and settings.eval_every)
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation * settings.rounds_per_batch // updates,
+        max_steps=MAX_STEPS,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=settings.mixed_precision == "bf16",
+        fp16=settings.mixed_precision == "fp16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=settings.log_every * updates,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if has_evaluation else "no",
+        eval_steps=max(settings.eval_every, 1) * updates,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=max(settings.save_every, 1) * updates,
+        save_total_limit=settings.keep_checkpoints,
+        seed=settings.seed,
+        report_to=_report_to(settings),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ignore_data_skip=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=settings.objective == "looped"
+        and settings.supervision.train_encoder,
+    )
+
+
+def _report_to(settings: Settings) -> list[str]:
+    installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if settings.report_to == "none":
+        return []
+    if settings.report_to == "auto":
+        return [name for name, available in installed.items() if available()]
+    for name in settings.report_to:
+        if not installed[name]():
+            raise SettingsError(f"report_to: {name} is not installed; pip install {name}")
+    return list(settings.report_to)
+
+
+def _load_model(settings: Settings, start: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(start)
+    except Exception as error:  # of configs, whatever the field
+        raise SettingsError(
+            f"model={settings.model!r}: config.json is not valid: {error}"
+        ) from error
+    looped = isinstance(config, LoopUSConfig)
+    if settings.objective == "looped" and not looped:
+        raise SettingsError(
+            f"model={settings.model!r} is a plain {config.model_type} model; cut it first "
+            f"(vllm-loopus recast {settings.model} --out FOLDER), or set objective: plain"
+        )
+    if settings.objective == "plain" and looped:
+        raise SettingsError(
+            f"model={settings.model!r} is a LoopUS model; objective: plain trains plain models"
+        )
+    model_class: Any = AutoModelForCausalLM
+    if looped:
+        model_class = TrainableLoopUS
+        config.confidence_input = settings.supervision.confidence_input
+        for name, value in settings.served.model_dump(exclude_none=True).items():
+            setattr(config, name, value)
+        config.check()
+    if settings.attention == xformers_attention.NAME:
+        xformers_attention.register(config)
+    options = {
+        "dtype": getattr(torch, settings.weights_dtype),
+        "attn_implementation": settings.attention,
+    }
+    if settings.random_weights:
+        make: Callable[..., Any] = model_class._from_config if looped else model_class.from_config
+        model = make(config, **options)
+    else:
+        model = model_class.from_pretrained(start, config=config, **options)
+    if looped and not settings.supervision.train_encoder:
+        model.encoder.requires_grad_(False)
+    return model
+
+
+def _load_tokenizer(settings: Settings, start: Path, config: Any) -> Any:
+    own = any((start / name).is_file() for name in TOKENIZER_FILES)
+    source = start if own else getattr(config, "base_model_name_or_path", None)
+    if source is None:
+        raise SettingsError(f"model={settings.model!r} has no tokenizer; put one into its folder")
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _prepare_output(settings: Settings, resume: bool, processes: int, rank: int) -> Path | None:
+    """The checkpoint to go on from, None for a start from the beginning."""
+    out, file = settings.output, settings.output / CONFIG
+    if resume and file.is_file():
+        _check_same(settings, settings_from(yaml.safe_load(file.read_text())))
+        if (out / MODEL).exists():
+            raise SettingsError(
+                f"output={str(out)!r}: this run is finished, there is {out / MODEL}"
+            )
+        return last_complete(out, processes)
+    if rank == 0:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            hint = "" if resume else "give --resume to go on with it, or "
+            raise SettingsError(f"output={str(out)!r} exists; {hint}choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    return None
+
+
+def _check_same(now: Settings, before: Settings) -> None:
+    ours, theirs = now.model_dump(mode="json"), before.model_dump(mode="json")
+    different = [name for name in ours if ours[name] != theirs[name] and name not in FREE_TO_CHANGE]
+    if different:
+        told = "; ".join(f"{name} was {theirs[name]}, is {ours[name]}" for name in different)
+        raise SettingsError(f"--resume goes on with the settings of {now.output / CONFIG}: {told}")
+
+
+def _finish(settings: Settings, trainer: PackedTrainer, start: Path, seconds: float) -> Summary:
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    metrics: dict[str, float] = {}
+    if trainer.is_world_process_zero():
+        lines = read_metrics(settings.output)
+        last: dict[str, Any] = next(filter(_is_evaluation, reversed(lines)), {})
+        metrics = {name: value for name, value in last.items() if name.startswith("eval_")}
+        final = FinalModel(
+            settings, trainer.processing_class, start, trainer.schedule.tokens, metrics
+        )
+        final.write(trainer.accelerator.unwrap_model(trainer.model), state_dict)
+    trainer.accelerator.wait_for_everyone()
+    return Summary(
+        model=str(settings.output / MODEL),
+        tokens=trainer.schedule.tokens,
+        batches=trainer.batches,
+        updates=trainer.state.global_step,
+        seconds=round(seconds, 1),
+        metrics=metrics,
+    )
+
+
+def _is_evaluation(line: dict[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in line)

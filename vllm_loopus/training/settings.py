@@ -1,0 +1,283 @@
+"""What a training run is told: the YAML file of `vllm-loopus train`, checked before work starts."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from vllm_loopus.config import CONFIDENCE_INPUTS, HALTING_STRATEGIES
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _whole_number(value: Any) -> Any:
+    """`1.5e9` is a text in YAML, and readable."""
+    try:
+        return int(float(value.replace("_", ""))) if isinstance(value, str) else value
+    except (ValueError, OverflowError):
+        return value
+
+
+Tokens = Annotated[int, BeforeValidator(_whole_number)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the file. An unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Supervision(Section):
+    """Random deep supervision.
+
+    - `n_supervision` of `n_reasoning_steps` steps are drawn for a batch; only these have a loss.
+    - `beta`: weight of `L_Mono`; `confidence_weight`: of `L_Q`.
+    - `monotonicity`: compare losses by `document` or by `batch` (as released: what one process
+      sees at a time).
+    - `confidence_input`: what the head reads, the gated `state` or the `update`; written into the
+      checkpoint, so that the served model reads the same.
+    - `confidence_target`: the right share of the `sequence`, read at its last token (as released),
+      or right or wrong at every labelled `token`.
+    - `confidence_gradient`: `body` (as released: `L_Q` trains the reasoning block too) or `head`.
+    - `supervised_passes`: passes of the block in a supervised step: 1 (paper), 2 (released code);
+      gradients run through all of them.
+    - `update`: an optimiser update at every drawn `step`, or once per `batch`.
+    - `train_encoder`: False as released (the encoder is frozen), or True: it learns from batches
+      whose first step is drawn, the only ones where a loss reaches it.
+    """
+
+    n_supervision: Positive = 5
+    n_reasoning_steps: Positive = 20
+    beta: NotNegative = 1.0
+    confidence_weight: NotNegative = 1.0
+    monotonicity: Literal["document", "batch"] = "document"
+    confidence_input: Literal[CONFIDENCE_INPUTS] = "state"  # type: ignore[valid-type]
+    confidence_target: Literal["sequence", "token"] = "sequence"
+    confidence_gradient: Literal["body", "head"] = "body"
+    supervised_passes: Positive = 1
+    update: Literal["step", "batch"] = "step"
+    train_encoder: bool = False
+
+    @model_validator(mode="after")
+    def _drawn_from_enough(self) -> "Supervision":
+        if self.n_supervision > self.n_reasoning_steps:
+            raise ValueError(
+                f"n_supervision={self.n_supervision} steps cannot be drawn from "
+                f"n_reasoning_steps={self.n_reasoning_steps}; lower it or raise n_reasoning_steps"
+            )
+        return self
+
+
+class Source(Section):
+    """Rows to train on: a local `path` (JSONL or Parquet) or a `dataset` (name:config:split).
+
+    A row is plain text under `text_field`, a chat under `messages`, or `prompt` and `completion`.
+    `weight`: how often it is drawn from, beside the other sources.
+    """
+
+    path: Path | None = None
+    dataset: str | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    text_field: str = "text"
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Source":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of path (a local file) and dataset (on the hub)")
+        if self.path is not None and self.path.suffix not in (".jsonl", ".json", ".parquet"):
+            raise ValueError(f"path={str(self.path)!r} must end in .jsonl, .json or .parquet")
+        return self
+
+
+class Data(Section):
+    """Rows of `max_length` tokens, packed with whole documents that do not see each other.
+
+    `shuffle_documents`: documents read, shuffled and packed at a time; with `shuffle` off, local
+    files are read in their own order, once and again (a curriculum), and only documents read at a
+    time are shuffled. `eval`: sources of the
+    evaluation set, of which the first `eval_documents` are taken.
+    """
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    eval: tuple[Source, ...] = ()
+    eval_documents: Positive = 1000
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    shuffle: bool = True
+    shuffle_documents: Positive = 4096
+
+
+class Optimizer(Section):
+    """AdamW, with a learning rate that follows the tokens seen: warm-up, then half a cosine.
+
+    `final_learning_rate`: share of `learning_rate` left at the end. `max_grad_norm`: 0 for none.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
+    final_learning_rate: Share = 0.0
+    warmup_tokens: Annotated[Tokens, Field(ge=0)] = 0
+    weight_decay: NotNegative = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    max_grad_norm: NotNegative = 1.0
+
+
+class Served(Section):
+    """Fields of the written checkpoint's config; what is left out stays as the start has it."""
+
+    max_loops: Positive | None = None
+    min_loops: Positive | None = None
+    exit_threshold: NotNegative | None = None
+    exit_interval: Positive | None = None
+    halting_strategy: Literal[HALTING_STRATEGIES] | None = None  # type: ignore[valid-type]
+    convergence_epsilon: NotNegative | None = None
+
+
+class Settings(Section):
+    """A run of `vllm-loopus train`.
+
+    - `model`: where to start, a folder, an alias or owner/name on the hub; with `random_weights`
+      only its config and tokenizer are used.
+    - `objective`: `looped` (a LoopUS checkpoint) or `plain`, next-token prediction for any causal
+      LM: the control.
+    - `tokens`: tokens of data to train on; ends the run. Those of a batch count once.
+    - `batch_size`: rows of an update, over all processes; `micro_batch_size`: rows a process takes
+      at a time.
+    - `log_every`, `eval_every`, `save_every`: in batches; 0 for never.
+    """
+
+    model: str
+    output: Path
+    objective: Literal["looped", "plain"] = "looped"
+    random_weights: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    tokens: Annotated[Tokens, Field(ge=1)]
+    batch_size: Positive
+    micro_batch_size: Positive | None = None
+    supervision: Supervision = Supervision()
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    served: Served = Served()
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention", "xformers"] = "sdpa"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    gradient_checkpointing: bool = False
+    log_every: Positive = 10
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    save_every: Annotated[int, Field(ge=0)] = 0
+    keep_checkpoints: Positive = 2
+    report_to: Literal["auto", "none"] | tuple[Literal["tensorboard", "wandb"], ...] = "auto"
+
+    @model_validator(mode="after")
+    def _batches_add_up(self) -> "Settings":
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide "
+                f"batch_size={self.batch_size}; choose a divisor"
+            )
+        if self.optimizer.warmup_tokens >= self.tokens:
+            raise ValueError(
+                f"optimizer.warmup_tokens={self.optimizer.warmup_tokens} must be below "
+                f"tokens={self.tokens}"
+            )
+        return self
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimiser updates for every batch."""
+        by_step = self.objective == "looped" and self.supervision.update == "step"
+        return self.supervision.n_supervision if by_step else 1
+
+    @property
+    def rounds_per_batch(self) -> int:
+        """How often a batch is gone over: its supervised steps."""
+        return self.supervision.n_supervision if self.objective == "looped" else 1
+
+
+class SettingsError(ValueError):
+    """The file or an override is wrong; the message names key, value and fix."""
+
+
+def read_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
+    """The settings in a YAML file; `overrides` are `key=value`, keys with dots, values in YAML.
+
+    Paths in the file are taken from the working directory. Raises `SettingsError`.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{file} holds no keys; see configs/ for examples")
+    for override in overrides:
+        _override(content, override)
+    return settings_from(content)
+
+
+def settings_from(content: dict[str, Any]) -> Settings:
+    """Settings from what a file holds. Raises `SettingsError` naming every wrong key."""
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_told(error))) from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"--set {override!r} is not key=value, such as supervision.beta=0.5")
+    *sections, name = key.split(".")
+    place: Any = content
+    for section in sections:
+        place = place.setdefault(section, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise SettingsError(f"--set {override!r}: {'.'.join(sections)} has no keys in the file")
+    try:
+        place[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _told(error: ValidationError) -> Iterator[str]:
+    for wrong in error.errors():
+        where = wrong["loc"]
+        key = ".".join(str(part) for part in where)
+        if wrong["type"] == "extra_forbidden":
+            known = _keys_beside(where)
+            near = difflib.get_close_matches(str(where[-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            yield f"{key}: unknown key; {hint}"
+        elif wrong["type"] == "missing":
+            yield f"{key} is missing"
+        elif wrong["type"] == "value_error":
+            yield (f"{key}: " if key else "") + str(wrong["ctx"]["error"])
+        else:
+            yield f"{key}={wrong['input']!r}: {wrong['msg']}"
+
+
+def _keys_beside(where: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known in the section of a key."""
+    section: type[BaseModel] = Settings
+    for part in where[:-1]:
+        if isinstance(part, str) and part in section.model_fields:
+            kinds = [section.model_fields[part].annotation]
+            while kinds:
+                kind = kinds.pop()
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    section = kind
+                kinds += getattr(kind, "__args__", ())
+    return list(section.model_fields)

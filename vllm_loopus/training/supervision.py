@@ -1,0 +1,226 @@
+"""Random deep supervision: which steps of a batch have a loss, and what one such step computes.
+
+Of the `n_reasoning_steps` steps of a batch, `n_supervision` are drawn. The others run without
+gradient, and the state is detached before each step, so that the graph in memory is that of one
+step, however many there are. Steps after the last drawn one change nothing and are not run.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.blocks import Positions
+from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.training.objective import (
+    Counts,
+    Labelled,
+    language_modelling_loss,
+    monotonicity_loss,
+    sequence_confidence_loss,
+    token_confidence_loss,
+    token_losses,
+)
+from vllm_loopus.training.settings import Supervision
+
+
+class TrainableLoopUS(LoopUSForCausalLM):
+    """The reference model, with a `forward` that runs a function of the model.
+
+    What wraps a model for data parallel or sharded training works on its `forward`.
+    """
+
+    def __init__(self, config: LoopUSConfig) -> None:
+        super().__init__(config)
+        # What sharded training gathers at a time.
+        self._no_split_modules = [config.backbone.hf_layer.partition(":")[2]]
+
+    def forward(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """`function(model, ...)`, or the reference's forward for anything else."""
+        if callable(function):
+            return function(self, *args, **kwargs)
+        return super().forward(*(() if function is None else (function,)), *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the config names the reference model."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.architectures = [LoopUSForCausalLM.__name__]
+        self.config.save_pretrained(save_directory)
+
+
+def draw_steps(seed: int, batch: int, supervision: Supervision) -> list[int]:
+    """The supervised steps (from 0, ascending) of a batch: a function of seed and number alone."""
+    random = np.random.default_rng([seed, batch])
+    steps = random.choice(
+        supervision.n_reasoning_steps, size=supervision.n_supervision, replace=False
+    )
+    return sorted(int(step) for step in steps)
+
+
+@dataclass
+class Carried:
+    """What a batch carries from one supervised step to the next.
+
+    `state` [B, T, H] is detached; None before the encoder has run.
+    """
+
+    labelled: Labelled
+    state: torch.Tensor | None = None
+    positions: Positions | None = None
+    steps_done: int = field(default=0)
+
+
+def supervised_step(
+    model: LoopUSForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    carried: Carried,
+    step: int,
+    supervision: Supervision,
+    counts: Counts,
+) -> dict[str, torch.Tensor]:
+    """Take a batch [B, T] through `step`, the next one with a loss, and compute its loss.
+
+    `L = L_LM + beta L_Mono + L_Q`. Returns `loss` with its graph, its terms and `right` (the number
+    of right tokens) without. `carried` is brought to after the step.
+    """
+    labelled = carried.labelled
+    unsupervised = step - carried.steps_done
+    state = _state_before(model, input_ids, position_ids, carried, unsupervised, supervision)
+    positions = carried.positions
+    assert positions is not None
+
+    losses_before = None
+    if supervision.beta:
+        with torch.no_grad():
+            logits = logits_at(model, state, positions, labelled.where)
+            losses_before = token_losses(logits, labelled.targets)
+            del logits
+    previous = update = state
+    for _ in range(supervision.supervised_passes):
+        previous = state
+        update, state = model.refine(state, positions)
+    logits = logits_at(model, state, positions, labelled.where)
+    losses = token_losses(logits, labelled.targets)
+    right = logits.detach().argmax(-1) == labelled.targets
+    carried.state, carried.steps_done = state.detach(), step + 1
+
+    terms = {"lm_loss": language_modelling_loss(losses, counts)}
+    loss = terms["lm_loss"]
+    if losses_before is not None:
+        by_document = labelled if supervision.monotonicity == "document" else None
+        terms["mono_loss"] = monotonicity_loss(losses, losses_before, counts, by_document)
+        loss = loss + supervision.beta * terms["mono_loss"]
+    head_input = state if supervision.confidence_input == "state" else update - previous
+    if supervision.confidence_gradient == "head":
+        head_input = head_input.detach()
+    by_token = supervision.confidence_target == "token"
+    read = head_input.flatten(0, 1)[labelled.where if by_token else labelled.last]
+    q_logits = confidence_logits(model, read)
+    terms["confidence_loss"] = (
+        token_confidence_loss(q_logits, right, counts)
+        if by_token
+        else sequence_confidence_loss(q_logits, right, labelled, counts)
+    )
+    loss = loss + supervision.confidence_weight * terms["confidence_loss"]
+    told = {name: term.detach() for name, term in terms.items()}
+    return {"loss": loss, "right": right.sum(), **told}
+
+
+def _state_before(
+    model: LoopUSForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    carried: Carried,
+    unsupervised: int,
+    supervision: Supervision,
+) -> torch.Tensor:
+    """The state [B, T, H] that a supervised step starts from, after the steps before it.
+
+    It has a graph only where it is the encoder's own and the encoder is trained.
+    """
+    if carried.state is None:
+        with torch.set_grad_enabled(supervision.train_encoder and unsupervised == 0):
+            embedded = model.encoder.embed_tokens(input_ids)
+            carried.positions = model.positions(embedded, None, position_ids)
+            return _unsupervised(
+                model, model.encode(embedded, carried.positions), carried, unsupervised
+            )
+    return _unsupervised(model, carried.state, carried, unsupervised)
+
+
+def _unsupervised(
+    model: LoopUSForCausalLM, state: torch.Tensor, carried: Carried, steps: int
+) -> torch.Tensor:
+    assert carried.positions is not None
+    with torch.no_grad():
+        for _ in range(steps):
+            _, state = model.refine(state, carried.positions)
+    return state
+
+
+def logits_at(
+    model: LoopUSForCausalLM, state: torch.Tensor, positions: Positions, where: torch.Tensor
+) -> torch.Tensor:
+    """Logits [n, V] of states [B, T, H] at `where` [n] of their B * T positions."""
+    hidden = model.decoder.run_layers(state, positions).flatten(0, 1)[where]
+    return model.decoder.logits(model.decoder.norm(hidden))
+
+
+def confidence_logits(model: LoopUSForCausalLM, head_input: torch.Tensor) -> torch.Tensor:
+    """The confidence head before its sigmoid, [n] of [n, H], in float32."""
+    dtype = next(model.q_head.parameters()).dtype
+    return model.q_head(head_input.to(dtype)).squeeze(-1).float()
+
+
+@torch.no_grad()
+def measure_by_depth(
+    model: LoopUSForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    labelled: Labelled,
+) -> dict[str, torch.Tensor]:
+    """Sums over the labelled tokens of a batch [B, T], at depths 1..`max_loops`.
+
+    `loss`, `accuracy` (right tokens) and `confidence` [N]; and where each token leaves by the
+    config's halting rule, decoded at that depth as served: `exit_depth`, `exit_accuracy` and
+    `exit_loss`, a number each.
+    """
+    rule = HaltingRule.from_config(model.config)
+    embedded = model.encoder.embed_tokens(input_ids)
+    positions = model.positions(embedded, None, position_ids)
+    state = model.encode(embedded, positions)
+    where = labelled.where
+    running = torch.ones_like(where, dtype=torch.bool)
+    survival = torch.ones_like(where, dtype=torch.float32)
+    at_exit = {
+        name: survival.new_zeros(()) for name in ("exit_depth", "exit_accuracy", "exit_loss")
+    }
+    by_depth: dict[str, list[torch.Tensor]] = {"loss": [], "accuracy": [], "confidence": []}
+    for depth in range(1, model.config.max_loops + 1):
+        update, new_state = model.refine(state, positions)
+        before, after = (h.flatten(0, 1)[where] for h in (state, new_state))
+        state = new_state
+        logits = logits_at(model, state, positions, where)
+        losses = token_losses(logits, labelled.targets)
+        right = (logits.argmax(-1) == labelled.targets).float()
+        as_update = model.config.confidence_input == "update"
+        seen = update.flatten(0, 1)[where] - before if as_update else after
+        confidence = torch.sigmoid(confidence_logits(model, seen))
+        leaves, survival = rule.leaves(
+            depth,
+            confidence=confidence,
+            step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
+            survival=survival,
+        )
+        now = running & leaves
+        running = running & ~leaves
+        at_exit["exit_depth"] += depth * now.sum()
+        at_exit["exit_accuracy"] += (right * now).sum()
+        at_exit["exit_loss"] += (losses * now).sum()
+        for name, values in (("loss", losses), ("accuracy", right), ("confidence", confidence)):
+            by_depth[name].append(values.sum())
+    return {**{name: torch.stack(sums) for name, sums in by_depth.items()}, **at_exit}
