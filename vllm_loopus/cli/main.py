@@ -4,6 +4,7 @@ import typer
 
 from vllm_loopus.cli.alias import alias_app
 from vllm_loopus.cli.doctor import doctor
+from vllm_loopus.cli.eval import evaluate
 from vllm_loopus.cli.info import info
 from vllm_loopus.cli.recast import analyze, convert, recast
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 app.add_typer(alias_app)
 for command in (doctor, info, recast, analyze, convert):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.callback()
