@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_loopus.cli.info import ModelArgument, known_models
-from vllm_loopus.cli.output import JsonOption, errors_told, print_json, print_table
+from vllm_loopus.cli.output import JsonOption, errors_told, print_json
 
 if TYPE_CHECKING:
     from vllm_loopus.evaluation.models import Model
@@ -127,9 +128,9 @@ def evaluate(
     elif as_markdown:
         _print_markdown(table, about)
     else:
-        print_table(*table.cells())
+        _print_wide(*table.cells())
         if table.difficulties:
-            print_table(*table.cells_by_difficulty())
+            _print_wide(*table.cells_by_difficulty())
         typer.echo(about)
 
 
@@ -144,7 +145,7 @@ def _models(
     from vllm_loopus.evaluation.models import looped_model, plain_model
 
     looped = looped_model(name, max_loops, early_exit, exit_threshold)
-    bases = base or [looped.config.base_model_name_or_path]
+    bases = list(dict.fromkeys(base or [looped.config.base_model_name_or_path]))
     if bases == [NO_BASE]:
         return [looped]
     if NO_BASE in bases:
@@ -182,6 +183,22 @@ def _about(plan: Any, results: Any) -> str:
         f"{date}, {software}, lm-eval {versions['lm_eval']}, dtype {plan.options.dtype}, "
         f"{documents}, {machines}. ± is the standard error."
     )
+
+
+def _print_wide(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Standard errors below their numbers; outside a terminal as wide as the table is."""
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table as RichTable
+
+    table = RichTable(*heads)
+    for row in rows:
+        table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        console = Console(width=max(needed, console.width))
+    console.print(table)
 
 
 def _print_markdown(table: "Table", about: str) -> None:

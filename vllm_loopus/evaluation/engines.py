@@ -2,9 +2,9 @@
 
 A log-likelihood task gives context and continuation; the whole text is one sequence, and all its
 positions stand at the depth at which its *last* token leaves, as in the released code's uncached
-forward. In vLLM that is what a prompt with `prompt_logprobs` gets. lm-eval's `hf` type cuts the last
-token off and pads without a mask, which changes nothing at a fixed depth but decides early exit by
-other tokens: `TransformersModel` scores the whole text instead.
+forward. In vLLM that is what a prompt with `prompt_logprobs` gets. lm-eval's `hf` type cuts the
+last token off and pads without a mask, which changes nothing at a fixed depth but decides early
+exit by other tokens: `TransformersModel` scores the whole text instead.
 """
 
 import gc

@@ -37,10 +37,10 @@ class Setting:
     def label(self) -> str:
         """What the table says beside the model's name."""
         if self.max_loops is None:
-            return "base"
+            return "no loop"
         if self.exit_threshold is None:
             return f"{self.max_loops} loops"
-        return f"early exit at {self.exit_threshold:g}, up to {self.max_loops} loops"
+        return f"≤ {self.max_loops} loops, exit at {self.exit_threshold:g}"
 
     def knobs(self) -> dict[str, Any]:
         """Knobs of each request: `extra_args` in vLLM, fields of the config in transformers."""
@@ -84,6 +84,10 @@ class Model:
         if not isinstance(self.config, LoopUSConfig):
             return {}
         return {name: getattr(self.config, name) for name in HALTING}
+
+    def decides(self, setting: Setting) -> dict[str, Any]:
+        """What of `overrides` matters in one of the settings."""
+        return {"max_loops": setting.max_loops} if setting.is_fixed else self.overrides()
 
     def fingerprint(self) -> str:
         """Of every file that decides an answer: equal models in other folders have the same."""

@@ -4,10 +4,11 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import groupby
 from typing import Any
 
 import lm_eval
@@ -26,7 +27,7 @@ BOOTSTRAPS = 1000  # for standard errors that have no formula
 
 @dataclass(frozen=True)
 class Cell:
-    """One task for one model in one setting, and the file that holds its result once it is there."""
+    """One task for one model in one setting. `identity`: see `store`."""
 
     model: Model
     setting: Setting
@@ -53,10 +54,17 @@ def make_plan(
 ) -> Plan:
     """Loads tasks and fingerprints everything. Raises `ValueError` for what cannot be evaluated."""
     tasks, length = expand(names)
-    if options.max_length is None:
-        options = EngineOptions(**{**asdict(options), "max_length": length})
+    if not tasks:
+        raise ValueError(f"tasks={','.join(names)!r} names none; give a set or task names")
     for model in models:
         model.tokenizer  # noqa: B018  (raises when there is none)
+        if options.max_length is not None and options.max_length > model.max_length:
+            raise ValueError(
+                f"max_length={options.max_length} is above what {model.name} was made for, "
+                f"{model.max_length}"
+            )
+    if options.max_length is None:
+        options = replace(options, max_length=length)
     loaded = load_tasks(tasks, num_fewshot, include)
     documents = {task.name: task.fingerprint(limit) for task in loaded}
     cells = []
@@ -66,12 +74,11 @@ def make_plan(
             for task in loaded:
                 identity = {
                     "model": fingerprint,
-                    "overrides": model.overrides(),
-                    "setting": asdict(setting),
+                    "depth": model.decides(setting),
                     "task": task.name,
                     "documents": documents[task.name],
                     "limit": limit,
-                    **asdict(options),
+                    **_options(options),
                     **_versions(options),
                 }
                 cells.append(Cell(model, setting, task, identity))
@@ -91,7 +98,9 @@ def measure(
         tell(f"{len(results)} of {len(plan.cells)} results are in {store.folder} already")
     missing = [index for index in range(len(plan.cells)) if index not in results]
     done = len(results)
-    for model, indices in _by_model(plan, missing):
+    for _, group in groupby(missing, lambda index: plan.cells[index].model.name):
+        indices = list(group)
+        model = plan.cells[indices[0]].model
         tell(f"starting {plan.options.engine} with {model.name}")
         with running_engine(model, plan.options) as engine:
             for index in indices:
@@ -102,12 +111,6 @@ def measure(
                 results[index] = _evaluate(engine, cell, plan)
                 store.save(results[index])
     return [results[index] for index in range(len(plan.cells))]
-
-
-def _by_model(plan: Plan, missing: list[int]) -> Iterator[tuple[Model, list[int]]]:
-    models = {id(plan.cells[index].model): plan.cells[index].model for index in missing}
-    for key, model in models.items():
-        yield model, [index for index in missing if id(plan.cells[index].model) == key]
 
 
 def _evaluate(engine: Any, cell: Cell, plan: Plan) -> Result:
@@ -150,6 +153,13 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+
+
+def _options(options: EngineOptions) -> dict[str, Any]:
+    found = asdict(options)
+    if options.engine == VLLM:
+        del found["batch_size"]  # vLLM makes its own
+    return found
 
 
 def _versions(options: EngineOptions) -> dict[str, str]:

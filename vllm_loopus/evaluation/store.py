@@ -23,8 +23,8 @@ class Result:
     """What one task gave.
 
     - `identity`: see above; `model`, `setting`: for people.
-    - `metrics`: by task of a group (and for the group itself), as lm-evaluation-harness gives them.
-    - `items`: by task, one entry a document: responses, its own metrics, difficulty where it has one.
+    - `metrics`: by task (of a group too, and of the group itself), as lm-eval gives them.
+    - `items`: by task, one entry a document: responses, metrics, difficulty where it has one.
     - `seconds`: of wall clock, loading of model and data not included.
     - `about`: date, machine, versions.
     """

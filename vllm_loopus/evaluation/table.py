@@ -69,13 +69,13 @@ class Table:
         titles = [f"{c.title} {'↓' if c.is_perplexity else '↑'}" for c in self.columns]
         accuracies = any(row.average for row in self.rows)
         counted = any(row.passes is not None for row in self.rows)
-        heads = ["model", *titles]
+        heads = ["model", "depth", *titles]
         heads += ["AVG", "Δ"] if accuracies else []
         heads += ["passes/token"] if counted else []
         heads += ["time"]
         rows = []
         for row in self.rows:
-            cells = [f"{row.model} ({row.setting})"]
+            cells = [row.model, row.setting]
             cells += [_shown(row.scores.get(c.title), c.is_perplexity) for c in self.columns]
             if accuracies:
                 cells += [_shown(row.average), _shown(row.delta, sign="+")]
@@ -88,10 +88,11 @@ class Table:
     def cells_by_difficulty(self) -> tuple[list[str], list[list[str]]]:
         """The same for the columns that know difficulties."""
         titles = [c for c in self.columns if any(c.title in (r.levels or {}) for r in self.rows)]
-        heads = ["model", "task", *(f"k={k}" for k in self.difficulties)]
+        heads = ["model", "depth", "task", *(f"k={k}" for k in self.difficulties)]
         rows = [
             [
-                f"{row.model} ({row.setting})",
+                row.model,
+                row.setting,
                 column.title,
                 *(_shown((row.levels or {})[column.title].get(k)) for k in self.difficulties),
             ]

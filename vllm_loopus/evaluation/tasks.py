@@ -75,7 +75,7 @@ def load_tasks(
                 f"tasks: {name!r} is no task of lm-evaluation-harness and no preset "
                 f"({', '.join(PRESETS)}); {hint}"
             )
-    loaded = [_load(manager, name) for name in names]
+    loaded = [task for name in names for task in _load(manager, name)]
     for leaf in (leaf for task in loaded for leaf in task.leaves):
         own = leaf.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):  # 0 is a task's last word
@@ -84,7 +84,8 @@ def load_tasks(
     return loaded
 
 
-def _load(manager: Any, name: str) -> LoadedTask:
+def _load(manager: Any, name: str) -> list[LoadedTask]:
+    """One, but for a tag, which is several tasks under one name."""
     try:
         found = manager.load([name])
     except (OSError, DatasetsError, HfHubHTTPError) as error:  # no network is an OSError
@@ -95,7 +96,12 @@ def _load(manager: Any, name: str) -> LoadedTask:
         ) from error
     except ImportError as error:
         raise ValueError(f"tasks: {name!r} needs more packages: {error}") from error
-    return LoadedTask(name, found)
+    if name in found["groups"] or name in found["tasks"]:
+        return [LoadedTask(name, found)]
+    alone: dict[str, Any] = {"groups": {}, "group_map": {}}
+    return [
+        LoadedTask(leaf, {"tasks": {leaf: task}, **alone}) for leaf, task in found["tasks"].items()
+    ]
 
 
 def _json(value: Any) -> str:
