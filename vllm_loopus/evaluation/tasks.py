@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,9 @@ def load_tasks(
 
     Raises `ValueError` for a task nobody knows, and for one whose data cannot be had here.
     """
-    folders = [OURS, *([include] if include else [])]
-    # The index of lm-eval's own tasks takes a while: only where one of them is asked for.
-    manager = TaskManager(include_path=folders, include_defaults=False)
+    manager = _manager(include, lm_evals=False)
     if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folders)
+        manager = _manager(include, lm_evals=True)
     for name in names:
         if name not in manager.all_tasks:
             known = [*PRESETS, *manager.all_tasks]
@@ -82,6 +81,13 @@ def load_tasks(
             leaf.set_config("num_fewshot", num_fewshot or own or 0)
         leaf.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
+
+
+@cache
+def _manager(include: Path | None, lm_evals: bool) -> Any:
+    """Knows our tasks, the user's, and lm-evaluation-harness's own, whose index takes a while."""
+    folders = [OURS, *([include] if include else [])]
+    return TaskManager(include_path=folders, include_defaults=lm_evals)
 
 
 def _load(manager: Any, name: str) -> list[LoadedTask]:
