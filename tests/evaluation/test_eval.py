@@ -181,6 +181,16 @@ def test_settings() -> None:
     assert only.decides(only.settings[0])["halting_strategy"] == "threshold"
 
 
+def test_a_plain_model_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_loopus.evaluation.vllm_engine import plain_memory
+    from vllm_loopus.serving.memory import free_cpu_memory
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert plain_memory() == {}
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    assert 0 < plain_memory()["kv_cache_memory_bytes"] < 0.5 * free_cpu_memory()[0]
+
+
 def test_convergence_has_no_confidence_to_leave_at(tmp_path: Path) -> None:
     for file in EMBEDDED["loopus-tiny"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -87,8 +87,7 @@ def evaluate(
 ) -> None:
     """Run lm-evaluation-harness on a looped model and its base, and print the paper's table.
 
-    Results are kept in OUT, one file for each model, setting and task; the same command goes on
-    where it was stopped.
+    Each result is kept in OUT: stopped, the same command goes on where it was.
     """
     with errors_told(ValueError, OSError):
         if find_spec("lm_eval") is None:

@@ -138,8 +138,9 @@ def running_engine(model: Model, options: EngineOptions) -> Iterator[Any]:
 
 def _vllm_model(model: Model, options: EngineOptions) -> Any:
     # Imported where it is used: importing vLLM takes seconds, and `hf` does without.
-    from vllm_loopus.evaluation.vllm_engine import VLLMModel
+    from vllm_loopus.evaluation.vllm_engine import VLLMModel, plain_memory
 
+    memory = {} if model.is_looped else plain_memory()
     return VLLMModel(
         pretrained=str(model.folder),
         tokenizer=model.tokenizer,
@@ -148,6 +149,7 @@ def _vllm_model(model: Model, options: EngineOptions) -> Any:
         batch_size="auto",
         disable_log_stats=False,
         hf_overrides=model.overrides(),
+        **memory,
     )
 
 

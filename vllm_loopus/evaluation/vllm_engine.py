@@ -1,13 +1,24 @@
 """lm-evaluation-harness's `vllm` model type, with the knobs of a LoopUS request and its metrics."""
 
+import os
 from typing import Any
 
 from lm_eval.models.vllm_causallms import VLLM
 from vllm import SamplingParams
+from vllm.platforms import current_platform
 
 from vllm_loopus.evaluation.engines import Work
 from vllm_loopus.evaluation.models import Setting
+from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
 from vllm_loopus.serving.metrics import PREFIX
+
+
+def plain_memory() -> dict[str, int]:
+    """Engine arguments for a plain model on a CPU, where vLLM's own default claims 92 % of all
+    memory and often cannot start. LoopUS models see to it themselves (`serving/vllm_config.py`)."""
+    if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return {}
+    return {"kv_cache_memory_bytes": int(CPU_CACHE_SHARE * free_cpu_memory()[0])}
 
 
 class VLLMModel(VLLM):
@@ -16,8 +27,9 @@ class VLLMModel(VLLM):
     knobs: dict[str, Any]
 
     def apply(self, setting: Setting) -> None:
-        """What follows is asked at this depth."""
+        """What follows is asked at this depth, and finds nothing in the prefix cache."""
         self.knobs = setting.knobs()
+        self.model.reset_prefix_cache()
 
     def work(self) -> Work:
         """Of a plain model nothing is known: it has no such metrics."""
