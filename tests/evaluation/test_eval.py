@@ -127,6 +127,14 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         result = invoke(*arguments, "--exit-threshold", "0.51")
         assert "4 of 6 results" in result.stderr
 
+    # The same checkpoint under another name finds its results.
+    folder = tmp_path / "elsewhere" / "loopus-tiny"
+    folder.parent.mkdir()
+    folder.symlink_to(EMBEDDED["loopus-tiny"])
+    named = json.loads(invoke(str(folder), *options, "--limit", "2", "--json").stdout)
+    assert [row["model"] for row in named["rows"]][1:] == [str(folder)] * 2
+    folder.unlink()
+
     damaged = sorted(files())[0]
     damaged.write_text(damaged.read_text()[:100])
     assert "5 of 6 results" in invoke(*arguments).stderr

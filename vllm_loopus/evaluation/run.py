@@ -93,7 +93,8 @@ def measure(
     for index, cell in enumerate(plan.cells):
         found = store.load(cell.model.name, cell.task.name, cell.identity) if resume else None
         if found is not None:
-            results[index] = found
+            # The same checkpoint may have been measured under another name.
+            results[index] = replace(found, model=cell.model.name, setting=cell.setting.label)
     if results:
         tell(f"{len(results)} of {len(plan.cells)} results are in {store.folder} already")
     missing = [index for index in range(len(plan.cells)) if index not in results]
