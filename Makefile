@@ -5,7 +5,7 @@ LOCK := requirements/cpu.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test lint serve browser pictures bench-early-exit train-tiny lock clean
+.PHONY: demo test lint serve browser pictures bench-early-exit train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -46,9 +46,14 @@ bench-early-exit: .venv
 train-tiny: .venv
 	examples/train_tiny.sh
 
+# The README's table: base against looped, as Markdown on standard output. What is measured stays in
+# eval-results; the same command measures only what has changed.
+eval-tiny: .venv
+	@$(BIN)/vllm-loopus eval loopus-tiny --tasks tiny --out eval-results --markdown
+
 # Resolve the lock file again (needs uv). See requirements/README.md.
 lock:
-	uv pip compile pyproject.toml --extra cpu --extra train --extra dev --override requirements/cpu.overrides \
+	uv pip compile pyproject.toml --extra cpu --extra train --extra eval --extra dev --override requirements/cpu.overrides \
 	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOCK)
 
 clean:

@@ -5,6 +5,7 @@ import typer
 from vllm_loopus.cli.alias import alias_app
 from vllm_loopus.cli.depths import depths
 from vllm_loopus.cli.doctor import doctor
+from vllm_loopus.cli.eval import evaluate
 from vllm_loopus.cli.info import info
 from vllm_loopus.cli.recast import analyze, convert, recast
 from vllm_loopus.cli.trace import trace
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.add_typer(alias_app)
 for command in (doctor, info, recast, analyze, convert, train, trace, depths):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.callback()

@@ -1,0 +1,1 @@
+"""How good a looped model is: lm-evaluation-harness on our engine, base against looped."""

@@ -1,0 +1,167 @@
+"""What is evaluated: models found on disk, each in one or two settings."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
+from vllm_loopus.recast.base import find_checkpoint, is_snapshot
+
+HASHED_WHOLE = 2**30  # bytes of a weight file; of a larger one, size and time say enough
+READ_AT_ONCE = 2**24
+# What of a looped model's config decides where its tokens leave.
+HALTING = (
+    *("max_loops", "min_loops", "halting_strategy", "exit_threshold", "exit_interval"),
+    *("convergence_epsilon", "confidence_input"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How deep a model goes: a plain one (`max_loops` None) once; a looped one at most `max_loops`
+    deep, with the threshold at which tokens leave early, or (None) every token to the end."""
+
+    max_loops: int | None = None
+    exit_threshold: float | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.exit_threshold is None
+
+    @property
+    def label(self) -> str:
+        """What the table says beside the model's name."""
+        if self.max_loops is None:
+            return "no loop"
+        if self.exit_threshold is None:
+            return f"{self.max_loops} loops"
+        return f"≤ {self.max_loops} loops, exit at {self.exit_threshold:g}"
+
+    def knobs(self) -> dict[str, Any]:
+        """Knobs of each request: `extra_args` in vLLM, fields of the config in transformers."""
+        # Whatever the halting strategy, nobody leaves before `min_loops`.
+        return {"min_loops": self.max_loops} if self.max_loops and self.is_fixed else {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint folder and the settings it is to be evaluated in."""
+
+    name: str
+    folder: Path
+    config: PreTrainedConfig
+    settings: tuple[Setting, ...]
+
+    @property
+    def is_looped(self) -> bool:
+        return isinstance(self.config, LoopUSConfig)
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is: here, or with the base. Raises `ValueError` when nowhere."""
+        if any((self.folder / name).is_file() for name in TOKENIZER_FILES):
+            return str(self.folder)
+        base = getattr(self.config, "base_model_name_or_path", None)
+        if not base:
+            raise ValueError(
+                f"{self.name} holds no tokenizer files and names no base_model_name_or_path; put "
+                "the tokenizer's files into its folder"
+            )
+        return str(find_checkpoint(base))
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence of tokens the model was made for."""
+        return int(self.config.get_text_config().max_position_embeddings)
+
+    def overrides(self) -> dict[str, Any]:
+        """Fields of a looped model's config that hold for its engine (vLLM's `hf_overrides`)."""
+        if not isinstance(self.config, LoopUSConfig):
+            return {}
+        return {name: getattr(self.config, name) for name in HALTING}
+
+    def decides(self, setting: Setting) -> dict[str, Any]:
+        """What of `overrides` matters in one of the settings."""
+        return {"max_loops": setting.max_loops} if setting.is_fixed else self.overrides()
+
+    def fingerprint(self) -> str:
+        """Of every file that decides an answer: equal models in other folders have the same."""
+        digest = hashlib.sha256()
+        files = sorted(
+            file
+            for pattern in ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin")
+            for file in self.folder.glob(pattern)
+        )
+        for file in [*files, *sorted(self.folder.glob("*.pt"))]:
+            size, changed = file.stat().st_size, file.stat().st_mtime_ns
+            digest.update(f"{file.name}\0{size}\0".encode())
+            if size <= HASHED_WHOLE:
+                with file.open("rb") as content:
+                    while part := content.read(READ_AT_ONCE):
+                        digest.update(part)
+            elif is_snapshot(self.folder):
+                digest.update(self.folder.name.encode())
+            else:
+                digest.update(str(changed).encode())
+        return digest.hexdigest()
+
+
+def looped_model(
+    name: str, max_loops: int | None, early_exit: bool | None, exit_threshold: float | None
+) -> Model:
+    """The looped model, at fixed depth, with early exit, or (`early_exit` None) both.
+
+    Raises `ValueError` for a model that is no LoopUS model, and for numbers that cannot be.
+    """
+    folder, config = _read(name)
+    if not isinstance(config, LoopUSConfig):
+        raise ValueError(
+            f"{name} is a {config.model_type} model, not a LoopUS model; give the looped model "
+            "first and the plain one as --base"
+        )
+    if early_exit is False and exit_threshold is not None:
+        raise ValueError(
+            f"exit_threshold={exit_threshold} means nothing with --no-early-exit; leave one out"
+        )
+    if max_loops is not None:
+        config.max_loops = max_loops
+        config.min_loops = min(config.min_loops, max(max_loops, 1))
+    if exit_threshold is not None:
+        config.exit_threshold = exit_threshold
+    config.check()
+    by_convergence = config.halting_strategy == "convergence"
+    if by_convergence and exit_threshold is not None:
+        raise ValueError(
+            f"exit_threshold={exit_threshold} means nothing to {name}, whose halting_strategy is "
+            "convergence; leave it out"
+        )
+    threshold = config.convergence_epsilon if by_convergence else config.exit_threshold
+    fixed, early = Setting(config.max_loops), Setting(config.max_loops, float(threshold))
+    settings = [s for s, left_out in ((fixed, True), (early, False)) if early_exit is not left_out]
+    return Model(name, folder, config, tuple(settings))
+
+
+def plain_model(name: str) -> Model:
+    """A base model. Raises `ValueError` for a looped one, and for what is no model."""
+    folder, config = _read(name)
+    if isinstance(config, LoopUSConfig):
+        raise ValueError(
+            f"base={name} is a LoopUS model itself; give the plain model it was recast from, or "
+            "--base none"
+        )
+    return Model(name, folder, config, (Setting(),))
+
+
+def _read(name: str) -> tuple[Path, PreTrainedConfig]:
+    folder = find_checkpoint(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name} holds no config.json; give a checkpoint folder")
+    try:
+        return folder, AutoConfig.from_pretrained(folder)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"the config of {name} cannot be read: {error}") from error
