@@ -2,8 +2,8 @@
 
     make pictures                      # TRACE_OPTIONS='--max-loops 8' goes to vllm-loopus trace
 
-Two questions with their answers are traced as one given text; the statistics are of the questions
-that loopus-tiny is evaluated on. The page is photographed by Chromium.
+A question with its answer is traced as a given text; the statistics are of the questions that
+loopus-tiny is evaluated on. The page is photographed by Chromium.
 """
 
 import json
@@ -20,8 +20,9 @@ from vllm_loopus.tiny.tasks import evaluation_set
 
 DOCS = Path(__file__).parent
 MODEL = "loopus-tiny"
-PROMPT = "<|user|>(3+4)=<|end|><|assistant|>"
-ANSWER = "7<|end|><|user|>((3+4)*2)=<|end|><|assistant|>4"
+# The ball goes a b c d a b c d b: after every pair the state says where it is.
+PROMPT = "a:"
+ANSWER = "ab,bc,cd,da,ab,bc,cd,db=b"
 PER_DIFFICULTY = 20
 WIDTH, SCALE = 1280, 1.5
 
@@ -55,7 +56,7 @@ def main() -> None:
     options = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         page, run, questions = (Path(folder) / n for n in ("t.html", "run.json", "questions.jsonl"))
-        given = ("--prompt", PROMPT, "--answer", ANSWER, "--tokens", "0,4,6,12,15")
+        given = ("--prompt", PROMPT, "--answer", ANSWER, "--tokens", "2,8,14,20,24")
         states = ("--html", page, "--trajectories", DOCS / "trajectories.png")
         vllm_loopus("trace", MODEL, *given, *states, *options)
         photograph(page, DOCS / "trace.png")
