@@ -159,6 +159,12 @@ class FakeExecutor:
             )
         return leaves
 
+    def settle(self) -> None:
+        pass
+
+    def cleanse(self, request_id: str) -> None:
+        pass
+
     def copy(self, kind: str, row: Rows, depths: Iterable[int]) -> None:
         value = self.memory[kind, self.slot(row.sequence, row.depth, row.end - 1)]
         for depth in depths:

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_loopus.aliases import explain_unknown_alias
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.serving.answers import explain
 from vllm_loopus.serving.depths import attach, count
 
 MARK = "_vllm_loopus_patch"
@@ -98,6 +99,7 @@ def _with_exit_depths(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         completion = original(self, token_ids, finish_reason, stop_reason)
         attach(self, completion)
+        explain(completion)
         return completion
 
     return _new_completion_output

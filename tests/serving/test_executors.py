@@ -1,0 +1,97 @@
+"""The golden answers on more than one rank, and by vLLM's other executors."""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import BACKBONES
+from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
+
+CDF = ("qwen3", next(rule for rule in by_rule("qwen3") if rule[0] == "cdf"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ranks_on_one_memory_node() -> Iterator[None]:
+    """vLLM gives each rank a memory node of its own, or refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "0.25")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        yield
+
+
+def inner(worker: Any) -> Any:
+    return getattr(worker, "worker", worker)
+
+
+def record(worker: Any) -> int:
+    """On every rank: what each step does is noted from now on. Gives the heads of a rank."""
+    runner = inner(worker).model_runner
+    original, steps = runner._batch.step, []
+
+    def step(*args: Any) -> Any:
+        decoded, progress = original(*args)
+        steps.append((progress.passes, progress.exit_depths, progress.taken, progress.complete))
+        return decoded, progress
+
+    runner._batch.step, runner._recorded = step, steps
+    return int(runner.model.planes.caches()[0].shape[1])
+
+
+def recorded(worker: Any) -> list[Any]:
+    steps: list[Any] = inner(worker).model_runner._recorded
+    taken, steps[:] = list(steps), []
+    return taken
+
+
+def disturb(worker: Any) -> None:
+    """From now on all ranks but the first would let everybody leave at once, and fail them all."""
+    runner = inner(worker).model_runner
+    if torch.distributed.get_rank() > 0:
+        original, watch = runner.model.confidence, runner._batch._executor._verdicts.watch
+        runner.model.confidence = lambda *args: torch.ones_like(original(*args))
+
+        def watch_nan(rows: Any, offsets: Any, states: torch.Tensor, *place: str) -> None:
+            watch(rows, offsets, torch.full_like(states, torch.nan), *place)
+
+        runner._batch._executor._verdicts.watch = watch_nan
+
+
+@pytest.mark.parametrize("setting", [*MIXED, CDF], ids=lambda setting: "-".join(map(str, setting)))
+def test_two_ranks(make_llm: Any, setting: Any) -> None:
+    """Tokens and depths are the golden ones; both ranks take the same passes, also when one of them
+    would decide otherwise by its own numbers."""
+    llm = start(
+        make_llm,
+        setting,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_num_batched_tokens=24,
+        max_num_seqs=24,
+    )
+    cases = by_rule(setting[0])[setting[1]]
+    assert setting == CDF or len(cases) >= 20
+    assert len({depth for case in cases for depth in case["depths"]}) > 2
+    assert llm.collective_rpc(record) == [1, 1]  # K/V heads: each rank has half of the two
+    for disturbed in (False, True):
+        if disturbed:
+            llm.collective_rpc(disturb)
+            llm.reset_prefix_cache()
+        assert_golden(cases, generate(llm, cases))
+        first, second = llm.collective_rpc(recorded)
+        assert len(first) > 20 and first == second
+        assert max(rows for passes, *_ in first for rows in passes) <= 24
+
+
+@pytest.mark.parametrize("executor", ["uni", "mp", "ray"])
+def test_executors(make_llm: Any, executor: str) -> None:
+    if executor == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed: pip install 'vllm-loopus[ray]'")
+    assert {backbone for backbone, _ in MIXED} == set(BACKBONES)
+    setting = MIXED[0]
+    llm = start(make_llm, setting, distributed_executor_backend=executor)
+    cases = by_rule(setting[0])[setting[1]]
+    assert_golden(cases, generate(llm, cases))
