@@ -18,8 +18,6 @@ def _ranks_on_one_memory_node() -> Iterator[None]:
     """vLLM gives each rank a memory node of its own, or refuses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "0.25")
-        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         yield
 
 
