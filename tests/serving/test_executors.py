@@ -1,13 +1,11 @@
 """The golden answers on more than one rank, and by vLLM's other executors."""
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import BACKBONES
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
 
 CDF = ("qwen3", next(rule for rule in by_rule("qwen3") if rule[0] == "cdf"))
@@ -25,8 +23,12 @@ def inner(worker: Any) -> Any:
     return getattr(worker, "worker", worker)
 
 
-def record(worker: Any) -> int:
-    """On every rank: what each step does is noted from now on. Gives the heads of a rank."""
+def heads_of_rank(worker: Any) -> int:
+    return int(inner(worker).model_runner.model.planes.caches()[0].shape[1])
+
+
+def record(worker: Any) -> None:
+    """On every rank: what each step does is noted from now on."""
     runner = inner(worker).model_runner
     original, steps = runner._batch.step, []
 
@@ -36,7 +38,6 @@ def record(worker: Any) -> int:
         return decoded, progress
 
     runner._batch.step, runner._recorded = step, steps
-    return int(runner.model.planes.caches()[0].shape[1])
 
 
 def recorded(worker: Any) -> list[Any]:
@@ -73,8 +74,9 @@ def test_two_ranks(make_llm: Any, setting: Any) -> None:
     cases = by_rule(setting[0])[setting[1]]
     assert setting == CDF or len(cases) >= 20
     assert len({depth for case in cases for depth in case["depths"]}) > 2
-    assert llm.collective_rpc(record) == [1, 1]  # K/V heads: each rank has half of the two
-    for disturbed in (False, True):
+    assert llm.collective_rpc(heads_of_rank) == [1, 1]  # each has half of the K/V heads
+    llm.collective_rpc(record)
+    for disturbed in (False, True) if setting == MIXED[0] else (False,):
         if disturbed:
             llm.collective_rpc(disturb)
             llm.reset_prefix_cache()
@@ -84,12 +86,20 @@ def test_two_ranks(make_llm: Any, setting: Any) -> None:
         assert max(rows for passes, *_ in first for rows in passes) <= 24
 
 
-@pytest.mark.parametrize("executor", ["uni", "mp", "ray"])
-def test_executors(make_llm: Any, executor: str) -> None:
-    if executor == "ray" and importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed: pip install 'vllm-loopus[ray]'")
-    assert {backbone for backbone, _ in MIXED} == set(BACKBONES)
-    setting = MIXED[0]
-    llm = start(make_llm, setting, distributed_executor_backend=executor)
-    cases = by_rule(setting[0])[setting[1]]
+def test_mp_with_one_rank(make_llm: Any) -> None:
+    llm = start(make_llm, MIXED[0], distributed_executor_backend="mp")
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
     assert_golden(cases, generate(llm, cases))
+
+
+def test_two_ranks_on_ray(make_llm: Any) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'vllm-loopus[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        llm = start(make_llm, MIXED[0], distributed_executor_backend="ray", tensor_parallel_size=2)
+        assert llm.collective_rpc(heads_of_rank) == [1, 1]
+        cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+        assert_golden(cases, generate(llm, cases))
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        ray.shutdown()
