@@ -28,8 +28,8 @@ from vllm_loopus.serving.staircase import LoopedSequence, Rows
 class _Watched:
     """Rows of one call of the model: entry `i` has the flags `offsets[i] .. offsets[i + 1] - 1`."""
 
-    sequences: list[LoopedSequence]
-    places: list[str]
+    entries: list[tuple[LoopedSequence, int]]  # with its depth
+    place: str
     offsets: NDArray[np.int64]
     flags: torch.Tensor  # bool [T]: not a number
 
@@ -53,8 +53,8 @@ class Verdicts:
         worst = torch.linalg.vector_norm(states, ord=torch.inf, dim=-1)  # NaN where one is
         self._watched.append(
             _Watched(
-                [entry.sequence for entry in rows],
-                [f"{place}at depth {entry.depth}" for entry in rows],
+                [(entry.sequence, entry.depth) for entry in rows],
+                place,
                 offsets,
                 ~torch.isfinite(worst),
             )
@@ -66,12 +66,12 @@ class Verdicts:
         flags = torch.cat([*(calls.flags for calls in watched), leaves]).to(torch.uint8)
         decided = self._group.broadcast(flags, src=0).cpu().numpy().astype(bool)
         for calls in watched:
-            for sequence, place, start, end in zip(
-                calls.sequences, calls.places, calls.offsets, calls.offsets[1:], strict=False
-            ):
-                if decided[start:end].any():
-                    sequence.fail(f"NaN or infinite hidden states {place}")
-            decided = decided[len(calls.flags) :]
+            found, decided = np.split(decided, [len(calls.flags)])
+            if found.any():
+                entry = np.searchsorted(calls.offsets, np.flatnonzero(found), side="right") - 1
+                for index in np.unique(entry):
+                    sequence, depth = calls.entries[index]
+                    sequence.fail(f"NaN or infinite hidden states {calls.place}at depth {depth}")
         result: list[bool] = decided.tolist()
         return result
 
