@@ -32,6 +32,7 @@ from vllm_loopus.serving.staircase import LoopedSequence, Rows
 
 BLOCK = 4
 VOCABULARY = 50
+POISON = 77  # a token of a prompt: states are no numbers from its position on
 
 
 def digest(*parts: Any) -> int:
@@ -158,6 +159,15 @@ class FakeExecutor:
                 or row.depth >= knobs.max_loops
             )
         return leaves
+
+    def settle(self) -> None:
+        for running in self.batch._running.values():
+            sequence = running.sequence
+            if sequence.in_flight and POISON in running.tokens[: sequence.done[0]]:
+                sequence.fail("NaN")
+
+    def cleanse(self, request_id: str) -> None:
+        pass
 
     def copy(self, kind: str, row: Rows, depths: Iterable[int]) -> None:
         value = self.memory[kind, self.slot(row.sequence, row.depth, row.end - 1)]

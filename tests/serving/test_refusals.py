@@ -1,6 +1,7 @@
 """What cannot work is refused at start-up, naming option, value and fix."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,89 @@ def test_wrong_tensors(make_llm: Any, tmp_path: Path, problem: str) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"{problem}: .*{name}"):
         make_llm(tmp_path, skip_tokenizer_init=True)
+
+
+GATE = "reasoning.gate.A_log"
+
+
+def truncated(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def beginning_with(content: bytes) -> Callable[..., None]:
+    def write(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(content)
+
+    return write
+
+
+def with_gate(make: Callable[[torch.Tensor], Any]) -> Callable[..., None]:
+    def write(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        tensors[GATE] = make(tensors[GATE])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+class Payload:
+    """Unpickled by anything but `weights_only`, it writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.target, "run")
+
+
+def pickle_with_code(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    torch.save({**tensors, "payload": Payload(folder / "run")}, folder / "combined_model.pt")
+
+
+def pickle_with_text(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    torch.save({**tensors, GATE: "none"}, folder / "combined_model.pt")
+
+
+def truncated_pickle(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    torch.save(tensors, folder / "combined_model.pt")
+    content = (folder / "combined_model.pt").read_bytes()
+    (folder / "combined_model.pt").write_bytes(content[: len(content) // 2])
+
+
+HEADER = r"model.safetensors is not a whole safetensors file: .*copy the checkpoint again"
+DAMAGED = {
+    "truncated": (
+        truncated,
+        r"the weights of .* cannot be read \(model.safetensors\).*copy them again",
+    ),
+    "empty": (beginning_with(b""), HEADER),
+    "no header": (beginning_with(b"\xff" * 64), HEADER),
+    "truncated header": (beginning_with(b"\x40" + b"\0" * 7 + b'{"reason'), HEADER),
+    "nan": (with_gate(lambda a: a * torch.nan), rf"{GATE} holds a value that is NaN"),
+    "beyond": (
+        with_gate(lambda a: a.double() + 1e300),
+        rf"{GATE} holds .* beyond the range of torch.float32",
+    ),
+    "integers": (
+        with_gate(lambda a: a.to(torch.int8)),
+        rf"{GATE} is torch.int8, expected .*bfloat",
+    ),
+    "float8": (with_gate(lambda a: a.to(torch.float8_e4m3fn)), rf"{GATE} is torch.float8"),
+    "code": (pickle_with_code, r"cannot be read: .*[Ww]eights.only.*is not run"),
+    "text": (pickle_with_text, rf"{GATE} is a str, no tensor"),
+    "truncated pickle": (truncated_pickle, r"cannot be read: .*copy them again"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_checkpoints(make_llm: Any, tmp_path: Path, damage: str) -> None:
+    write, message = DAMAGED[damage]
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    write(load_file(GOLDEN / "llama" / "model.safetensors"), tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)" + message):
+        make_llm(tmp_path, skip_tokenizer_init=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

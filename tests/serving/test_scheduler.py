@@ -4,7 +4,7 @@ import pytest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
-from tests.serving.fakes import BLOCK, Engine, answer
+from tests.serving.fakes import BLOCK, POISON, Engine, answer
 from vllm_loopus.serving.boundary import boundary_rule
 from vllm_loopus.serving.stats import LoopStats
 
@@ -317,6 +317,28 @@ def test_drain() -> None:
     for i in range(4):
         assert_right(engine, f"r{i}", [i, 2], 5)
     assert engine.scheduler.get_num_unfinished_requests() == 0
+
+
+@pytest.mark.parametrize("kv_policy", ["exact", "last_exited"])
+@pytest.mark.parametrize("position", [0, 6, 21])
+def test_a_poisoned_request_fails_alone(kv_policy: str, position: int) -> None:
+    """In its first chunk, with company, or late; its blocks come back, and none is found again."""
+    engine = Engine(kv_policy=kv_policy, max_num_batched_tokens=8, quorum=0.3)
+    poisoned = [p % 50 for p in range(22)]
+    poisoned[position] = POISON
+    for i in range(3):
+        engine.add(f"r{i}", [i, 2, 3, 4, 5], 8)
+    engine.add("bad", poisoned, 8)
+    engine.add("again", poisoned, 8)
+    engine.run()
+    assert engine.reasons["bad"] == engine.reasons["again"] == "error"
+    assert engine.outputs["bad"] == engine.outputs["again"] == []
+    assert engine.found["again"][0] <= position // BLOCK * BLOCK
+    for i in range(3):
+        assert engine.reasons[f"r{i}"] == "length"
+        if kv_policy == "exact":
+            assert_right(engine, f"r{i}", [i, 2, 3, 4, 5], 8)
+    assert engine.free_blocks == engine.num_blocks - 1
 
 
 def test_pause_in_flight() -> None:

@@ -1,4 +1,5 @@
-"""Exit depths in the answers of the OpenAI server, whole or as server-sent events."""
+"""What the answers of the OpenAI server say besides the text: exit depths, whole or as server-sent
+events, and why a request failed."""
 
 import json
 from collections.abc import AsyncIterator, Iterable
@@ -17,6 +18,21 @@ def mark(answer: Any, depths: list[int]) -> None:
     """Puts the fields into a response, or into one of its choices."""
     for name, value in depth_fields(depths).items():
         setattr(answer, name, value)
+
+
+class FailureReason(str):
+    """The finish reason "error" of a completion that says why (`why`)."""
+
+    why: str
+
+
+def explain(completion: Any) -> None:
+    """Lets the finish reason of a failed completion carry its stop reason along, for the server
+    raises its error with nothing else at hand."""
+    if completion.finish_reason == "error" and isinstance(completion.stop_reason, str):
+        reason = FailureReason(completion.finish_reason)
+        reason.why = completion.stop_reason
+        completion.finish_reason = reason
 
 
 class DepthRecorder:

@@ -26,6 +26,7 @@ class LoopProgress:
     - `wanted`: of deeper planes, how many blocks a sequence cannot go on without.
     - `exit_depths`: for each request that got a token, the depth at which it left.
     - `passes`, `pass_seconds`, `decoder_rows`: rows and time of each pass, rows of the decoder.
+    - `failed`: requests that cannot go on, and why; nothing else is said of them but `taken`.
     - `stats`: what the step adds to the metrics.
     """
 
@@ -38,6 +39,7 @@ class LoopProgress:
     passes: list[int] = field(default_factory=list)
     pass_seconds: list[float] = field(default_factory=list)
     decoder_rows: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
     stats: LoopStats = field(default_factory=LoopStats)
 
 
@@ -154,6 +156,10 @@ class LoopedBatch:
             progress.exit_depths[sequence.request_id] = sequence.exit_depth
         for sequence in sequences:
             name = sequence.request_id
+            if sequence.failure is not None:
+                progress.failed[name] = sequence.failure
+                self._executor.cleanse(name)
+                continue
             progress.complete[name] = sequence.done[1:]
             if sequence.in_flight:
                 progress.in_flight.add(name)
@@ -162,6 +168,7 @@ class LoopedBatch:
             if name not in progress.exit_depths:
                 # In flight: one position has to be scheduled again for the step to go on.
                 progress.computed[name] = sequence.done[0] - sequence.in_flight
+        progress.stats.nonfinite_requests = len(progress.failed)
         return progress
 
     def _wanted(self, sequence: LoopedSequence) -> int:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.serving.answers import DepthRecorder, mark
+from vllm_loopus.serving.answers import DepthRecorder, FailureReason, mark
 from vllm_loopus.serving.depths import exit_depths
 from vllm_loopus.serving.knob_names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS
 from vllm_loopus.serving.knobs import EngineOptions, KnobError, check_names, check_request
@@ -65,6 +65,14 @@ class LoopedHandler(GenerateBaseServing):
         self._refuse_combinations(request, given)
         if given:
             request.vllm_xargs = given
+
+    def _raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
+        """As in vLLM (HTTP 500), with the reason where one is known."""
+        if isinstance(finish_reason, FailureReason):
+            from vllm.exceptions import GenerationError
+
+            raise GenerationError(f"the request failed: {finish_reason.why}")
+        super()._raise_if_error(finish_reason, request_id)
 
     def _refuse_combinations(self, request: Any, given: Mapping[str, Any]) -> None:
         knobs = [name for name in REQUEST_KNOBS if given.get(name)]

@@ -19,6 +19,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_loopus.serving.blocks import BlockOffer, Demand, TakenBlock
 
+# They say nothing of what a request needs.
+CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
+
 
 class PlaneManager(FullAttentionManager):
     """Blocks of one depth."""
@@ -283,7 +286,7 @@ class DepthKVCacheManager(KVCacheManager):
         if holder is not None and at_first:
             if not request.is_finished():  # it comes back when there is room for what it had
                 self._needed[name] = holder.held / at_first
-            elif request.status != RequestStatus.FINISHED_ABORTED:
+            elif request.status not in CUT_SHORT:
                 new_tokens = request.num_tokens - request.num_prompt_tokens
                 self.demand.observe(holder.budget, holder.held / at_first, new_tokens)
         for plane in reversed(self._planes):

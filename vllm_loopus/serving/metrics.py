@@ -29,6 +29,7 @@ COUNTERS = {
     "decoder_rows": "Rows of the decoder, catch-up included.",
     "decoder_catch_up_rows": "Rows of the decoder that brought no token.",
     "waiting_rows": "Sequences that had left and sat through one more pass, summed over passes.",
+    "nonfinite_requests": "Requests that failed with an error for NaN or infinite states.",
     "saved_loops": "Loops that generated tokens did not take, leaving before full depth.",
 }
 
@@ -173,6 +174,7 @@ class LoopMetrics:
             "decoder_rows": stats.decoder_rows,
             "decoder_catch_up_rows": stats.decoder_catch_up_rows,
             "waiting_rows": stats.waiting,
+            "nonfinite_requests": stats.nonfinite_requests,
         }
         for name, amount in amounts.items():
             self.counters[name][engine].inc(amount)

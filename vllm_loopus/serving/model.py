@@ -24,6 +24,7 @@ from vllm_loopus.modeling.checkpoint import (
     CheckpointCheck,
     current_name,
     expected_shapes,
+    readable,
 )
 from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.modeling.halting import build_confidence_head
@@ -261,16 +262,19 @@ class LoopUSForCausalLM(nn.Module):
         return self.logits_processor(self.decoder.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads a checkpoint of any format. Raises `ValueError` naming the tensors that do not fit.
+        """Loads a checkpoint of any format. Raises `ValueError` naming the tensors that do not fit,
+        that hold what is no number, or what cannot be read.
 
         A quantised checkpoint has tensors of its own kind; vLLM's loader checks those.
         """
+        weights = readable(weights, self.model_name)
         loader = AutoWeightsLoader(self)
         mapper = LlamaModel.hf_to_vllm_mapper  # merges q, k, v and gate, up where they are split
         if self.quant_config is not None:
             renamed = ((current_name(name), tensor) for name, tensor in weights)
             return loader.load_weights(renamed, mapper=mapper)
-        check = CheckpointCheck(expected_shapes(self.config))
+        dtype = self.encoder.embed_tokens.weight.dtype
+        check = CheckpointCheck(expected_shapes(self.config), dtype)
         loaded = loader.load_weights(check.passed(weights), mapper=mapper)
         check.raise_if_wrong(self.model_name)
         return loaded

@@ -127,6 +127,11 @@ class PageTables:
             # it goes through the positions in order.
             self._decoded[table[first:last]] = True
 
+    def blocks(self, request_id: str) -> NDArray[np.int64]:
+        """Ids of all blocks of a sequence."""
+        table = self._tables[self._index[request_id]]
+        return table[table > 0].astype(np.int64)
+
     def layout(self, batch: Sequence[Rows]) -> "BatchLayout":
         """Positions and tables of a batch of rows."""
         sequence = np.array([self._index[rows.sequence.request_id] for rows in batch])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -18,6 +19,7 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.pages import BatchLayout, PageTables, StatePages
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.verdicts import Verdicts, cleanse
 
 
 @dataclass
@@ -53,6 +55,7 @@ class PagedExecutor:
         self._group = attention_group
         self._device = device
         self._rule = HaltingRule.from_config(config)
+        self._verdicts = Verdicts(get_tp_group())
         self._states = StatePages(model.planes.state_pages(), config.hidden_size)
         self._tokens: list[int] = []
         self._encoded: torch.Tensor | None = None
@@ -92,6 +95,7 @@ class PagedExecutor:
         if through is not None:
             repeated, more_slots = through
             self._states.write(more_slots, new_state[repeated])
+        self._verdicts.watch(rows, layout.offsets, new_state)
         if not deciding:
             return []
         sequences = [rows[index].sequence for index in deciding]
@@ -142,8 +146,14 @@ class PagedExecutor:
         if self._rule.strategy == "cdf":  # the others leave it as it is: one sync a pass
             for sequence, value in zip(sequences, survival.tolist(), strict=True):
                 sequence.survival = value
-        decisions: list[bool] = leaves.tolist()
-        return decisions
+        return self._verdicts.read(leaves)
+
+    def settle(self) -> None:
+        self._verdicts.settle()
+
+    def cleanse(self, request_id: str) -> None:
+        """Leaves nothing but numbers in the blocks of a sequence that failed."""
+        cleanse(self._model.planes.caches(), self._tables.blocks(request_id))
 
     def decode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout(rows)
@@ -153,7 +163,11 @@ class PagedExecutor:
             hidden = self._model.decode(
                 states, self._tensor(layout.positions), self._wanted(rows, layout)
             )
+        self._verdicts.watch(rows, layout.offsets, hidden, "in the decoder ")
+        self._verdicts.settle()
         for index, entry in enumerate(rows):
+            if entry.sequence.failure:
+                continue
             self._tables.mark_decoded(entry)
             name = entry.sequence.request_id
             if name in self._prompt_parts:
@@ -161,7 +175,7 @@ class PagedExecutor:
                 self._prompt_parts[name].append(part)
                 if entry.newest:
                     self.decoded.prompts[name] = torch.cat(self._prompt_parts.pop(name))
-        newest = [index for index, entry in enumerate(rows) if entry.newest]
+        newest = [i for i, entry in enumerate(rows) if entry.newest and not entry.sequence.failure]
         if newest:
             self.decoded.hidden = hidden[self._tensor(layout.last_rows[newest])]
             self.decoded.request_ids = [rows[index].sequence.request_id for index in newest]

@@ -7,6 +7,7 @@ parameters stops the start-up.
 
 import importlib
 import inspect
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -14,6 +15,7 @@ from typing import Any
 
 from vllm_loopus.aliases import explain_unknown_alias
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.serving.answers import explain
 from vllm_loopus.serving.depths import attach, count
 
 MARK = "_vllm_loopus_patch"
@@ -98,6 +100,7 @@ def _with_exit_depths(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         completion = original(self, token_ids, finish_reason, stop_reason)
         attach(self, completion)
+        explain(completion)
         return completion
 
     return _new_completion_output
@@ -168,7 +171,26 @@ def _depths_counted(original: Callable[..., Any]) -> Callable[..., Any]:
     return update_from_output
 
 
+def _damage_named(original: Callable[..., Any]) -> Callable[..., Any]:
+    def parse_safetensors_file_metadata(path: Any) -> Any:
+        try:
+            return original(path)
+        except (ValueError, OverflowError, MemoryError, struct.error) as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file: {error}; copy the checkpoint again"
+            ) from error
+
+    return parse_safetensors_file_metadata
+
+
 PATCHES = (
+    Patch(
+        key="damaged-file-named",
+        module="vllm.transformers_utils.config",
+        name="parse_safetensors_file_metadata",
+        parameters=("path",),
+        wrap=_damage_named,
+    ),
     Patch(
         key="kv-cache-groups-by-depth",
         module="vllm.v1.core.kv_cache_utils",

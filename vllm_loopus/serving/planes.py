@@ -117,6 +117,11 @@ class Planes:
         """The pages that hold the states, once vLLM has bound the K/V memory."""
         return [self._context[name].kv_cache for name in self.state_names]
 
+    def caches(self) -> list[torch.Tensor]:
+        """The memory of all planes, [num_blocks, ...] each, once vLLM has bound it."""
+        names = self.encoder_names + self.layer_names + self.state_names
+        return [self._context[name].kv_cache for name in names]
+
     def write_through(self) -> None:
         """Lets K/V of a row go to more slots than one (policy `last_exited`): `repeated` names the
         rows that the slot mapping goes on with after the batch's own."""

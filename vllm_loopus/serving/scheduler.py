@@ -3,7 +3,9 @@
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from vllm_loopus.serving.batch import LoopProgress
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+
+logger = init_logger("vllm.loopus")
 
 KNOBS_IN_SALT = "|loopus:"  # separates them from the salt that the request came with
 
@@ -103,7 +107,12 @@ class LoopUSScheduler(Scheduler):
             request = self.requests.get(request_id)
             runs = request is not None and request.status == RequestStatus.RUNNING
             manager.book(request_id, progress.taken.get(request_id, ()), runs)
-            if runs:
+            failed = request_id in progress.failed
+            if failed and runs:
+                logger.error("Request %s failed: %s", request_id, progress.failed[request_id])
+                # vLLM ends those with an error, with the other requests that it cannot go on with.
+                self.grammar_compile_error_reqs.add(request_id)
+            elif runs:
                 manager.note(
                     request_id,
                     wanted=progress.wanted.get(request_id, 0),
@@ -114,6 +123,8 @@ class LoopUSScheduler(Scheduler):
                 leaving[request_id] = scheduled
             elif request is not None:
                 request.num_in_flight_tokens -= scheduled
+                if failed:
+                    continue
                 if runs and request_id in progress.in_flight:
                     # One token of the schedule's budget, for it begins nothing.
                     request.num_computed_tokens = request.num_tokens - 1
@@ -129,6 +140,8 @@ class LoopUSScheduler(Scheduler):
         )
         for of_client in outputs.values():
             for output in of_client.outputs:
+                if output.finish_reason == FinishReason.ERROR:
+                    output.stop_reason = progress.failed.get(output.request_id)
                 if output.new_token_ids:
                     depth = progress.exit_depths[output.request_id]
                     output.routed_experts = packed(depth)

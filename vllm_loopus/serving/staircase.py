@@ -86,6 +86,7 @@ class LoopedSequence:
         self.exit_depth: int | None = None
         self.survival = 1.0  # see HaltingRule
         self.age = 0  # steps in flight
+        self.failure: str | None = None  # why nothing more can be computed
 
     def begin(self, count: int, wants_token: bool) -> None:
         """`count` new positions are encoded; the last one's token is wanted or not."""
@@ -95,6 +96,11 @@ class LoopedSequence:
         self.in_flight, self.wants_token = True, wants_token
         self.depth, self.exit_depth, self.survival, self.age = 0, None, 1.0, 0
         self.stalled = False
+
+    def fail(self, reason: str) -> None:
+        """What was computed is of no use: no further pass and no token. The first reason counts."""
+        self.failure = self.failure or reason
+        self.in_flight = False
 
     @property
     def prefilling(self) -> bool:

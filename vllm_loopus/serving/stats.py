@@ -24,6 +24,7 @@ class LoopStats:
     - `decoder_rows`: rows of the decoder; `decoder_catch_up_rows`: those without a token of theirs.
     - `quorums`: share of the sequences wanting a token that had left, at each decoding.
     - `waiting`: sequences that had left and sat through one more pass, summed over passes.
+    - `nonfinite_requests`: requests that failed for NaN or infinite states.
     - `blocks`: K/V blocks held by running sequences, by depth. `sequences`: of the longest served,
       how many fit at `full` depth and at the `observed` one. The newest values count.
     """
@@ -36,6 +37,7 @@ class LoopStats:
     decoder_catch_up_rows: int = 0
     quorums: list[float] = field(default_factory=list)
     waiting: int = 0
+    nonfinite_requests: int = 0
     blocks: list[int] = field(default_factory=list)
     sequences: dict[str, float] = field(default_factory=dict)
 
@@ -63,6 +65,7 @@ class LoopStats:
         self.decoder_catch_up_rows += other.decoder_catch_up_rows
         self.quorums += other.quorums
         self.waiting += other.waiting
+        self.nonfinite_requests += other.nonfinite_requests
         self.blocks = other.blocks or self.blocks
         self.sequences = other.sequences or self.sequences
 

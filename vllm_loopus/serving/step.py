@@ -31,12 +31,17 @@ class StepExecutor(Protocol):
         """One pass of the reasoning block. All rows at depth 1 come first, as encoded.
 
         Returns, for each index in `deciding`, whether the halting rule lets that newest position
-        leave.
+        leave. Sequences with a state that is not a number fail, here or in `settle`.
         """
         ...
 
+    def settle(self) -> None:
+        """After the passes: whoever has a state that is not a number has failed now."""
+        ...
+
     def decode(self, rows: list[Rows]) -> None:
-        """Runs the decoder and keeps the hidden states of the newest positions among `rows`."""
+        """Runs the decoder and keeps the hidden states of the newest positions among `rows`.
+        Sequences with a hidden state that is not a number fail."""
         ...
 
 
@@ -95,6 +100,7 @@ def run_step(
         report.wanting = report.ready + len(running)
         if report.ready and rule.ends(report.ready, running):
             break
+    executor.settle()
     _decode(order, row_budget, executor, report)
     for sequence in scheduled:
         if sequence.refined and not sequence.wants_token:
@@ -141,6 +147,8 @@ def _run_pass(
         rows.sequence.advance(rows)
     for index, leaving in zip(deciding, leaves, strict=True):
         rows = batch[index]
+        if rows.sequence.failure:
+            continue
         rows.sequence.decide(rows.depth, leaving)
         rule.observe(rows.sequence, rows.depth)
     return True
@@ -163,6 +171,8 @@ def _decode(
     executor.decode(batch)
     report.decoder_rows = sum(map(len, batch))
     for rows in batch:
+        if rows.sequence.failure:
+            continue
         rows.sequence.advance_decoder(rows)
         if rows.newest:
             rows.sequence.finish()

@@ -94,7 +94,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
 
 
 def _loop_inside_the_step(vllm_config: "VllmConfig") -> None:
-    """Our scheduler and worker, where the user chose none; no asynchronous scheduling.
+    """Our scheduler, worker and executor, where the user chose none; no asynchronous scheduling.
 
     It prepares a step before the outcome of the one before is known; here that outcome says which
     sequences have a token at all.
@@ -115,6 +115,10 @@ def _loop_inside_the_step(vllm_config: "VllmConfig") -> None:
         scheduler.scheduler_cls = "vllm_loopus.serving.scheduler.LoopUSScheduler"
     if parallel.worker_cls == "auto":
         parallel.worker_cls = "vllm_loopus.serving.worker.LoopUSWorker"
+    if parallel.distributed_executor_backend == "ray" and current_platform.is_cpu():
+        from vllm_loopus.serving.ray_cpu import RayCPUExecutor  # vLLM has checked that ray is there
+
+        parallel.distributed_executor_backend = RayCPUExecutor
 
 
 def _size_cpu_cache(vllm_config: "VllmConfig") -> None:

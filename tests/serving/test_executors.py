@@ -1,0 +1,105 @@
+"""The golden answers on more than one rank, and by vLLM's other executors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
+
+CDF = ("qwen3", next(rule for rule in by_rule("qwen3") if rule[0] == "cdf"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ranks_on_one_memory_node() -> Iterator[None]:
+    """vLLM gives each rank a memory node of its own, or refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        yield
+
+
+def inner(worker: Any) -> Any:
+    return getattr(worker, "worker", worker)
+
+
+def heads_of_rank(worker: Any) -> int:
+    return int(inner(worker).model_runner.model.planes.caches()[0].shape[1])
+
+
+def record(worker: Any) -> None:
+    """On every rank: what each step does is noted from now on."""
+    runner = inner(worker).model_runner
+    original, steps = runner._batch.step, []
+
+    def step(*args: Any) -> Any:
+        decoded, progress = original(*args)
+        steps.append((progress.passes, progress.exit_depths, progress.taken, progress.complete))
+        return decoded, progress
+
+    runner._batch.step, runner._recorded = step, steps
+
+
+def recorded(worker: Any) -> list[Any]:
+    steps: list[Any] = inner(worker).model_runner._recorded
+    taken, steps[:] = list(steps), []
+    return taken
+
+
+def disturb(worker: Any) -> None:
+    """From now on all ranks but the first would let everybody leave at once, and fail them all."""
+    runner = inner(worker).model_runner
+    if torch.distributed.get_rank() > 0:
+        original, watch = runner.model.confidence, runner._batch._executor._verdicts.watch
+        runner.model.confidence = lambda *args: torch.ones_like(original(*args))
+
+        def watch_nan(rows: Any, offsets: Any, states: torch.Tensor, *place: str) -> None:
+            watch(rows, offsets, torch.full_like(states, torch.nan), *place)
+
+        runner._batch._executor._verdicts.watch = watch_nan
+
+
+@pytest.mark.parametrize("setting", [*MIXED, CDF], ids=lambda setting: "-".join(map(str, setting)))
+def test_two_ranks(make_llm: Any, setting: Any) -> None:
+    """Tokens and depths are the golden ones; both ranks take the same passes, also when one of them
+    would decide otherwise by its own numbers."""
+    llm = start(
+        make_llm,
+        setting,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_num_batched_tokens=24,
+        max_num_seqs=24,
+    )
+    cases = by_rule(setting[0])[setting[1]]
+    assert setting == CDF or len(cases) >= 20
+    assert len({depth for case in cases for depth in case["depths"]}) > 2
+    assert llm.collective_rpc(heads_of_rank) == [1, 1]  # each has half of the K/V heads
+    llm.collective_rpc(record)
+    for disturbed in (False, True) if setting == MIXED[0] else (False,):
+        if disturbed:
+            llm.collective_rpc(disturb)
+            llm.reset_prefix_cache()
+        assert_golden(cases, generate(llm, cases))
+        first, second = llm.collective_rpc(recorded)
+        assert len(first) > 20 and first == second
+        assert max(rows for passes, *_ in first for rows in passes) <= 24
+
+
+def test_mp_with_one_rank(make_llm: Any) -> None:
+    llm = start(make_llm, MIXED[0], distributed_executor_backend="mp")
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+    assert_golden(cases, generate(llm, cases))
+
+
+def test_two_ranks_on_ray(make_llm: Any) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'vllm-loopus[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        llm = start(make_llm, MIXED[0], distributed_executor_backend="ray", tensor_parallel_size=2)
+        assert llm.collective_rpc(heads_of_rank) == [1, 1]
+        cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+        assert_golden(cases, generate(llm, cases))
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,185 @@
+"""NaN or infinite states: the request fails, its neighbours do not notice."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.exceptions import GenerationError
+
+from tests.conftest import GOLDEN, counter, golden_cases, kv_manager, spy_on_steps
+from vllm_loopus import exit_depths
+from vllm_loopus.serving.answers import explain
+from vllm_loopus.serving.http import LoopedHandler
+from vllm_loopus.serving.knobs import RequestKnobs
+from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.verdicts import Verdicts
+
+POISON = 511  # a token id that the golden prompts and answers do not hold
+FAILED = "vllm:loopus_nonfinite_requests"
+
+
+def model_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def caches(llm: Any) -> list[torch.Tensor]:
+    result: list[torch.Tensor] = model_of(llm).model.planes.caches()
+    return result
+
+
+@contextmanager
+def embedded(llm: Any, value: float) -> Iterator[None]:
+    """The poison's embedding is `value`: states are poisoned from the encoder on."""
+    weight = model_of(llm).model.encoder.embed_tokens.weight.data
+    row = weight[POISON].clone()
+    weight[POISON] = value
+    yield
+    weight[POISON] = row
+
+
+@contextmanager
+def at_position(llm: Any, name: str, position: int) -> Iterator[None]:
+    """What `refine` or `decode` is given for `position` is NaN."""
+    model = model_of(llm).model
+    original = getattr(model, name)
+
+    def poisoned(state: torch.Tensor, positions: torch.Tensor, *rest: Any) -> Any:
+        bad = (positions == position)[:, None]
+        return original(torch.where(bad, torch.nan, state), positions, *rest)
+
+    setattr(model, name, poisoned)
+    yield
+    delattr(model, name)
+
+
+def sampling(case: dict[str, Any], **more: Any) -> Any:
+    from vllm import SamplingParams
+
+    knobs = {"max_loops": case["N"], "exit_threshold": case["q_threshold"]}
+    defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(**{**defaults, "extra_args": knobs, **more})
+
+
+def generate(llm: Any, prompts: list[list[int]], params: list[Any]) -> list[Any]:
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
+
+
+def neighbours(kv_policy: str) -> list[dict[str, Any]]:
+    cases = [c for c in golden_cases("qwen3") if c["halting_strategy"] == "threshold"]
+    cases = [c for c in cases if c["q_eval_interval"] == 1 and len(c["prompt"]) < 20]
+    if kv_policy == "last_exited":  # where it takes nothing over, it is the golden answer
+        cases = [c for c in cases if len(set(c["depths"])) == 1]
+    return cases[:6]
+
+
+@pytest.fixture(scope="module", params=["exact", "last_exited"])
+def policy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(make_llm: Any, policy: str) -> Any:
+    return make_llm(
+        GOLDEN / "qwen3",
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        max_num_batched_tokens=64,
+        max_num_seqs=16,
+        additional_config={"loopus": {"kv_policy": policy}},
+    )
+
+
+PLACES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "encoder, NaN": (lambda llm: embedded(llm, torch.nan), "at depth 1"),
+    "encoder, infinite": (lambda llm: embedded(llm, torch.inf), "at depth 1"),
+    # Position 45 is generated: its sequence has blocks at every depth by then.
+    "pass": (lambda llm: at_position(llm, "refine", 45), r"at depth \d"),
+    "boundary": (lambda llm: at_position(llm, "decode", 45), r"in the decoder at depth \d"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_neighbours_go_on(llm: Any, policy: str, place: str) -> None:
+    poisoned, where = PLACES[place]
+    cases = neighbours(policy)
+    assert not any(POISON in [*c["prompt"], *c["tokens"]] for c in cases)
+    # As long as a block and more; the poison comes after the first block.
+    victim = [7, *range(100, 139), POISON, 9]
+    deep = sampling({"N": 8, "q_threshold": 2.0}, max_tokens=10)
+    before, free = counter(llm, FAILED), kv_manager(llm).block_pool.get_num_free_blocks()
+    kv_manager(llm).reset_prefix_cache()
+    with poisoned(llm):
+        prompts = [case["prompt"] for case in cases]
+        failed, *others = generate(
+            llm, [victim, *prompts], [deep, *(sampling(case) for case in cases)]
+        )
+    assert failed.finish_reason == "error"
+    assert re.fullmatch("NaN or infinite hidden states " + where, failed.stop_reason)
+    for case, output in zip(cases, others, strict=True):
+        assert list(output.token_ids) == case["tokens"]
+        assert exit_depths(output) == case["depths"]
+    assert counter(llm, FAILED) == before + 1
+    # Nothing of it is left: no block, no NaN for whoever gets its blocks, no wrong prefix.
+    assert kv_manager(llm).block_pool.get_num_free_blocks() == free
+    assert all(torch.isfinite(cache).all() for cache in caches(llm))
+    again = generate(llm, [victim], [deep])[0]
+    kv_manager(llm).reset_prefix_cache()
+    fresh = generate(llm, [victim], [deep])[0]
+    assert again.token_ids == fresh.token_ids and again.finish_reason == "length"
+
+
+def test_the_same_prompt_fails_whole_and_in_chunks(llm: Any) -> None:
+    """A prompt that is poisoned in a chunk that wants no token yet; and twice at once."""
+    deep = sampling({"N": 8, "q_threshold": 2.0}, max_tokens=4)
+    victim = [*range(100, 164), POISON, *range(200, 240)]  # chunks of at most 64
+    with embedded(llm, torch.nan):
+        steps = spy_on_steps(llm)
+        outputs = generate(llm, [victim, victim], [deep, deep])
+    assert [output.finish_reason for output in outputs] == ["error", "error"]
+    assert sum(len(step.failed) for step in steps) == 2
+    assert all(torch.isfinite(cache).all() for cache in caches(llm))
+    assert generate(llm, [victim], [deep])[0].finish_reason == "length"
+
+
+def test_the_server_says_why() -> None:
+    failure = "NaN or infinite hidden states at depth 3"
+    completion = SimpleNamespace(finish_reason="error", stop_reason=failure)
+    explain(completion)
+    assert completion.finish_reason == "error"
+    handler: Any = object.__new__(LoopedHandler)
+    with pytest.raises(GenerationError, match=failure):
+        handler._raise_if_error(completion.finish_reason, "request")
+
+
+class FirstRank:
+    """A group in which the first rank has said `flags`."""
+
+    def __init__(self, flags: list[int]) -> None:
+        self.flags = torch.tensor(flags, dtype=torch.uint8)
+
+    def broadcast(self, mine: torch.Tensor, src: int) -> torch.Tensor:
+        assert src == 0 and mine.shape == self.flags.shape and mine.dtype == torch.uint8
+        return self.flags
+
+
+def test_the_first_rank_decides() -> None:
+    """Whatever another rank computed: it is not asked."""
+    knobs = RequestKnobs.of({}, SimpleNamespace(max_loops=4, min_loops=1, exit_threshold=0.5))
+    first, second = (LoopedSequence(name, knobs, 4, prefill_end=3) for name in "ab")
+    for sequence in (first, second):
+        sequence.begin(3, wants_token=True)
+    group: Any = FirstRank([0, 0, 0, 1, 0, 1, 0, 1])
+    verdicts = Verdicts(group)
+    states = torch.zeros(6, 4)
+    states[0] = torch.nan
+    rows = [Rows(first, 1, 0, 3), Rows(second, 1, 0, 3)]
+    verdicts.watch(rows, np.array([0, 3, 6]), states)
+    assert verdicts.read(torch.tensor([True, False])) == [False, True]
+    assert first.failure is None and second.failure == "NaN or infinite hidden states at depth 1"
+    assert first.in_flight and not second.in_flight

@@ -1,0 +1,93 @@
+"""What a step decides by floating-point numbers: who leaves, whose states are no numbers.
+
+**Ranks.** Every rank of a tensor-parallel group runs the same control flow (`step.py`) over the
+same data: the scheduler's output, with it the measured costs and the free blocks, is one message to
+all of them. What is left to differ is what each computes in floating point, and nothing promises
+that two ranks get the same bits, for an all-reduce may add up in another order on each. A rank that
+runs one pass more than the others waits for them for ever. So these decisions are taken by the
+group's first rank and broadcast: equal on all ranks by construction, whatever their states are. One
+message a pass that decides, of a byte a row; none with one rank. (Sampled tokens are vLLM's: every
+rank samples from the same gathered logits with the same seeds.)
+
+**Numbers.** A row whose state is NaN or infinite fails its sequence. Flags wait on the device for
+the next decision, which has to be read anyway, or for `settle`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.distributed.parallel_state import GroupCoordinator
+
+from vllm_loopus.serving.staircase import LoopedSequence, Rows
+
+
+@dataclass
+class _Watched:
+    """Rows of one call of the model: entry `i` has the flags `offsets[i] .. offsets[i + 1] - 1`."""
+
+    entries: list[tuple[LoopedSequence, int]]  # with its depth
+    place: str
+    offsets: NDArray[np.int64]
+    flags: torch.Tensor  # bool [T]: not a number
+
+
+class Verdicts:
+    """Collects the flags of a step and reads them, equal on all ranks of `group`."""
+
+    def __init__(self, group: GroupCoordinator) -> None:
+        self._group = group
+        self._watched: list[_Watched] = []
+
+    def watch(
+        self,
+        rows: list[Rows],
+        offsets: NDArray[np.int64],
+        states: torch.Tensor,
+        place: str = "",
+    ) -> None:
+        """Looks at `states` [T, H] of `rows`; `offsets` [E + 1] is the first state of each entry.
+        `place` is for the message."""
+        worst = torch.linalg.vector_norm(states, ord=torch.inf, dim=-1)  # NaN where one is
+        self._watched.append(
+            _Watched(
+                [(entry.sequence, entry.depth) for entry in rows],
+                place,
+                offsets,
+                ~torch.isfinite(worst),
+            )
+        )
+
+    def read(self, leaves: torch.Tensor) -> list[bool]:
+        """`leaves` [S] as the first rank has it; fails the sequences watched so far."""
+        watched, self._watched = self._watched, []
+        flags = torch.cat([*(calls.flags for calls in watched), leaves]).to(torch.uint8)
+        decided = self._group.broadcast(flags, src=0).cpu().numpy().astype(bool)
+        for calls in watched:
+            found, decided = np.split(decided, [len(calls.flags)])
+            if found.any():
+                entry = np.searchsorted(calls.offsets, np.flatnonzero(found), side="right") - 1
+                for index in np.unique(entry):
+                    sequence, depth = calls.entries[index]
+                    sequence.fail(f"NaN or infinite hidden states {calls.place}at depth {depth}")
+        result: list[bool] = decided.tolist()
+        return result
+
+    def settle(self) -> None:
+        """Fails the sequences watched so far."""
+        if self._watched:
+            self.read(self._watched[0].flags[:0])
+
+
+def cleanse(caches: list[Any], blocks: NDArray[np.int64]) -> None:
+    """Puts zero for what is not a number in `blocks` of all `caches`, [num_blocks, ...] each.
+
+    A row that attends masks what it may not see with a weight of zero, and zero times NaN is NaN:
+    whoever gets the blocks next would fail too. Numbers stay as they are, for others may share the
+    first blocks.
+    """
+    for cache in caches:
+        index = torch.from_numpy(blocks).to(cache.device)
+        cache[index] = torch.nan_to_num(cache[index], nan=0.0, posinf=0.0, neginf=0.0)
