@@ -26,12 +26,12 @@ def run(*arguments: str) -> Any:
 def test_info() -> None:
     told = json.loads(run("info", "loopus-tiny", "--json", "--memory", "1").stdout)
     assert told["leads_to"] == str(EMBEDDED["loopus-tiny"])
-    assert (told["min_loops"], told["max_loops"]) == (1, 2)
+    assert (told["min_loops"], told["max_loops"]) == (1, 8)
     assert told["reasoning"] == "layers 1-2 (2)"
-    assert told["kv"]["bytes_a_token"] == {"1": 1280, "2": 2560}
-    # 1 GiB in blocks of 128 tokens at one depth, one of them the null block; 512 tokens, 2 loops.
+    assert told["kv"]["bytes_a_token"] == {str(d): 1280 * d for d in range(1, 9)}
+    # 1 GiB in blocks of 128 tokens at one depth, one of them the null block; 512 tokens.
     blocks = 2**30 // (1280 * 128) - 1
-    assert told["kv"]["sequences"] == {d: round(blocks / (4 * int(d)), 2) for d in ("1", "2")}
+    assert told["kv"]["sequences"] == {str(d): round(blocks / (4 * d), 2) for d in range(1, 9)}
     text = run("info", str(GOLDEN / "qwen3"), "--memory", "0.5").stdout
     assert "layers 1-4 (4)" in text and "sequences of" in text and "at 8" in text
 
@@ -144,9 +144,9 @@ def test_names_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_loopus.serving import memory
 
-    monkeypatch.setattr(memory, "free_cpu_memory", lambda: (2 * 2**20, 1))
+    monkeypatch.setattr(memory, "free_cpu_memory", lambda: (8 * 2**20, 1))
     monkeypatch.delenv(checks.CPU_CACHE)
-    # 40 % of 2 MiB: five blocks of 160 KiB, one of them the null block; 512 tokens need eight.
+    # 40 % of 8 MiB: 20 blocks of 160 KiB, one of them the null block; 512 tokens need 32.
     (finding,) = checks.memory("loopus-tiny")
     assert finding.status == "warning" and "--max-model-len 256" in finding.fix
     monkeypatch.setenv(checks.CPU_CACHE, "1")
