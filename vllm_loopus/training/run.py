@@ -59,6 +59,8 @@ def train(settings: Settings, resume: bool = False) -> Summary:
             f"{arguments.n_gpu} GPUs are visible to one process; start with accelerate launch, or "
             "set CUDA_VISIBLE_DEVICES to one"
         )
+    if settings.attention == "flex_attention" and arguments.use_cpu:
+        raise SettingsError("attention: flex_attention does not train on a CPU; take sdpa")
     start = find_checkpoint(settings.model)
     transformers.set_seed(settings.seed)
     model = _load_model(settings, start)
