@@ -281,7 +281,8 @@ def test_refused_before_work(content: Content, folders: dict[str, Path], tmp_pat
         assert "does not train on a CPU" in told(attention="flex_attention")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()
-    assert "give --resume" in told()
+    assert "give --resume" in told(model=str(tmp_path / "nowhere"))  # before it is looked for
+    assert "cannot be written" in told(output=str(tmp_path / "run" / "file" / "deeper"))
     (tmp_path / "run" / "config.yaml").write_text(
         yaml.safe_dump(settings_from(content(seed=3)).model_dump(mode="json"))
     )
