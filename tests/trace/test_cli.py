@@ -114,7 +114,10 @@ def test_a_terminal_is_not_moved_by_a_model(hostile: Path, tmp_path: Path) -> No
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt_token_ids": [5, 6, 7]}))
-    result = run("trace", GOLDEN / "llama", "--prompts", file, "--max-tokens", "2")
+    traced = ("trace", GOLDEN / "llama", "--prompts", file, "--max-tokens", "2")
+    with_alias = run(*traced, "--tokenizer", TINY)
+    assert with_alias.exit_code == 0, with_alias.output
+    result = run(*traced)
     assert result.exit_code == 0, result.output
     assert "0: #" in result.stdout or "#" in result.stdout
     told = refused("trace", GOLDEN / "llama", "--prompt", "x")
@@ -128,6 +131,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         (("--prompt", "a", "--prompts", "f"), "give one of --prompt TEXT and --prompts FILE"),
         (("--prompt", ""), "prompt='' has no tokens"),
         (("--prompt", "a", "--answer", ""), "answer='' has no tokens"),
+        (("--prompt", "a", "--html", "-"), "--html needs a file"),
         (("--prompts", "f", "--answer", "a"), "--answer belongs to --prompt"),
         (("--prompt", "a", "--answers"), "--answers belongs to --prompts"),
         (("--prompt", "a", "--answer", "b", "--check"), "leave --engine vllm and --check away"),

@@ -87,6 +87,8 @@ def test_what_is_too_long() -> None:
     [
         ({"txt": "abc"}, "a row has neither text under 'text', nor messages.*it has txt"),
         ({"messages": CHAT[:2]}, "a row: messages hold no turn of the assistant"),
+        ({"messages": "hello"}, "a row: messages must be a list of objects with role and content"),
+        ({"messages": [{"content": "a"}]}, "a row: messages must be a list of objects"),
         ({"prompt": "a", "completion": None}, "it has prompt"),
     ],
 )
@@ -206,9 +208,17 @@ def test_sources_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> Non
     (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
     with pytest.raises(DataError, match=r"bad.jsonl, row 1 has neither text"):
         make_stream([{"path": str(tmp_path / "bad.jsonl")}])
-    (tmp_path / "broken.jsonl").write_text("{no json\n")
-    with pytest.raises(DataError, match=r"broken.jsonl' cannot be read"):
-        make_stream([{"path": str(tmp_path / "broken.jsonl")}])
+    for number, (content, message) in enumerate(
+        [
+            (b"{no json\n", "cannot be read: JSON parse error"),
+            (b"", "holds no rows"),
+            (b'{"text": "\xff"}\n', "is not UTF-8"),
+        ]
+    ):
+        file = tmp_path / f"broken-{number}.jsonl"
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"{file.name}' {message}"):
+            make_stream([{"path": str(file)}])
     (tmp_path / "long.jsonl").write_text(
         json.dumps({"prompt": "1" * LENGTH, "completion": "2"}) + "\n"
     )

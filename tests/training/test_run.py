@@ -277,9 +277,12 @@ def test_refused_before_work(content: Content, folders: dict[str, Path], tmp_pat
     assert "is no file" in told(data={"sources": [{"path": "nowhere.jsonl"}]})
     assert "min_loops=9 must be from 1 to max_loops=3" in told(served={"min_loops": 9})
     assert "pip install" in told(attention="xformers") or "CUDA only" in told(attention="xformers")
+    if not torch.accelerator.is_available():
+        assert "does not train on a CPU" in told(attention="flex_attention")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()
-    assert "give --resume" in told()
+    assert "give --resume" in told(model=str(tmp_path / "nowhere"))  # before it is looked for
+    assert "cannot be written" in told(output=str(tmp_path / "run" / "file" / "deeper"))
     (tmp_path / "run" / "config.yaml").write_text(
         yaml.safe_dump(settings_from(content(seed=3)).model_dump(mode="json"))
     )

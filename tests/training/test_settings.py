@@ -34,6 +34,7 @@ def test_there_are_recipes() -> None:
         ({"optimizer": {"zzz": 1}}, "optimizer.zzz: unknown key; known keys: learning_rate"),
         ({"tokens": 0}, "tokens=0: .*greater than or equal to 1"),
         ({"tokens": "many"}, "tokens='many': .*integer"),
+        ({"batch_size": True}, "batch_size: true is a truth value"),
         ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 does not divide"),
         ({"supervision": {"n_supervision": 9, "n_reasoning_steps": 8}}, "n_supervision=9 steps"),
         ({"supervision": {"confidence_input": "both"}}, "confidence_input='both': .*'state'"),
@@ -65,6 +66,8 @@ def test_overrides(content: Callable[..., dict[str, Any]], tmp_path: Path) -> No
     found = read_settings(file, overrides)
     assert (found.tokens, found.supervision.beta, found.served.max_loops) == (1_500_000_000, 0.5, 4)
     assert found.optimizer.warmup_tokens == 2000
+    found = read_settings(file, ["mixed_precision=no", "output=~/run"])  # `no` is false in YAML
+    assert (found.mixed_precision, found.output) == ("no", Path.home() / "run")
     for wrong, message in (
         ("tokens", "is not key=value"),
         ("supervision.bta=1", "did you mean 'beta'"),
@@ -76,7 +79,13 @@ def test_overrides(content: Callable[..., dict[str, Any]], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "is not YAML"), ("- a", "holds no keys"), (None, "cannot be")]
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("- a", "holds no keys"),
+        ("seed: 1\nseed: 2", "'seed' stands twice"),
+        (None, "cannot be"),
+    ],
 )
 def test_no_settings_at_all(text: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"

@@ -105,6 +105,8 @@ def trace(
 
     with errors_told(ValueError, OSError):
         _check_options(prompt, prompts, answer, answers, tokens, engine, check)
+        if html == STDOUT:
+            raise ValueError("--html needs a file; only --json can go to standard output")
         for file in (json_file, html):
             if file is not None and file != STDOUT:
                 check_writable(file)
@@ -128,7 +130,8 @@ def trace(
             convergence_epsilon=convergence_epsilon,
         )
         source = resolve(model)
-        vocabulary = reference.load_vocabulary(source, config, tokenizer)
+        own = None if tokenizer is None else resolve(tokenizer)
+        vocabulary = reference.load_vocabulary(source, config, own)
         if prompt is not None:
             questions = [from_text(vocabulary, prompt, answer, chat)]
         else:

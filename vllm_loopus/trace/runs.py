@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_loopus.config import MAX_RECURSION_DEPTH
 from vllm_loopus.trace.record import FORMAT, VERSION
 from vllm_loopus.trace.tokens import UNKNOWN, Vocabulary, token_class
 
@@ -87,7 +88,9 @@ def _answers(row: Any, vocabulary: Vocabulary | None, by: str | None) -> Iterato
     if row.get("format") == FORMAT:
         if row.get("version") != VERSION:
             raise ValueError(f"version={row.get('version')!r} of a trace is not {VERSION}")
-        for trace in row["traces"]:
+        for trace in _objects(row.get("traces"), "traces"):
+            if not isinstance(trace.get("fields"), Mapping) or "exit_depths" not in trace:
+                raise ValueError("a trace needs exit_depths and fields; is the file whole?")
             yield _answered(trace, _label({**trace, **trace["fields"]}, by), vocabulary)
         return
     label = _label(row, by)
@@ -100,9 +103,16 @@ def _answers(row: Any, vocabulary: Vocabulary | None, by: str | None) -> Iterato
             return
         answer = inner
         label = _label(answer, by) if label is None else label
-    for part in next((answer[name] for name in PARTS if name in answer), [answer]):
-        if isinstance(part, Mapping) and part.get("exit_depths") is not None:
+    named = next((name for name in PARTS if name in answer), None)
+    for part in [answer] if named is None else _objects(answer[named], named):
+        if part.get("exit_depths") is not None:
             yield _answered(part, label, vocabulary)
+
+
+def _objects(value: Any, name: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
+        raise ValueError(f"{name} must be a list of JSON objects")
+    return value
 
 
 def _label(row: Mapping[str, Any], by: str | None) -> str | None:
@@ -118,8 +128,9 @@ def _answered(
     part: Mapping[str, Any], label: str | None, vocabulary: Vocabulary | None
 ) -> Answered:
     depths = part["exit_depths"]
-    if not isinstance(depths, list) or not all(type(d) is int and d >= 1 for d in depths):
-        raise ValueError("exit_depths must be a list of whole numbers, 1 or more")
+    most = MAX_RECURSION_DEPTH
+    if not isinstance(depths, list) or not all(type(d) is int and 1 <= d <= most for d in depths):
+        raise ValueError(f"exit_depths must be a list of whole numbers from 1 to {most}")
     classes = _classes(part, len(depths), vocabulary)
     if classes is not None and len(classes) != len(depths):
         raise ValueError(f"has {len(depths)} exit depths, but {len(classes)} tokens")

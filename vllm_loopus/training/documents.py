@@ -99,6 +99,8 @@ class Documents:
             )
 
     def _chat(self, where: str, messages: Any) -> Iterator[Draft]:
+        if not isinstance(messages, list) or not all(_is_turn(message) for message in messages):
+            raise DataError(f"{where}: messages must be a list of objects with role and content")
         turns = [i for i, message in enumerate(messages) if message["role"] == ROLE]
         if not turns:
             raise DataError(f"{where}: messages hold no turn of the {ROLE}, so nothing to learn")
@@ -136,3 +138,7 @@ class Documents:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # of templates, whatever the messages
             raise DataError(f"{where}: the chat template cannot render it: {error}") from error
+
+
+def _is_turn(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)

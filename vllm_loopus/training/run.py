@@ -59,6 +59,9 @@ def train(settings: Settings, resume: bool = False) -> Summary:
             f"{arguments.n_gpu} GPUs are visible to one process; start with accelerate launch, or "
             "set CUDA_VISIBLE_DEVICES to one"
         )
+    if settings.attention == "flex_attention" and arguments.use_cpu:
+        raise SettingsError("attention: flex_attention does not train on a CPU; take sdpa")
+    checkpoint = _checkpoint(settings, resume, processes, rank)
     start = find_checkpoint(settings.model)
     transformers.set_seed(settings.seed)
     model = _load_model(settings, start)
@@ -66,7 +69,8 @@ def train(settings: Settings, resume: bool = False) -> Summary:
     documents = Documents(tokenizer, settings.data.max_length)
     stream = RowStream(settings.data, documents, settings.seed)
     evaluation = evaluation_rows(settings.data, documents) if settings.data.eval else None
-    checkpoint = _prepare_output(settings, resume, processes, rank)
+    if checkpoint is None and rank == 0:
+        _create_output(settings)
 
     trainer_class = LoopedTrainer if settings.objective == "looped" else PackedTrainer
     pad = tokenizer.pad_token_id or 0
@@ -201,8 +205,11 @@ def _load_tokenizer(settings: Settings, start: Path, config: Any) -> Any:
     return AutoTokenizer.from_pretrained(source)
 
 
-def _prepare_output(settings: Settings, resume: bool, processes: int, rank: int) -> Path | None:
-    """The checkpoint to go on from, None for a start from the beginning."""
+def _checkpoint(settings: Settings, resume: bool, processes: int, rank: int) -> Path | None:
+    """The checkpoint to go on from, None for a start from the beginning.
+
+    Raises `SettingsError` for an output that holds something else.
+    """
     out, file = settings.output, settings.output / CONFIG
     if resume and file.is_file():
         _check_same(settings, settings_from(yaml.safe_load(file.read_text())))
@@ -211,13 +218,21 @@ def _prepare_output(settings: Settings, resume: bool, processes: int, rank: int)
                 f"output={str(out)!r}: this run is finished, there is {out / MODEL}"
             )
         return last_complete(out, processes)
-    if rank == 0:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            hint = "" if resume else "give --resume to go on with it, or "
-            raise SettingsError(f"output={str(out)!r} exists; {hint}choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    if rank == 0 and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        hint = "" if resume else "give --resume to go on with it, or "
+        raise SettingsError(f"output={str(out)!r} exists; {hint}choose another folder")
     return None
+
+
+def _create_output(settings: Settings) -> None:
+    shown = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        (settings.output / CONFIG).write_text(shown)
+    except OSError as error:
+        raise SettingsError(
+            f"output={str(settings.output)!r} cannot be written: {error.strerror}"
+        ) from error
 
 
 def _check_same(now: Settings, before: Settings) -> None:

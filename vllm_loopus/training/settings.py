@@ -3,15 +3,18 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -37,6 +40,16 @@ class Section(BaseModel):
     """A part of the file. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_only_where_it_belongs(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not isinstance(value, bool) or kind is bool:
+            return value
+        if not value and "no" in get_args(kind):
+            return "no"  # without quotes it is false in YAML
+        raise ValueError(f"{str(value).lower()} is a truth value; a number or a text belongs here")
 
 
 class Supervision(Section):
@@ -158,7 +171,7 @@ class Settings(Section):
     """
 
     model: str
-    output: Path
+    output: Annotated[Path, AfterValidator(Path.expanduser)]
     objective: Literal["looped", "plain"] = "looped"
     random_weights: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -206,6 +219,19 @@ class Settings(Section):
         return self.supervision.n_supervision if self.objective == "looped" else 1
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error, and not the last one taken."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                problem = f"{key.value!r} stands twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
 class SettingsError(ValueError):
     """The file or an override is wrong; the message names key, value and fix."""
 
@@ -216,7 +242,7 @@ def read_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
     Paths in the file are taken from the working directory. Raises `SettingsError`.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), _UniqueKeys)  # a safe loader
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -255,6 +281,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _told(error: ValidationError) -> Iterator[str]:
     for wrong in error.errors():
         where = wrong["loc"]
+        if wrong["type"] == "too_short" and wrong["input"]:
+            continue  # of its items the wrong ones, which are told, do not count
         key = ".".join(str(part) for part in where)
         if wrong["type"] == "extra_forbidden":
             known = _keys_beside(where)

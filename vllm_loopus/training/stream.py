@@ -33,9 +33,13 @@ class LocalRows:
         if not path.is_file():
             raise DataError(f"path={self.name!r} is no file; check data.sources and data.eval")
         try:
-            self.rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:  # of data formats
-            raise DataError(f"path={self.name!r} cannot be read: {error}") from error
+            kind = FORMATS[path.suffix]
+            self.rows = load_dataset(kind, data_files=str(path), split="train")
+        except StopIteration:  # what an empty file comes to
+            self.rows = []
+        except Exception as error:  # of data formats; what is wrong says the one below
+            reason = error.__cause__ or error
+            raise DataError(f"path={self.name!r} cannot be read: {reason}") from error
         if not len(self.rows):
             raise DataError(f"path={self.name!r} holds no rows")
         self._order = self._shuffled()
@@ -57,7 +61,10 @@ class LocalRows:
         taken: list[tuple[str, Any]] = []
         while len(taken) < count:
             chosen = self._order[self.taken : self.taken + count - len(taken)]
-            columns = self.rows[chosen]
+            try:
+                columns = self.rows[chosen]
+            except UnicodeDecodeError as error:  # JSON is decoded when it is read
+                raise DataError(f"path={self.name!r} is not UTF-8: {error}") from error
             for i, index in enumerate(chosen):
                 row = {name: values[i] for name, values in columns.items()}
                 taken.append((f"{self.name}, row {index + 1}", row))
@@ -184,7 +191,8 @@ class RowStream(IterableDataset[list[Document]]):
             if empty == 3:
                 raise DataError(
                     f"{3 * self.data.shuffle_documents} documents in a row have nothing to learn "
-                    f"from within max_length={self.data.max_length} tokens; raise data.max_length"
+                    f"from within max_length={self.data.max_length} tokens; raise "
+                    "data.max_length, or look at the rows"
                 )
             for row in rows:
                 if produced >= self._skip:
