@@ -89,6 +89,10 @@ def test_what_is_too_long() -> None:
         ({"messages": CHAT[:2]}, "a row: messages hold no turn of the assistant"),
         ({"messages": "hello"}, "a row: messages must be a list of objects with role and content"),
         ({"messages": [{"content": "a"}]}, "a row: messages must be a list of objects"),
+        (
+            {"messages": [*CHAT[:2], {"role": "assistant", "content": None}]},
+            "a row: turn 3 of the assistant has no content",
+        ),
         ({"prompt": "a", "completion": None}, "it has prompt"),
     ],
 )

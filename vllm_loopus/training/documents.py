@@ -104,6 +104,9 @@ class Documents:
         turns = [i for i, message in enumerate(messages) if message["role"] == ROLE]
         if not turns:
             raise DataError(f"{where}: messages hold no turn of the {ROLE}, so nothing to learn")
+        for turn in turns:
+            if messages[turn].get("content") is None and not messages[turn].get("tool_calls"):
+                raise DataError(f"{where}: turn {turn + 1} of the {ROLE} has no content to learn")
         spans = [self._turn(where, messages, turn) for turn in turns]
         whole = self._render(where, messages)
         if all(whole.startswith(text) for _, text in spans):
