@@ -13,11 +13,13 @@ from openai import BadRequestError, OpenAI
 from tests.serving.conftest import EFFORTS, MAX_LOOPS, SERVED
 from vllm_loopus import LoopUSConfig
 from vllm_loopus.cli.info import resolve
+from vllm_loopus.tiny.tokenizer import build_tokenizer
 from vllm_loopus.trace.reference import load_vocabulary
 from vllm_loopus.trace.runs import read
 from vllm_loopus.trace.tokens import UNKNOWN
 
-PROMPTS = ["(3+4)=", "(1+2)*3=", "b c a d\n2a", "(((9*9)+1)*2)="]
+PROMPTS = ["a:ab,bc,cd,da,ab,bc,cd,db=", "3+2*3-1+2*3*3=", "c:ca,ab,bd,dc,ca,ab", "9-2*3+1"]
+UNFINISHED = "a:ab,bc,cd,da,ab,bc,cd,d"  # what is sampled next decides how hard it is
 COMPLETION = {"model": SERVED, "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
 CHAT = {
     "model": SERVED,
@@ -69,8 +71,12 @@ def test_depths_only_on_request(client: OpenAI) -> None:
 
 def test_depths_of_several_choices(client: OpenAI) -> None:
     """Sampled choices leave at depths of their own; whole and streamed answers agree."""
-    options = {"n": 3, "temperature": 1.2, "seed": 4}
-    knobs = {"exit_threshold": 0.52, "return_exit_depths": 1}
+    going_on = {build_tokenizer().eos_token_id: -100}
+    options = {
+        **{"prompt": UNFINISHED, "logit_bias": going_on},
+        **{"n": 3, "temperature": 1.5, "seed": 4},
+    }
+    knobs = {"exit_threshold": 0.9, "return_exit_depths": 1}
     whole = complete(client, knobs, **options).choices
     assert len({tuple(choice.exit_depths) for choice in whole}) > 1
     last = {}
@@ -172,9 +178,9 @@ def test_reasoning_effort(client: OpenAI) -> None:
 def test_concurrent_requests_equal_themselves_alone(client: OpenAI) -> None:
     settings = [
         {"max_loops": 2},
-        {"exit_threshold": 0.48},
-        {"exit_threshold": 0.52, "min_loops": 2},
-        {"exit_threshold": 0.55, "max_loops": 6},
+        {"exit_threshold": 0.5},
+        {"exit_threshold": 0.9, "min_loops": 2},
+        {"exit_threshold": 0.97, "max_loops": 6},
         {"exit_threshold": 1.0},
         {"exit_depths": [1, 8] * 6},
     ]
