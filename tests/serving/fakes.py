@@ -32,7 +32,7 @@ from vllm_loopus.serving.staircase import LoopedSequence, Rows
 
 BLOCK = 4
 VOCABULARY = 50
-POISON = 77  # a token of a prompt: states are no numbers from its position on
+POISON = 10**6  # a token of a prompt: states are no numbers from its position on
 
 
 def digest(*parts: Any) -> int:

@@ -126,6 +126,9 @@ def test_prepare_writes_everything_or_nothing(tmp_path: Path, monkeypatch) -> No
         "held-out.jsonl": 2 * len(TASKS) * MAX_DIFFICULTY,
     }
 
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "exists" in result.output
+
     def fail(*_: object) -> None:
         raise OSError("no space")
 

@@ -42,6 +42,8 @@ def main(
     seed: int = 0,
 ) -> None:
     """Write `start` (config and tokenizer of the base) and `data` (JSON lines)."""
+    if out.exists():
+        raise typer.BadParameter(f"--out {out} exists; choose another folder or delete it")
     with complete_folder(out) as folder:
         tokenizer = build_tokenizer()
         base_config(tokenizer).save_pretrained(folder / "start")
