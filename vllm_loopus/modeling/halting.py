@@ -20,6 +20,14 @@ def build_confidence_head(hidden_size: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 1))
 
 
+def head_input(
+    confidence_input: str, update: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+) -> torch.Tensor:
+    """What the confidence head reads after a pass, shapes [..., H]: the gated state `after`
+    (`state`), or how far the `update` is from the state `before` (`update`)."""
+    return after if confidence_input == "state" else update - before
+
+
 @dataclass(frozen=True)
 class HaltingRule:
     """Decides after each pass which rows leave.

@@ -22,7 +22,7 @@ from vllm_loopus.modeling.checkpoint import (
     raise_if_wrong,
 )
 from vllm_loopus.modeling.gate import SelectiveGate
-from vllm_loopus.modeling.halting import HaltingRule, build_confidence_head
+from vllm_loopus.modeling.halting import HaltingRule, build_confidence_head, head_input
 
 
 @dataclass
@@ -194,7 +194,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         for depth in range(1, self.config.max_loops + 1):
             update, new_state = self.refine(state, positions)
             before, after = state[rows, last], new_state[rows, last]
-            seen = after if self.config.confidence_input == "state" else update[rows, last] - before
+            seen = head_input(self.config.confidence_input, update[rows, last], before, after)
             confidence = self.confidence(seen).float()
             leaves, survival = rule.leaves(
                 depth,

@@ -27,7 +27,7 @@ from vllm_loopus.modeling.checkpoint import (
     readable,
 )
 from vllm_loopus.modeling.gate import SelectiveGate
-from vllm_loopus.modeling.halting import build_confidence_head
+from vllm_loopus.modeling.halting import build_confidence_head, head_input
 from vllm_loopus.serving.loop import run_fixed_depth
 from vllm_loopus.serving.planes import Planes
 
@@ -228,7 +228,7 @@ class LoopUSForCausalLM(nn.Module):
         self, update: torch.Tensor, before: torch.Tensor, after: torch.Tensor
     ) -> torch.Tensor:
         """`q` [B] in float32 of positions with update `u^r`, states `h^{r-1}` and `h^r` [B, H]."""
-        seen = after if self.config.confidence_input == "state" else update - before
+        seen = head_input(self.config.confidence_input, update, before, after)
         dtype = next(self.q_head.parameters()).dtype
         return torch.sigmoid(self.q_head(seen.to(dtype))).squeeze(-1).float()
 

@@ -1,9 +1,7 @@
 """Training data of `loopus-tiny` as JSON lines, in the forms that `vllm-loopus train` reads."""
 
 import json
-import os
 import random
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,12 +65,11 @@ def curriculum(count: int) -> Iterator[int]:
 
 
 def write_rows(file: Path, rows: Iterable[Row], total: int) -> None:
-    """Write JSON lines, all or none."""
+    """Write JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, suffix=".tmp") as out:
+    with file.open("w") as out:
         for row in tqdm(rows, total=total, desc=file.name):
             out.write(json.dumps(row) + "\n")
-    os.replace(out.name, file)
 
 
 def write_all(folder: Path, base: int, post: int, held_out: int, seed: int = 0) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.halting import HaltingRule, head_input
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.tiny.tasks import Item
 
@@ -108,7 +108,7 @@ def _depths(
         before = state[rows, last]
         update, state = model.refine(state, positions)
         after = state[rows, last]
-        read = after if model.config.confidence_input == "state" else update[rows, last] - before
+        read = head_input(model.config.confidence_input, update[rows, last], before, after)
         step_length = torch.linalg.vector_norm((after - before).float(), dim=-1)
         logits = model.decode(state, positions)[rows, last]
         yield logits, model.confidence(read).float(), step_length

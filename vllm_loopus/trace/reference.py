@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.halting import head_input
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace.tokens import Vocabulary
 
@@ -123,7 +124,7 @@ def depth_values(
         update, new_state = model.refine(state, positions)
         before, after, moved = state[0, asked], new_state[0, asked], update[0, asked]
         gate_mean.append(model.reasoning.gate.coefficient(moved, before).float().mean(-1))
-        seen = after if model.config.confidence_input == "state" else moved - before
+        seen = head_input(model.config.confidence_input, moved, before, after)
         confidence.append(model.confidence(seen).float())
         decoded.append(model.decoder.norm(model.decoder.run_layers(new_state, positions))[0, asked])
         states.append(after)

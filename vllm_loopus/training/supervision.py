@@ -13,7 +13,7 @@ import torch
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.blocks import Positions
-from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.halting import HaltingRule, head_input
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.training.objective import (
     Counts,
@@ -114,11 +114,11 @@ def supervised_step(
         by_document = labelled if supervision.monotonicity == "document" else None
         terms["mono_loss"] = monotonicity_loss(losses, losses_before, counts, by_document)
         loss = loss + supervision.beta * terms["mono_loss"]
-    head_input = state if supervision.confidence_input == "state" else update - previous
+    seen = head_input(supervision.confidence_input, update, previous, state)
     if supervision.confidence_gradient == "head":
-        head_input = head_input.detach()
+        seen = seen.detach()
     by_token = supervision.confidence_target == "token"
-    read = head_input.flatten(0, 1)[labelled.where if by_token else labelled.last]
+    read = seen.flatten(0, 1)[labelled.where if by_token else labelled.last]
     q_logits = confidence_logits(model, read)
     terms["confidence_loss"] = (
         token_confidence_loss(q_logits, right, counts)
@@ -170,10 +170,10 @@ def logits_at(
     return model.decoder.logits(model.decoder.norm(hidden))
 
 
-def confidence_logits(model: LoopUSForCausalLM, head_input: torch.Tensor) -> torch.Tensor:
+def confidence_logits(model: LoopUSForCausalLM, seen: torch.Tensor) -> torch.Tensor:
     """The confidence head before its sigmoid, [n] of [n, H], in float32."""
     dtype = next(model.q_head.parameters()).dtype
-    return model.q_head(head_input.to(dtype)).squeeze(-1).float()
+    return model.q_head(seen.to(dtype)).squeeze(-1).float()
 
 
 @torch.no_grad()
@@ -207,8 +207,8 @@ def measure_by_depth(
         logits = logits_at(model, state, positions, where)
         losses = token_losses(logits, labelled.targets)
         right = (logits.argmax(-1) == labelled.targets).float()
-        as_update = model.config.confidence_input == "update"
-        seen = update.flatten(0, 1)[where] - before if as_update else after
+        moved = update.flatten(0, 1)[where]
+        seen = head_input(model.config.confidence_input, moved, before, after)
         confidence = torch.sigmoid(confidence_logits(model, seen))
         leaves, survival = rule.leaves(
             depth,
