@@ -52,6 +52,7 @@ def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     from vllm_loopus.aliases import AliasError, install_redirects
+    from vllm_loopus.serving.cpu_kernels import register_c_norms
     from vllm_loopus.serving.patches import apply_patches
     from vllm_loopus.serving.vllm_config import LoopUSVllmConfig
 
@@ -59,6 +60,7 @@ def register() -> None:
     if ARCHITECTURE not in ModelRegistry.models:
         ModelRegistry.register_model(ARCHITECTURE, f"vllm_loopus.serving.model:{ARCHITECTURE}")
     apply_patches()
+    register_c_norms()
     try:
         install_redirects()
     except AliasError as error:

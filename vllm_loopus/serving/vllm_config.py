@@ -17,6 +17,7 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
+from vllm_loopus.serving.cpu_kernels import prefer_c_norms
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
 
@@ -89,6 +90,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
         )
         EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
         _run_eagerly(vllm_config)
+        prefer_c_norms(vllm_config)
         _size_cpu_cache(vllm_config)
         _loop_inside_the_step(vllm_config)
 
