@@ -183,6 +183,20 @@ def _damage_named(original: Callable[..., Any]) -> Callable[..., Any]:
     return parse_safetensors_file_metadata
 
 
+def _death_told(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def serve(self: Any, sockets: Any = None) -> None:
+        await original(self, sockets)  # cancelled where a signal ends the server
+        engine = getattr(self.config.app.state, "engine_client", None)
+        if (
+            engine is not None
+            and engine.errored
+            and isinstance(engine.vllm_config.model_config.hf_config, LoopUSConfig)
+        ):
+            raise engine.dead_error
+
+    return serve
+
+
 PATCHES = (
     Patch(
         key="damaged-file-named",
@@ -277,6 +291,13 @@ PATCHES = (
             "default_chat_template_kwargs",
         ),
         wrap=_handlers_adopted,
+    ),
+    Patch(
+        key="dead-engine-fails-the-server",
+        module="vllm.entrypoints.launchers.launcher",
+        name="NoSignalServer.serve",
+        parameters=("self", "sockets"),
+        wrap=_death_told,
     ),
 )
 
