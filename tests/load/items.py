@@ -77,13 +77,12 @@ def _one(rng: random.Random, number: int) -> Item:
         "ignore_eos": True,
         "skip_special_tokens": False,
         "stream": rng.random() < 0.5,
-        "n": rng.choice([1, 1, 1, 2, 3]),
         "vllm_xargs": knobs,
     }
     if "exit_depths" in knobs:
         knobs["exit_depths"] = knobs["exit_depths"][: body["max_tokens"]]
     if rng.random() < 0.5:
-        body |= {"temperature": rng.choice([0.7, 1.3]), "seed": number}
+        body |= {"temperature": rng.choice([0.7, 1.3]), "seed": number, "n": rng.choice([1, 2, 3])}
     else:
         body["temperature"] = 0
     chat = rng.random() < 0.4

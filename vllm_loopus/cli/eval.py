@@ -115,7 +115,7 @@ def evaluate(
         store = Store(out)
         store.check()
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), errors_told(OSError):
             results = measure(plan, store, resume=resume, tell=_tell)
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; the same command goes on with what is in {out}", err=True)
