@@ -3,15 +3,14 @@
 import errno
 import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.room import room_for
 from vllm_loopus import aliases
 from vllm_loopus.checkpoints import __path__ as checkpoints
 from vllm_loopus.cli.main import app
@@ -19,17 +18,6 @@ from vllm_loopus.evaluation.store import Result, Store
 from vllm_loopus.files import complete_file, write_text
 
 TINY = Path(checkpoints[0]) / "loopus-tiny"
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: what is written above that fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run(*arguments: Any) -> Any:
@@ -96,9 +84,7 @@ def test_analysis(tmp_path: Path) -> None:
 def test_results_of_an_evaluation(tmp_path: Path) -> None:
     identity = {"limit": 3}
     small = Result(identity, "swaps", "m", "s", {"swaps": {"acc": 1.0}}, {}, 1.0)
-    large = Result(
-        identity, "swaps", "m", "s", {"swaps": {"acc": 0.0}}, {"a": [{"b": "c" * 9999}]}, 1
-    )
+    large = replace(small, items={"swaps": [{"response": "c" * 9999}]})
     store = Store(tmp_path)
     file = store.save(small)
     with room_for(5000), pytest.raises(OSError, match=file.name):

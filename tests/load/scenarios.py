@@ -12,7 +12,7 @@ from tests.load.alone import compare
 from tests.load.client import Client
 from tests.load.items import Item, long_one, mixed, tiny
 from tests.load.outcome import Outcome
-from tests.load.server import MIB, Memory, Server, wait_until
+from tests.load.server import MIB, Memory, Served, Server, wait_until
 from tests.load.traffic import at_rate, find_knee, from_clients, measure
 
 GROWTH = 64 * MIB  # of a process under load that is still none: allocators keep what they had
@@ -110,7 +110,7 @@ async def overloaded(
     return outcome
 
 
-async def hung_up(server: Server, seconds: float, clients: int, checked: int, seed: int) -> Outcome:
+async def hung_up(server: Served, seconds: float, clients: int, checked: int, seed: int) -> Outcome:
     """Clients of which two in three hang up at a random moment."""
     outcome = Outcome("aborts")
     items = mixed(200, seed)

@@ -21,8 +21,12 @@ from examples.demo import free_port, wait_until_healthy
 
 MODEL = "loopus-tiny"
 MAX_MODEL_LEN = 256
+# Pages of the K/V pool count as memory of a process once they were written to: in a small pool that
+# is soon, and what grows afterwards is something else.
+POOL = 128 * 2**20
 ARGUMENTS = (
     *("--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32"),
+    *("--kv-cache-memory-bytes", str(POOL)),
     *("--disable-uvicorn-access-log", "--hf-overrides", '{"max_loops": 8, "exit_threshold": 0.5}'),
 )
 SHARED_MEMORY = re.compile(r"\s(/dev/shm/\S+)")
@@ -40,14 +44,49 @@ class Memory:
         return f"{self.rss / MIB:.1f} MiB RSS, {self.uss / MIB:.1f} MiB USS"
 
 
+class Served:
+    """A server at an address, whoever started it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def health(self) -> int | None:
+        """The status of `/health`, None where nobody answers."""
+        return status_of(f"{self.address}/health")
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of `/metrics`, summed over labels."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=30) as response:
+            text = response.read().decode()
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("vllm:"):
+                    found[sample.name] = found.get(sample.name, 0.0) + sample.value
+        return found
+
+    def idle(self) -> bool:
+        """Whether nothing runs, nothing waits and no block of K/V is held, by the metrics."""
+        found = self.metrics()
+        names = (
+            "vllm:num_requests_running",
+            "vllm:num_requests_waiting",
+            "vllm:kv_cache_usage_perc",
+        )
+        return not any(found[name] for name in (*names, "vllm:loopus_kv_blocks"))
+
+
 @dataclass
-class Server:
+class Server(Served):
     """`vllm serve MODEL *arguments`; a context manager that leaves no process behind."""
 
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     model: str = MODEL
     port: int = field(default_factory=free_port)
+
+    def __post_init__(self) -> None:
+        super().__init__(f"http://127.0.0.1:{self.port}")
 
     def __enter__(self) -> "Server":
         self._scratch = tempfile.TemporaryDirectory(prefix="vllm-loopus-load-")
@@ -79,7 +118,6 @@ class Server:
             "OMP_NUM_THREADS": "1",
             **self.environment,
         }
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -89,10 +127,6 @@ class Server:
         except (RuntimeError, TimeoutError) as error:
             raise RuntimeError(f"{error}\n{self.log.read_text()[-3000:]}") from error
         self.look()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def look(self) -> dict[str, psutil.Process]:
         """Its living processes by role: `server`, `engine`, `worker 0`, ... Remembers them and
@@ -146,31 +180,6 @@ class Server:
     def wait(self, timeout: float = 90) -> int:
         """Its exit code. Raises `subprocess.TimeoutExpired`."""
         return self.process.wait(timeout=timeout)
-
-    def health(self) -> int | None:
-        """The status of `/health`, None where nobody answers."""
-        return status_of(f"{self.address}/health")
-
-    def metrics(self) -> dict[str, float]:
-        """Samples of `/metrics`, summed over labels."""
-        with urllib.request.urlopen(f"{self.address}/metrics", timeout=30) as response:
-            text = response.read().decode()
-        found: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name.startswith("vllm:"):
-                    found[sample.name] = found.get(sample.name, 0.0) + sample.value
-        return found
-
-    def idle(self) -> bool:
-        """Whether nothing runs, nothing waits and no block of K/V is held, by the metrics."""
-        found = self.metrics()
-        names = (
-            "vllm:num_requests_running",
-            "vllm:num_requests_waiting",
-            "vllm:kv_cache_usage_perc",
-        )
-        return not any(found[name] for name in (*names, "vllm:loopus_kv_blocks"))
 
 
 def status_of(url: str) -> int | None:
