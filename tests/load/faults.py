@@ -13,6 +13,7 @@ from tests.load.server import Server, wait_until
 from tests.load.traffic import from_clients
 
 DRAIN_SECONDS = 60
+REFUSED = {"HTTP 503", "connection refused"}
 SETTLED = 30.0  # seconds in which processes of a killed server have to be gone
 CLOCK = Path(__file__).with_name("clock")  # a folder with a sitecustomize.py
 JUMP = 3600
@@ -37,7 +38,9 @@ async def drained(server: Server, clients: int) -> Outcome:
     outcome.seen["sent after the signal"] = late.tally
     outcome.seen["exit code"] = code
     outcome.require(client.tally.answered == clients, "all requests in flight are answered")
-    outcome.require(late.tally.good and not late.tally.answered, "later requests are refused")
+    outcome.require(late.tally.good, "later requests are told")
+    outcome.require(set(late.tally.failed) <= REFUSED, "later requests get HTTP 503, or nobody")
+    outcome.require(not late.tally.answered, "later requests are refused")
     outcome.require(code == 0, "exit code 0")
     _require_gone(outcome, server)
     return outcome

@@ -8,10 +8,13 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from vllm.entrypoints.launchers.launcher import NoSignalServer, terminate_if_errored
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_loopus import LoopUSConfig
 from vllm_loopus.plugin import register
+from vllm_loopus.serving.http import LoopedHandler
 
 register()
 
@@ -55,6 +58,16 @@ def test_a_dead_engine_fails_the_server() -> None:
 def test_a_signal_does_not() -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(serve(Engine(object.__new__(LoopUSConfig)), dies=False))
+
+
+def test_no_new_requests_while_it_waits_for_the_last_answers() -> None:
+    engine: Any = object.__new__(AsyncLLM)
+    handler: Any = object.__new__(LoopedHandler)
+    handler.engine_client = engine
+    engine.shutdown(timeout=1)
+    with pytest.raises(GracefulHTTPError, match="shutting down") as caught:
+        asyncio.run(handler.admit(None, None))
+    assert caught.value.http_status == 503
 
 
 def test_nor_do_other_models() -> None:

@@ -197,6 +197,16 @@ def _death_told(original: Callable[..., Any]) -> Callable[..., Any]:
     return serve
 
 
+def _draining_noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        from vllm_loopus.serving.http import DRAINING
+
+        setattr(self, DRAINING, True)
+        original(self, timeout)
+
+    return shutdown
+
+
 PATCHES = (
     Patch(
         key="damaged-file-named",
@@ -298,6 +308,13 @@ PATCHES = (
         name="NoSignalServer.serve",
         parameters=("self", "sockets"),
         wrap=_death_told,
+    ),
+    Patch(
+        key="refused-while-draining",
+        module="vllm.v1.engine.async_llm",
+        name="AsyncLLM.shutdown",
+        parameters=("self", "timeout"),
+        wrap=_draining_noted,
     ),
 )
 
