@@ -1,6 +1,8 @@
 """How the HTTP server ends: by a signal, or because the engine has died."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +35,14 @@ class Engine:
         self.errored, self.is_running = True, False
 
 
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    del app.state  # as vLLM's does
+
+
 async def serve(engine: Engine, *, dies: bool) -> None:
-    app = FastAPI()
+    app = FastAPI(lifespan=lifespan)
     app.state.engine_client = engine
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
     config.load()

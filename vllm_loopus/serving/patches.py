@@ -185,8 +185,8 @@ def _damage_named(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _death_told(original: Callable[..., Any]) -> Callable[..., Any]:
     async def serve(self: Any, sockets: Any = None) -> None:
+        engine = getattr(self.config.app.state, "engine_client", None)  # vLLM deletes the state
         await original(self, sockets)  # cancelled where a signal ends the server
-        engine = getattr(self.config.app.state, "engine_client", None)
         if (
             engine is not None
             and engine.errored
