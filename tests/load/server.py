@@ -29,6 +29,7 @@ ARGUMENTS = (
     *("--kv-cache-memory-bytes", str(POOL)),
     *("--disable-uvicorn-access-log", "--hf-overrides", '{"max_loops": 8, "exit_threshold": 0.5}'),
 )
+START_UP_SECONDS = 900  # on a machine that does much else
 SHARED_MEMORY = re.compile(r"\s(/dev/shm/\S+)")
 MIB = 2**20
 
@@ -123,7 +124,7 @@ class Server(Served):
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
             )
         try:
-            wait_until_healthy(self.process, self.address)
+            wait_until_healthy(self.process, self.address, START_UP_SECONDS)
         except (RuntimeError, TimeoutError) as error:
             raise RuntimeError(f"{error}\n{self.log.read_text()[-3000:]}") from error
         self.look()
