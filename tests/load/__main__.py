@@ -5,6 +5,8 @@ Exit code 1: a request was lost, or something was not as promised.
 
 import asyncio
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ Seconds = Annotated[float, typer.Option(help="How long requests are sent.")]
 
 
 def run(server: Server, scenario: Callable[[Server], Awaitable[Outcome]]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped, too
     with server:
         asyncio.run(_awaited(scenario(server))).tell()
 
