@@ -23,7 +23,7 @@ MODEL = "loopus-tiny"
 MAX_MODEL_LEN = 256
 # Pages of the K/V pool count as memory of a process once they were written to: in a small pool that
 # is soon, and what grows afterwards is something else.
-POOL = 128 * 2**20
+POOL = 256 * 2**20
 ARGUMENTS = (
     *("--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32"),
     *("--kv-cache-memory-bytes", str(POOL)),
@@ -119,6 +119,7 @@ class Server(Served):
             "OMP_NUM_THREADS": "1",
             **self.environment,
         }
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # the demo's; it would win over `POOL`
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
