@@ -66,8 +66,10 @@ def running_server(
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
-    deadline = time.monotonic() + START_UP_SECONDS
+def wait_until_healthy(
+    server: subprocess.Popen[bytes], address: str, seconds: float = START_UP_SECONDS
+) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise RuntimeError(f"vllm serve ended with exit code {server.returncode}")
@@ -76,7 +78,7 @@ def wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
                 return
         except OSError:
             time.sleep(0.5)
-    raise TimeoutError(f"vllm serve was not healthy after {START_UP_SECONDS} s")
+    raise TimeoutError(f"vllm serve was not healthy after {seconds} s")
 
 
 def ask(address: str, question: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_loopus.cli.info import ModelArgument, known_models
-from vllm_loopus.cli.output import JsonOption, errors_told, print_json
+from vllm_loopus.cli.output import JsonOption, as_text, errors_told, print_json
 
 if TYPE_CHECKING:
     from vllm_loopus.evaluation.models import Model
@@ -115,7 +115,7 @@ def evaluate(
         store = Store(out)
         store.check()
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), errors_told(OSError):
             results = measure(plan, store, resume=resume, tell=_tell)
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; the same command goes on with what is in {out}", err=True)
@@ -188,11 +188,12 @@ def _print_wide(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Standard errors below their numbers; outside a terminal as wide as the table is."""
     from rich.console import Console
     from rich.measure import Measurement
+    from rich.table import Column
     from rich.table import Table as RichTable
 
-    table = RichTable(*heads)
+    table = RichTable(*(Column(as_text(head)) for head in heads))
     for row in rows:
-        table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
+        table.add_row(*(as_text(cell.replace(" ± ", "\n± ")) for cell in row))
     console = Console()
     if not console.is_terminal:
         needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum

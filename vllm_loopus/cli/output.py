@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 PROBLEM, BAD_INPUT = 1, 2
 PICTURES = (".png", ".svg", ".pdf")
@@ -34,11 +35,19 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*columns)
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    table = Table(*(Column(as_text(column)) for column in columns))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(as_text, row))
     Console().print(table)
+
+
+def as_text(cell: str | Text) -> Text:
+    """A cell as it is: names of a checkpoint are no markup, and do not move a terminal's cursor."""
+    if isinstance(cell, Text):
+        return cell
+    shown = (c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in cell)
+    return Text("".join(shown))
 
 
 def check_writable(file: Path) -> None:

@@ -183,6 +183,30 @@ def _damage_named(original: Callable[..., Any]) -> Callable[..., Any]:
     return parse_safetensors_file_metadata
 
 
+def _death_told(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def serve(self: Any, sockets: Any = None) -> None:
+        engine = getattr(self.config.app.state, "engine_client", None)  # vLLM deletes the state
+        await original(self, sockets)  # cancelled where a signal ends the server
+        if (
+            engine is not None
+            and engine.errored
+            and isinstance(engine.vllm_config.model_config.hf_config, LoopUSConfig)
+        ):
+            raise engine.dead_error
+
+    return serve
+
+
+def _draining_noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        from vllm_loopus.serving.http import DRAINING
+
+        setattr(self, DRAINING, True)
+        original(self, timeout)
+
+    return shutdown
+
+
 PATCHES = (
     Patch(
         key="damaged-file-named",
@@ -277,6 +301,20 @@ PATCHES = (
             "default_chat_template_kwargs",
         ),
         wrap=_handlers_adopted,
+    ),
+    Patch(
+        key="dead-engine-fails-the-server",
+        module="vllm.entrypoints.launchers.launcher",
+        name="NoSignalServer.serve",
+        parameters=("self", "sockets"),
+        wrap=_death_told,
+    ),
+    Patch(
+        key="refused-while-draining",
+        module="vllm.v1.engine.async_llm",
+        name="AsyncLLM.shutdown",
+        parameters=("self", "timeout"),
+        wrap=_draining_noted,
     ),
 )
 
