@@ -142,25 +142,28 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
     budgets = limits.options.reasoning_effort
     if isinstance(effort, str) and effort in budgets and "max_loops" not in knobs:
         knobs["max_loops"] = budgets[effort]
+    prompt, messages = None, None
+    if url == CHAT:
+        messages = _messages(body["messages"], limits)
+    else:
+        prompt = _prompt(body.get("prompt"), limits)
     request = _parsed(url, {**body, "vllm_xargs": knobs or None})
-    most = request.max_tokens
-    if url == CHAT and request.max_completion_tokens is not None:
-        most = request.max_completion_tokens
+    fields = vars(request)  # asking for max_tokens of a chat warns that it is old
+    most = fields["max_tokens"]
+    if fields.get("max_completion_tokens") is not None:
+        most = fields["max_completion_tokens"]
     if most is not None and most < 1:
         raise ValueError(f"max_tokens={most} must be 1 or more")
     check_request(knobs, limits.loopus_config, most, limits.model_config.max_model_len)
     params = request.to_sampling_params(most, limits.sampling_defaults)
     params.extra_args = knobs or None
-    prompt, messages, template = None, None, {}
+    template: dict[str, Any] = {}
     if url == CHAT:
-        messages = _messages(body["messages"], limits)
         template = dict(body.get("chat_template_kwargs") or {})
         if effort is not None:
             template["reasoning_effort"] = effort
         for name in ("add_generation_prompt", "continue_final_message"):
-            template[name] = getattr(request, name)
-    else:
-        prompt = _prompt(body.get("prompt"), limits)
+            template[name] = fields[name]
     return Row(index, prompt, messages, template, _arguments(params), echo)
 
 
@@ -230,10 +233,12 @@ def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     """With contents as texts, parts of text joined by new lines as in vLLM."""
     if not limits.has_chat_template:
         raise ValueError("messages need a chat template, which this model has not; give prompt")
-    if not messages:
-        raise ValueError("messages=[] must hold a message")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages={_shown(messages)} must be a list with a message in it")
     plain = []
     for place, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages[{place}]={_shown(message)} must have a role and a content")
         content = message.get("content")
         if isinstance(content, list):
             if not all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):

@@ -68,9 +68,13 @@ def batch(
         model = model or model_named(source) or DEFAULT_MODEL
         load_config(model)
         options = Options(
-            model, absolute(resolve(model)), json_object("engine_args", engine_args), replicas, batch_size,
-            address,
-        )  # fmt: skip
+            model=model,
+            target=absolute(resolve(model)),
+            engine_args=json_object("engine_args", engine_args),
+            replicas=replicas,
+            batch_size=batch_size,
+            address=address,
+        )
         from ray.exceptions import RayError
 
         goes_on = f"the same command goes on with what is in {output}.partial"
