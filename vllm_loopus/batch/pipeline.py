@@ -9,6 +9,7 @@ import json
 import logging
 from collections import UserDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -83,16 +84,23 @@ def result_of(row: dict[str, Any]) -> dict[str, Any]:
     return {"index": row["index"], "echo": row["echo"], "result": json.dumps(result)}
 
 
-def start_ray(address: str | None, work: Work) -> None:
+@contextmanager
+def ray_running(address: str | None, work: Work) -> Iterator[None]:
     """Joins the cluster at `address`, or starts one on this machine, of a CPU for each rank and one
-    for preparing rows; GPUs as Ray finds them."""
-    if not ray.is_initialized():
-        if address is not None:
-            ray.init(address=address, log_to_driver=False)
-        else:
-            cpus = work.replicas * work.ranks + 1
-            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    for preparing rows, GPUs as Ray finds them; leaves it at the end. One joined before is kept."""
+    if ray.is_initialized():
+        yield
+        return
+    if address is not None:
+        ray.init(address=address, log_to_driver=False)
+    else:
+        cpus = work.replicas * work.ranks + 1
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def stream(rows: Sequence[Row], work: Work) -> Iterator[tuple[int, dict[str, Any], Any, str]]:

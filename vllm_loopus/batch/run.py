@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,9 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _results(left: list[Row], limits: Limits, options: Options) -> Any:
+def _results(
+    left: list[Row], limits: Limits, options: Options
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any] | None, str]]:
     from vllm_loopus.batch import pipeline
 
     args = options.engine_args
@@ -155,8 +157,8 @@ def _results(left: list[Row], limits: Limits, options: Options) -> Any:
         batch_size=options.batch_size,
         environment=passed_on(os.environ) if options.address is not None else {},
     )
-    pipeline.start_ray(options.address, work)
-    return pipeline.stream(left, work)
+    with pipeline.ray_running(options.address, work):
+        yield from pipeline.stream(left, work)
 
 
 def _model_of(line: bytes) -> str | None:
