@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_loopus.cli.info import ModelArgument, known_models
-from vllm_loopus.cli.output import JsonOption, as_text, errors_told, print_json
+from vllm_loopus.cli.output import INTERRUPTED, JsonOption, as_text, errors_told, print_json
 
 if TYPE_CHECKING:
     from vllm_loopus.evaluation.models import Model
     from vllm_loopus.evaluation.table import Table
 
-INTERRUPTED = 130
 NO_BASE = "none"
 
 

@@ -1,7 +1,7 @@
 """What the subcommands share: JSON or a table, errors as one line, exit codes.
 
-Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`); 2 the input is wrong, also when typer
-says so.
+Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`, `batch`); 2 the input is wrong, also
+when typer says so; 130 stopped with Ctrl-C (`eval`, `batch`).
 """
 
 import json
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-PROBLEM, BAD_INPUT = 1, 2
+PROBLEM, BAD_INPUT, INTERRUPTED = 1, 2, 130
 PICTURES = (".png", ".svg", ".pdf")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -61,3 +61,19 @@ def check_picture(file: Path) -> None:
     check_writable(file)
     if file.suffix not in PICTURES:
         raise ValueError(f"{file} is no picture: its name must end in {', '.join(PICTURES)}")
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """An option that is a JSON object. Raises `ValueError` naming it."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={text!r} must be a JSON object")
+    return value
+
+
+def absolute(target: str) -> str:
+    """A folder's full path, for processes in other working folders; other names as they are."""
+    return str(Path(target).resolve()) if Path(target).exists() else target

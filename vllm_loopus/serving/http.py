@@ -48,7 +48,7 @@ class LoopedHandler(GenerateBaseServing):
         if getattr(self.engine_client, DRAINING, False):
             raise GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
         custom_processors = bool(self.model_config.logits_processors)
-        body = await raw_request.json() if raw_request is not None else None
+        body = await _body_of(raw_request)
         known = type(request).model_fields
         if body is None:
             body = {**(request.model_extra or {}), "vllm_xargs": request.vllm_xargs}
@@ -256,6 +256,17 @@ def adopt_handlers(vllm_config: Any, state: Any) -> None:
             kind = type(handler)
             handler.__class__ = type(f"LoopUS{kind.__name__}", (mixed_in, kind), {})
             handler._init_loop(config, options)
+
+
+async def _body_of(raw_request: "Request | None") -> Any:
+    """What was sent; None where only the parsed request came this far: from a batch file, or by
+    Ray Serve, which hands on the headers alone."""
+    if raw_request is None:
+        return None
+    try:
+        return await raw_request.json()
+    except RuntimeError:  # Starlette: no receive channel
+        return None
 
 
 def _refuse_top_level(names: Iterable[str], custom_processors: bool) -> None:

@@ -101,6 +101,10 @@ def _with_exit_depths(original: Callable[..., Any]) -> Callable[..., Any]:
         completion = original(self, token_ids, finish_reason, stop_reason)
         attach(self, completion)
         explain(completion)
+        if self.stats is not None:
+            from vllm_loopus.serving.request_stats import add_outcome
+
+            add_outcome(self.stats, completion)
         return completion
 
     return _new_completion_output

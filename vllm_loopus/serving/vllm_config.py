@@ -137,7 +137,8 @@ def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
     ):
         return
     free, nodes = free_cpu_memory()
-    ranks = cdiv(vllm_config.parallel_config.world_size, nodes)
+    parallel = vllm_config.parallel_config
+    ranks = cdiv(parallel.world_size * max(parallel.data_parallel_size_local, 1), nodes)
     cache.kv_cache_memory_bytes = int(CPU_CACHE_SHARE * free) // ranks
     logger.info(
         "K/V takes %.1f GiB a rank, %d %% of the memory node's free memory; "
