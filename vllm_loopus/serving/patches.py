@@ -28,7 +28,7 @@ class Patch:
     key: str  # its entry in patches/catalogue.toml
     module: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...]  # "..." at the end: more may follow, `wrap` passes them on
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def apply(self) -> None:
@@ -44,7 +44,9 @@ class Patch:
         if original is None:
             raise RuntimeError(f"vllm-loopus: {where} is gone from this vLLM ({self.key})")
         found = tuple(inspect.signature(original).parameters)
-        if found != self.parameters:
+        *named, last = self.parameters or ("",)
+        matches = found[: len(named)] == tuple(named) if last == "..." else found == self.parameters
+        if not matches:
             raise RuntimeError(
                 f"vllm-loopus: {where} takes {found}, not {self.parameters} ({self.key})"
             )
@@ -237,15 +239,7 @@ PATCHES = (
         key="redirect-before-speculators",
         module="vllm.engine.arg_utils",
         name="maybe_override_with_speculators",
-        parameters=(
-            "model",
-            "tokenizer",
-            "trust_remote_code",
-            "revision",
-            "vllm_speculative_config",
-            "hf_token",
-            "kwargs",
-        ),
+        parameters=("model", "..."),
         wrap=_alias_before_speculators,
     ),
     Patch(
@@ -266,15 +260,7 @@ PATCHES = (
         key="exit-depths-in-iteration-stats",
         module="vllm.v1.metrics.stats",
         name="IterationStats.update_from_output",
-        parameters=(
-            "self",
-            "output",
-            "engine_core_timestamp",
-            "is_prefilling",
-            "req_stats",
-            "lora_states",
-            "lora_name",
-        ),
+        parameters=("self", "output", "..."),
         wrap=_depths_counted,
     ),
     Patch(
@@ -296,14 +282,7 @@ PATCHES = (
         key="knobs-and-depths-over-http",
         module="vllm.entrypoints.generate.api_router",
         name="init_generate_state",
-        parameters=(
-            "engine_client",
-            "state",
-            "args",
-            "request_logger",
-            "supported_tasks",
-            "default_chat_template_kwargs",
-        ),
+        parameters=("engine_client", "state", "..."),
         wrap=_handlers_adopted,
     ),
     Patch(
