@@ -3,7 +3,7 @@
 Knows no model runner: it is given the model, block tables and a metadata builder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.pages import BatchLayout, PageTables, StatePages
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.transfer import to_device
 from vllm_loopus.serving.verdicts import Verdicts, cleanse
 
 
@@ -33,6 +34,15 @@ class Decoded:
     hidden: torch.Tensor | None = None  # [len(request_ids), H]
     request_ids: list[str] = field(default_factory=list)
     prompts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def in_order(self, request_ids: Sequence[str]) -> torch.Tensor:
+        """Hidden states of `request_ids`, all of those decoded, in their order."""
+        assert self.hidden is not None
+        row = {request_id: index for index, request_id in enumerate(self.request_ids)}
+        order = [row[request_id] for request_id in request_ids]
+        if order == list(range(len(self.request_ids))):
+            return self.hidden
+        return self.hidden[to_device(order, self.hidden.device)]
 
 
 class PagedExecutor:
@@ -72,6 +82,10 @@ class PagedExecutor:
         through the decoder from its first position."""
         self._prompt_parts[request_id] = []
 
+    def capture(self) -> int:
+        """Captures the graphs of the regions; bytes that they take."""
+        return 0
+
     def forget(self, request_id: str) -> None:
         """Drops what was kept for a request."""
         self._prompt_parts.pop(request_id, None)
@@ -82,7 +96,7 @@ class PagedExecutor:
     def encode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout([Rows(r.sequence, 1, r.start, r.end) for r in rows])
         with self._attention(layout, self._model.planes.encoder_names):
-            ids = torch.tensor(self._tokens, dtype=torch.int32, device=self._device)
+            ids = self._tensor(np.array(self._tokens, dtype=np.int32))
             self._encoded = self._model.encode(ids, self._tensor(layout.positions))
 
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
@@ -131,17 +145,17 @@ class PagedExecutor:
             return [False] * len(sequences)
         rule = HaltingRule(
             strategy=self._rule.strategy,
-            exit_threshold=self._column([s.knobs.exit_threshold for s in sequences]),
+            exit_threshold=self._tensor([s.knobs.exit_threshold for s in sequences]),
             exit_interval=self._rule.exit_interval,
-            min_loops=self._column([s.knobs.min_loops for s in sequences]),
-            max_loops=self._column([s.knobs.max_loops for s in sequences]),
+            min_loops=self._tensor([s.knobs.min_loops for s in sequences]),
+            max_loops=self._tensor([s.knobs.max_loops for s in sequences]),
             convergence_epsilon=self._rule.convergence_epsilon,
         )
         leaves, survival = rule.leaves(
             self._tensor(depth),
             confidence=self._model.confidence(update, before, after),
             step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
-            survival=self._column([s.survival for s in sequences]),
+            survival=self._tensor([s.survival for s in sequences]),
         )
         if self._rule.strategy == "cdf":  # the others leave it as it is: one sync a pass
             for sequence, value in zip(sequences, survival.tolist(), strict=True):
@@ -248,9 +262,5 @@ class PagedExecutor:
             yield slots
         planes.repeated = None
 
-    def _tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
-
-    def _column(self, values: list[float] | list[int]) -> torch.Tensor:
-        dtype = torch.float32 if isinstance(values[0], float) else torch.int64
-        return torch.tensor(values, dtype=dtype, device=self._device)
+    def _tensor(self, values: np.ndarray[Any, Any] | Sequence[float]) -> torch.Tensor:
+        return to_device(values, self._device)

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm import envs
 from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
 from vllm.config.model import _check_valid_dtype
 from vllm.logger import init_logger
@@ -19,6 +18,7 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
+from vllm_loopus.serving.runners.selection import select_runner
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -49,7 +49,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             f"which changes K/V computed before; set max_model_len to {context} or less",
         )
         _use_the_base_tokenizer(model_config, config)
-        _select_the_v1_runner()
+        select_runner()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -152,16 +152,6 @@ def _run_eagerly(vllm_config: "VllmConfig") -> None:
         compilation.mode = CompilationMode.NONE
     if compilation.cudagraph_mode is None:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
-
-
-def _select_the_v1_runner() -> None:
-    """Where vLLM would take its V2 model runner, as on GPUs. Asked for before our other hook runs.
-
-    A V2 runner that the user asks for is refused by the worker.
-    """
-    if not current_platform.is_cpu() and envs.VLLM_USE_V2_MODEL_RUNNER is None:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        logger.info("LoopUS models run on vLLM's V1 model runner")
 
 
 def _refuse(condition: bool, option: str, fix: str) -> None:
