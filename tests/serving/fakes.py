@@ -182,6 +182,7 @@ class FakeExecutor:
 
     def decode(self, rows: list[Rows]) -> None:
         assert 0 < sum(map(len, rows)) <= self.budget
+        self.settle()
         for row in rows:
             for position in range(row.start, row.end):
                 self.read("state", row.sequence, row.depth, position)
@@ -191,8 +192,9 @@ class FakeExecutor:
         for row in rows:
             for position in range(row.start):
                 self.read("decoder", row.sequence, row.depth, position)
-            self.tables.mark_decoded(row)
-        newest = [row.sequence for row in rows if row.newest]
+            if row.sequence.failure is None:
+                self.tables.mark_decoded(row)
+        newest = [row.sequence for row in rows if row.newest and not row.sequence.failure]
         self.decoded.request_ids = [sequence.request_id for sequence in newest]
         said = [next_token(self.prefix(sequence, sequence.done[0] - 1)) for sequence in newest]
         self.decoded.hidden = torch.tensor(said).reshape(-1, 1)

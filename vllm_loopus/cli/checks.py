@@ -5,7 +5,6 @@ what has to be told.
 """
 
 import json
-import importlib.util
 import os
 import subprocess
 import sys
@@ -185,7 +184,7 @@ def names() -> Iterator[Finding]:
 def variables() -> Iterator[Finding]:
     """Environment variables that LoopUS models, or vLLM, cannot live with."""
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        triton = importlib.util.find_spec("triton") is not None
+        triton = util.find_spec("triton") is not None
         yield Finding(
             "VLLM_USE_V2_MODEL_RUNNER",
             WARNING if triton else ERROR,

@@ -88,7 +88,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             "KV connectors do not know planes by depth; remove it",
         )
         EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
-        _run_eagerly(vllm_config)
+        _settle_compilation(vllm_config)
         _size_cpu_cache(vllm_config)
         _loop_inside_the_step(vllm_config)
 
@@ -145,13 +145,23 @@ def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
     )
 
 
-def _run_eagerly(vllm_config: "VllmConfig") -> None:
-    """No compiled region and no CUDA graph unless the user asks for one: the model marks none."""
+def _settle_compilation(vllm_config: "VllmConfig") -> None:
+    """No compilation and no CUDA graph unless the user asks for one (`regions.py`).
+
+    Graphs hold a whole region, attention included: nothing cuts it into compiled pieces.
+    """
     compilation = vllm_config.compilation_config
     if compilation.mode is None:
         compilation.mode = CompilationMode.NONE
-    if compilation.cudagraph_mode is None:
+    mode = compilation.cudagraph_mode
+    if mode is None:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
+        return
+    _refuse(
+        mode.requires_piecewise_compilation(),
+        f"cudagraph_mode={mode.name}",
+        "its regions are captured whole; use FULL, FULL_DECODE_ONLY or NONE",
+    )
 
 
 def _refuse(condition: bool, option: str, fix: str) -> None:
