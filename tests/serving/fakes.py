@@ -1,4 +1,4 @@
-"""Scheduler, model-runner adapter and staircase without a model.
+"""Scheduler, model-runner adapters and staircase without a model.
 
 `FakeExecutor` stands for model and paged memory: K/V and states are names of what they should hold,
 a depth and a token prefix. It fails when a row reads what is not there.
@@ -11,14 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
+import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from tests.conftest import GOLDEN
 from vllm_loopus.serving.batch import LoopedBatch
@@ -26,7 +29,10 @@ from vllm_loopus.serving.boundary import boundary_rule
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded
-from vllm_loopus.serving.runner import LoopUSRunner
+from vllm_loopus.serving.runner_interface import StepInput
+from vllm_loopus.serving.runners.model_state import LoopUSModelState
+from vllm_loopus.serving.runners.v1 import V1Adapter
+from vllm_loopus.serving.runners.v2 import V2Adapter
 from vllm_loopus.serving.scheduler import LoopUSScheduler
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
 
@@ -176,6 +182,7 @@ class FakeExecutor:
 
     def decode(self, rows: list[Rows]) -> None:
         assert 0 < sum(map(len, rows)) <= self.budget
+        self.settle()
         for row in rows:
             for position in range(row.start, row.end):
                 self.read("state", row.sequence, row.depth, position)
@@ -185,12 +192,16 @@ class FakeExecutor:
         for row in rows:
             for position in range(row.start):
                 self.read("decoder", row.sequence, row.depth, position)
-            self.tables.mark_decoded(row)
-        self.decoded.request_ids = [row.sequence.request_id for row in rows if row.newest]
+            if row.sequence.failure is None:
+                self.tables.mark_decoded(row)
+        newest = [row.sequence for row in rows if row.newest and not row.sequence.failure]
+        self.decoded.request_ids = [sequence.request_id for sequence in newest]
+        said = [next_token(self.prefix(sequence, sequence.done[0] - 1)) for sequence in newest]
+        self.decoded.hidden = torch.tensor(said).reshape(-1, 1)
 
 
-class FakePlatformRunner:
-    """As much of vLLM's V1 runner as the adapter relies on."""
+class FakeV1:
+    """As much of vLLM's V1 runner as its adapter relies on."""
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         for name in scheduler_output.finished_req_ids:
@@ -205,28 +216,71 @@ class FakePlatformRunner:
             generated = len(self.requests[name].output_token_ids)
             assert cached.num_output_tokens[index] == generated
             assert (cached.new_block_ids[index] is not None) == (name in cached.resumed_req_ids)
-        self.step_requests = list(scheduler_output.num_scheduled_tokens)
+        names = list(scheduler_output.num_scheduled_tokens)
+        self.input_batch = SimpleNamespace(req_ids=names[::-1])  # an order of its own
+        if names:
+            assert self._build_attention_metadata() == ({}, None)
+            self.hidden = self._model_forward()
         return None
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
-        names, tokens = self.step_requests, []
-        for name in names:
-            state = self.requests[name]
-            tokens.append([next_token([*state.prompt_token_ids, *state.output_token_ids])])
-            state.output_token_ids += tokens[-1]
-        return ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=tokens,
-        )
+        names = self.input_batch.req_ids
+        tokens = self.hidden[:, 0].tolist()
+        for name, token in zip(names, tokens, strict=True):
+            self.requests[name].output_token_ids.append(token)
+        return sampled(names, tokens)
 
 
-class FakeRunner(LoopUSRunner, FakePlatformRunner):
-    """The adapter over the fakes."""
+class FakeV2:
+    """As much of vLLM's V2 runner as its adapter relies on: it forgets who is preempted, knows no
+    request that comes back, and asks the model's `ModelState` for inputs and metadata."""
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        for name in gone:
+            self.requests.pop(name, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            assert new.num_computed_tokens == len(new.prefill_token_ids) - 1
+            self.requests[new.req_id] = list(new.prefill_token_ids)
+        cached = scheduler_output.scheduled_cached_reqs
+        assert not cached.resumed_req_ids
+        for index, name in enumerate(cached.req_ids):
+            assert cached.num_computed_tokens[index] == len(self.requests[name]) - 1
+            assert cached.new_block_ids[index] is None
+        counts = scheduler_output.num_scheduled_tokens
+        self.step_requests = sort_batch_req_ids(counts, {}, 1)[::-1]
+        if not counts:
+            return ModelRunnerOutput(req_ids=[], req_id_to_index={})
+        buffers = InputBuffers(len(counts), len(counts), torch.device("cpu"))
+        batch = InputBatch.make_dummy(len(counts), len(counts), buffers)
+        batch.req_ids = self.step_requests
+        assert self.model_state.prepare_attn(batch) == {}
+        self.hidden = self.model_state.prepare_inputs(batch, None)["decoded"]
+        return None
+
+    def sample_tokens(self, grammar_output: Any) -> AsyncModelRunnerOutput:
+        tokens = self.hidden[:, 0].tolist()
+        for name, token in zip(self.step_requests, tokens, strict=True):
+            self.requests[name].append(token)
+        output = sampled(self.step_requests, tokens)
+        return type("Later", (AsyncModelRunnerOutput,), {"get_output": lambda self: output})()
+
+
+def sampled(names: list[str], tokens: list[int]) -> ModelRunnerOutput:
+    return ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=[[token] for token in tokens],
+    )
+
+
+class FakeLoop:
+    """The loop over the fakes, mixed in before an adapter and its fake runner."""
 
     def __init__(self, vllm_config: Any, num_blocks: int, quorum: float | str) -> None:
         self.vllm_config = vllm_config
         self.requests: dict[str, Any] = {}
+        self.model_state = LoopUSModelState.__new__(LoopUSModelState)
         self._init_loop()
         depth = vllm_config.model_config.hf_config.max_loops
         self.kv_cache_config = KVCacheConfig(num_blocks, [], [None] * depth)
@@ -238,6 +292,22 @@ class FakeRunner(LoopUSRunner, FakePlatformRunner):
         options = EngineOptions.of(vllm_config.additional_config)
         self._batch = LoopedBatch(self.executor, tables, rule, depth, budget, options)
         self.executor.batch = self._batch
+        self.described: list[StepInput] = []
+
+    def describe(self, scheduler_output: Any) -> StepInput:
+        self.described.append(super().describe(scheduler_output))
+        return self.described[-1]
+
+
+class FakeV1Runner(FakeLoop, V1Adapter, FakeV1):
+    pass
+
+
+class FakeV2Runner(FakeLoop, V2Adapter, FakeV2):
+    pass
+
+
+RUNNERS = {"v1": FakeV1Runner, "v2": FakeV2Runner}
 
 
 @cache
@@ -270,6 +340,7 @@ class Engine:
     kv_policy: str = "exact"
     prefill_depth: str = "lazy"
     prefix_caching: bool = True
+    runner_kind: str = "v1"
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -295,7 +366,8 @@ class Engine:
             block_size=BLOCK,
             log_stats=True,
         )
-        self.runner = FakeRunner(config, self.num_blocks, self.quorum)
+        self.scheduler.use_v2_model_runner = self.runner_kind == "v2"
+        self.runner = RUNNERS[self.runner_kind](config, self.num_blocks, self.quorum)
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self.hasher = get_request_block_hasher(BLOCK, hash_function)

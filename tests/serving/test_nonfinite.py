@@ -174,12 +174,15 @@ def test_the_first_rank_decides() -> None:
     first, second = (LoopedSequence(name, knobs, 4, prefill_end=3) for name in "ab")
     for sequence in (first, second):
         sequence.begin(3, wants_token=True)
-    group: Any = FirstRank([0, 0, 0, 1, 0, 1, 0, 1])
+    said = np.array([0.75, 0.5], dtype=np.float32)
+    group: Any = FirstRank([0, 0, 0, 1, 0, 1, 0, 1, *said.view(np.uint8)])
     verdicts = Verdicts(group)
     states = torch.zeros(6, 4)
     states[0] = torch.nan
     rows = [Rows(first, 1, 0, 3), Rows(second, 1, 0, 3)]
     verdicts.watch(rows, np.array([0, 3, 6]), states)
-    assert verdicts.read(torch.tensor([True, False])) == [False, True]
+    survival = torch.tensor([0.25, 0.5])
+    leaving, survived = verdicts.read(torch.tensor([True, False]), survival)
+    assert leaving == [False, True] and survived == [0.75, 0.5]
     assert first.failure is None and second.failure == "NaN or infinite hidden states at depth 1"
     assert first.in_flight and not second.in_flight

@@ -186,11 +186,12 @@ def names() -> Iterator[Finding]:
 def variables() -> Iterator[Finding]:
     """Environment variables that LoopUS models, or vLLM, cannot live with."""
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        triton = util.find_spec("triton") is not None
         yield Finding(
             "VLLM_USE_V2_MODEL_RUNNER",
-            ERROR,
-            "early exit runs on the V1 model runner",
-            "unset VLLM_USE_V2_MODEL_RUNNER",
+            WARNING if triton else ERROR,
+            "not verified on a GPU" if triton else "vLLM's V2 model runner needs Triton",
+            "unset VLLM_USE_V2_MODEL_RUNNER: LoopUS models then run on the V1 model runner",
         )
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         shown = "set: of models on the hub, only those in the cache can be served"

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from vllm_loopus.serving.blocks import BlockOffer, TakenBlock
 from vllm_loopus.serving.boundary import BoundaryRule, StepCosts
-from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
-from vllm_loopus.serving.pages import BlockIds, PageTables
+from vllm_loopus.serving.knobs import EngineOptions
+from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
+from vllm_loopus.serving.runner_interface import NewSequence, StepInput
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
 from vllm_loopus.serving.stats import LoopStats
 from vllm_loopus.serving.step import StepReport, run_step
@@ -69,34 +70,39 @@ class LoopedBatch:
         self._options = options
         self._running: dict[str, _Running] = {}
 
-    def add(
-        self,
-        request_id: str,
-        tokens: list[int],
-        block_ids: BlockIds,
-        cached: int,
-        knobs: RequestKnobs,
-        num_generated: int = 0,
-        wants_prompt: bool = False,
-    ) -> None:
+    def capture(self) -> int:
+        """Captures the graphs of the loop's regions. Returns the bytes that they take."""
+        return self._executor.capture()
+
+    def receive(self, step: StepInput) -> None:
+        """Brings the batch up to date with the scheduler."""
+        for request_id in step.left:
+            self.remove(request_id)
+        for new in step.new:
+            self.add(new)
+        for request_id, block_ids in step.grown.items():
+            self.grow(request_id, block_ids)
+
+    def add(self, new: NewSequence) -> None:
         """A new sequence, or a preempted one that comes back with all its tokens so far."""
+        request_id = new.request_id
         self.remove(request_id)
-        found, decoded = self._tables.add(request_id, block_ids, cached)
-        if wants_prompt:
+        found, decoded = self._tables.add(request_id, new.block_ids, new.cached)
+        if new.wants_prompt:
             self._executor.want_prompt(request_id)
         self._running[request_id] = _Running(
             LoopedSequence(
                 request_id,
-                knobs,
-                self._options.planes(knobs.max_loops, self._max_depth),
-                prefill_end=len(tokens),
+                new.knobs,
+                self._options.planes(new.knobs.max_loops, self._max_depth),
+                prefill_end=len(new.tokens),
                 cached=found,
-                decoded=None if wants_prompt else decoded,
+                decoded=None if new.wants_prompt else decoded,
                 takes_over=self._options.takes_over,
-                num_generated=num_generated,
+                num_generated=new.num_generated,
                 full_prefill=self._options.full_prefill,
             ),
-            list(tokens),
+            list(new.tokens),
         )
 
     def grow(self, request_id: str, block_ids: Sequence[int]) -> None:
@@ -116,6 +122,10 @@ class LoopedBatch:
     def position(self, request_id: str) -> int:
         """The newest position of a sequence."""
         return self._running[request_id].sequence.done[0] - 1
+
+    def num_output_tokens(self, request_id: str) -> int:
+        """Tokens generated before the one that the sequence is about to get."""
+        return self._running[request_id].sequence.num_generated - 1
 
     def step(
         self,

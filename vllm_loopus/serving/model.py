@@ -250,13 +250,26 @@ class LoopUSForCausalLM(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: object = None,
         inputs_embeds: torch.Tensor | None = None,
+        decoded: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids or embeddings of T rows and their positions [T] -> hidden states [T, H]."""
+        """Token ids or embeddings of T rows and their positions [T] -> hidden states [T, H].
+
+        `decoded`: these hidden states, computed already.
+        """
+        if decoded is not None:
+            return decoded
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
         encoded = self.encoder(inputs_embeds, positions)
         return run_fixed_depth(self, encoded, positions, self.config.max_loops)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """vLLM's hook: what its V2 model runner asks for inputs and attention metadata."""
+        from vllm_loopus.serving.runners.model_state import LoopUSModelState
+
+        return LoopUSModelState
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.decoder.lm_head, hidden_states)

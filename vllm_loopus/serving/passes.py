@@ -3,22 +3,23 @@
 Knows no model runner: it is given the model, block tables and a metadata builder.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.forward_context import set_forward_context
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.serving.attention import Through
 from vllm_loopus.serving.pages import BatchLayout, PageTables, StatePages
+from vllm_loopus.serving.regions import Regions
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.transfer import to_device
 from vllm_loopus.serving.verdicts import Verdicts, cleanse
 
 
@@ -33,6 +34,15 @@ class Decoded:
     hidden: torch.Tensor | None = None  # [len(request_ids), H]
     request_ids: list[str] = field(default_factory=list)
     prompts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def in_order(self, request_ids: Sequence[str]) -> torch.Tensor:
+        """Hidden states of `request_ids`, all of those decoded, in their order."""
+        assert self.hidden is not None
+        row = {request_id: index for index, request_id in enumerate(self.request_ids)}
+        order = [row[request_id] for request_id in request_ids]
+        if order == list(range(len(self.request_ids))):
+            return self.hidden
+        return self.hidden[to_device(order, self.hidden.device)]
 
 
 class PagedExecutor:
@@ -50,11 +60,10 @@ class PagedExecutor:
         depths have the same K/V shape, so one builder serves them all."""
         config: LoopUSConfig = vllm_config.model_config.hf_config
         self._model = model
-        self._vllm_config = vllm_config
         self._tables = tables
-        self._group = attention_group
         self._device = device
         self._rule = HaltingRule.from_config(config)
+        self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
         self._verdicts = Verdicts(get_tp_group())
         self._states = StatePages(model.planes.state_pages(), config.hidden_size)
         self._tokens: list[int] = []
@@ -72,6 +81,10 @@ class PagedExecutor:
         through the decoder from its first position."""
         self._prompt_parts[request_id] = []
 
+    def capture(self) -> int:
+        """Captures the graphs of the regions; bytes that they take."""
+        return self._regions.capture()
+
     def forget(self, request_id: str) -> None:
         """Drops what was kept for a request."""
         self._prompt_parts.pop(request_id, None)
@@ -81,20 +94,18 @@ class PagedExecutor:
 
     def encode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout([Rows(r.sequence, 1, r.start, r.end) for r in rows])
-        with self._attention(layout, self._model.planes.encoder_names):
-            ids = torch.tensor(self._tokens, dtype=torch.int32, device=self._device)
-            self._encoded = self._model.encode(ids, self._tensor(layout.positions))
+        ids = self._tensor(np.array(self._tokens, dtype=np.int32))
+        (self._encoded,) = self._regions.encoder(layout, ids).outputs
 
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
         layout = self._tables.layout(rows)
-        state = self._previous_states(layout)
         through = self._through(rows, layout, deeper_only=True)
-        with self._attention(layout, self._model.planes.reasoning_names, through) as slots:
-            update, new_state = self._model.refine(state, self._tensor(layout.positions))
-        self._states.write(slots, new_state)
+        ran = self._regions.reasoning(layout, self._previous_states(layout), through)
+        state, (update, new_state) = ran.rows, ran.outputs
+        self._states.write(ran.slots, new_state)
         if through is not None:
-            repeated, more_slots = through
-            self._states.write(more_slots, new_state[repeated])
+            repeated = self._tensor(through.rows)
+            self._states.write(self._tensor(through.slots), new_state[repeated])
         self._verdicts.watch(rows, layout.offsets, new_state)
         if not deciding:
             return []
@@ -131,22 +142,24 @@ class PagedExecutor:
             return [False] * len(sequences)
         rule = HaltingRule(
             strategy=self._rule.strategy,
-            exit_threshold=self._column([s.knobs.exit_threshold for s in sequences]),
+            exit_threshold=self._tensor([s.knobs.exit_threshold for s in sequences]),
             exit_interval=self._rule.exit_interval,
-            min_loops=self._column([s.knobs.min_loops for s in sequences]),
-            max_loops=self._column([s.knobs.max_loops for s in sequences]),
+            min_loops=self._tensor([s.knobs.min_loops for s in sequences]),
+            max_loops=self._tensor([s.knobs.max_loops for s in sequences]),
             convergence_epsilon=self._rule.convergence_epsilon,
         )
         leaves, survival = rule.leaves(
             self._tensor(depth),
             confidence=self._model.confidence(update, before, after),
             step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
-            survival=self._column([s.survival for s in sequences]),
+            survival=self._tensor([s.survival for s in sequences]),
         )
-        if self._rule.strategy == "cdf":  # the others leave it as it is: one sync a pass
-            for sequence, value in zip(sequences, survival.tolist(), strict=True):
+        accumulates = self._rule.strategy == "cdf"  # the others leave the survival as it is
+        leaving, survived = self._verdicts.read(leaves, survival if accumulates else None)
+        if accumulates:
+            for sequence, value in zip(sequences, survived, strict=True):
                 sequence.survival = value
-        return self._verdicts.read(leaves)
+        return leaving
 
     def settle(self) -> None:
         self._verdicts.settle()
@@ -158,11 +171,13 @@ class PagedExecutor:
     def decode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout(rows)
         states = self._states.read(self._tensor(layout.own_slots))
-        through = self._through(rows, layout, deeper_only=False)
-        with self._attention(layout, self._model.planes.decoder_names, through):
-            hidden = self._model.decode(
-                states, self._tensor(layout.positions), self._wanted(rows, layout)
-            )
+        (hidden,) = self._regions.decoder(
+            layout,
+            states,
+            self._through(rows, layout, deeper_only=False),
+            wanted=self._wanted(rows, layout),
+            keeps=any(entry.sequence.request_id in self._prompt_parts for entry in rows),
+        ).outputs
         self._verdicts.watch(rows, layout.offsets, hidden, "in the decoder ")
         self._verdicts.settle()
         for index, entry in enumerate(rows):
@@ -180,7 +195,7 @@ class PagedExecutor:
             self.decoded.hidden = hidden[self._tensor(layout.last_rows[newest])]
             self.decoded.request_ids = [rows[index].sequence.request_id for index in newest]
 
-    def _wanted(self, rows: list[Rows], layout: BatchLayout) -> torch.Tensor | None:
+    def _wanted(self, rows: list[Rows], layout: BatchLayout) -> NDArray[np.int64] | None:
         """Rows [M] of the decoder whose hidden states are used: newest, and prompts to score.
 
         None for all. At least one row, for layers that cannot run on none.
@@ -194,63 +209,15 @@ class PagedExecutor:
         wanted = np.concatenate(parts)
         if len(wanted) == len(layout.positions):
             return None
-        return self._tensor(wanted if len(wanted) else np.array([0]))
+        return wanted if len(wanted) else np.array([0])
 
-    def _through(
-        self, rows: list[Rows], layout: BatchLayout, deeper_only: bool
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Rows [M] that are written to other depths too, and their slots there [M]."""
+    def _through(self, rows: list[Rows], layout: BatchLayout, deeper_only: bool) -> Through | None:
         entries = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
         if not entries:
             return None
         deepest = np.array([rows[i].sequence.max_depth for i in entries])
         repeated, slots = layout.through(np.array(entries), deepest, deeper_only)
-        return (self._tensor(repeated), self._tensor(slots)) if len(repeated) else None
+        return Through(repeated, slots) if len(repeated) else None
 
-    @contextmanager
-    def _attention(
-        self,
-        layout: BatchLayout,
-        layer_names: list[str],
-        through: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Inside, the layers attend with each entry in the plane of its depth, and write K/V of the
-        rows in `through` to more slots. Gives the rows' own slots."""
-        slots = self._tensor(layout.own_slots)
-        query_start = torch.from_numpy(layout.offsets.astype(np.int32))
-        lengths = np.diff(layout.offsets)
-        seq_lens = torch.from_numpy(layout.ends.astype(np.int32))
-        metadata = self._group.get_metadata_builder().build(
-            0,
-            CommonAttentionMetadata(
-                query_start_loc=query_start.to(self._device),
-                query_start_loc_cpu=query_start,
-                seq_lens=seq_lens.to(self._device),
-                seq_lens_cpu_upper_bound=seq_lens,
-                num_reqs=len(lengths),
-                num_actual_tokens=len(layout.positions),
-                max_query_len=int(lengths.max()),
-                max_seq_len=int(layout.ends.max()),
-                block_table_tensor=self._tensor(layout.block_table()),
-                slot_mapping=slots,
-                causal=True,
-            ),
-        )
-        written = slots if through is None else torch.cat([slots, through[1]])
-        planes = self._model.planes
-        planes.repeated = None if through is None else through[0]
-        with set_forward_context(
-            dict.fromkeys(layer_names, metadata),
-            self._vllm_config,
-            num_tokens=len(layout.positions),
-            slot_mapping=dict.fromkeys(layer_names, written),
-        ):
-            yield slots
-        planes.repeated = None
-
-    def _tensor(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
-
-    def _column(self, values: list[float] | list[int]) -> torch.Tensor:
-        dtype = torch.float32 if isinstance(values[0], float) else torch.int64
-        return torch.tensor(values, dtype=dtype, device=self._device)
+    def _tensor(self, values: np.ndarray[Any, Any] | Sequence[float]) -> torch.Tensor:
+        return to_device(values, self._device)

@@ -31,17 +31,17 @@ class StepExecutor(Protocol):
         """One pass of the reasoning block. All rows at depth 1 come first, as encoded.
 
         Returns, for each index in `deciding`, whether the halting rule lets that newest position
-        leave. Sequences with a state that is not a number fail, here or in `settle`.
+        leave. Sequences with a state that is not a number fail, here, in `decode` or in `settle`.
         """
         ...
 
     def settle(self) -> None:
-        """After the passes: whoever has a state that is not a number has failed now."""
+        """In a step without a decoder call: whoever has a state that is not a number has failed."""
         ...
 
     def decode(self, rows: list[Rows]) -> None:
         """Runs the decoder and keeps the hidden states of the newest positions among `rows`.
-        Sequences with a hidden state that is not a number fail."""
+        Sequences with a state that is not a number fail, of these rows or of passes before."""
         ...
 
 
@@ -100,8 +100,8 @@ def run_step(
         report.wanting = report.ready + len(running)
         if report.ready and rule.ends(report.ready, running):
             break
-    executor.settle()
-    _decode(order, row_budget, executor, report)
+    if not _decode(order, row_budget, executor, report):
+        executor.settle()
     for sequence in scheduled:
         if sequence.refined and not sequence.wants_token:
             sequence.finish()
@@ -156,7 +156,8 @@ def _run_pass(
 
 def _decode(
     order: Sequence[LoopedSequence], budget: int, executor: StepExecutor, report: StepReport
-) -> None:
+) -> bool:
+    """Decodes those that have left; False when nobody has."""
     wanted = [s.rows_to_decode() for s in order if s.refined and s.wants_token]
     batch: list[Rows] = []
     shares = _shares([sum(map(len, parts)) for parts in wanted], budget)
@@ -167,7 +168,7 @@ def _decode(
             if len(rows):
                 batch.append(rows)
     if not batch:
-        return
+        return False
     executor.decode(batch)
     report.decoder_rows = sum(map(len, batch))
     for rows in batch:
@@ -177,6 +178,7 @@ def _decode(
         if rows.newest:
             rows.sequence.finish()
             report.emitted.append(rows.sequence)
+    return True
 
 
 def _shares(wanted: Sequence[int], budget: int) -> list[int]:

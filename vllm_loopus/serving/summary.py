@@ -11,8 +11,7 @@ from vllm_loopus.serving.kv_layout import KVLayout, sequences_that_fit
 
 # What vLLM would do and a LoopUS model does not, and why. Refused options: docs/serving.md.
 NO_ASYNC_SCHEDULING = "which sequences get a token is known after a step only"
-NO_COMPILATION = "the model marks no region to compile or capture"
-NO_V2_RUNNER = "the loop runs on the V1 model runner"
+NO_GRAPHS = "cudagraph_mode FULL captures the loop's regions, unverified: docs/gpu.md"
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ def layout_of_engine(vllm_config: Any) -> KVLayout:
 def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -> str:
     """The block that a worker logs once its K/V memory is there."""
     from vllm_loopus.serving.knobs import EngineOptions
+    from vllm_loopus.serving.runners.selection import runner_in_use
 
     model, config = vllm_config.model_config, vllm_config.model_config.hf_config
     options = EngineOptions.of(vllm_config.additional_config)
@@ -99,6 +99,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
         ),
         ("K/V memory", f"{kv_cache_config.num_blocks} blocks of {block_size} tokens at one depth"),
         ("  fit", f"{', '.join(fit)} (sequences of {model.max_model_len} tokens, by depth)"),
+        ("runner", runner_in_use(vllm_config.use_v2_model_runner)),
         ("effort", _efforts(options.reasoning_effort)),
         ("switched off", "; ".join(f"{what} ({why})" for what, why in switched_off(vllm_config))),
     ]
@@ -110,10 +111,8 @@ def switched_off(vllm_config: Any) -> list[tuple[str, str]]:
     """Features of vLLM that are off because the model is a LoopUS model, and why."""
     compilation = vllm_config.compilation_config
     off = [("asynchronous scheduling", NO_ASYNC_SCHEDULING)]
-    if not compilation.mode:
-        off.append(("compilation and graphs", NO_COMPILATION))
-    if not vllm_config.use_v2_model_runner:
-        off.append(("V2 model runner", NO_V2_RUNNER))
+    if not compilation.cudagraph_mode:
+        off.append(("CUDA graphs", NO_GRAPHS))
     return off
 
 

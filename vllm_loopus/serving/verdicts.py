@@ -10,7 +10,10 @@ message a pass that decides, of a byte a row; none with one rank. (Sampled token
 rank samples from the same gathered logits with the same seeds.)
 
 **Numbers.** A row whose state is NaN or infinite fails its sequence. Flags wait on the device for
-the next decision, which has to be read anyway, or for `settle`.
+the next decision, which has to be read anyway, or for `settle`, once a step.
+
+**Waiting.** Whoever reads from the device waits for it. All that a pass decides is therefore one
+tensor of bytes, read once: `tests/serving/test_syncs.py` counts.
 """
 
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.transfer import to_host
 
 
 @dataclass
@@ -60,20 +64,26 @@ class Verdicts:
             )
         )
 
-    def read(self, leaves: torch.Tensor) -> list[bool]:
-        """`leaves` [S] as the first rank has it; fails the sequences watched so far."""
+    def read(
+        self, leaves: torch.Tensor, survival: torch.Tensor | None = None
+    ) -> tuple[list[bool], list[float]]:
+        """`leaves` [S] and `survival` [S] (float32) as the first rank has them; fails the sequences
+        watched so far."""
         watched, self._watched = self._watched, []
-        flags = torch.cat([*(calls.flags for calls in watched), leaves]).to(torch.uint8)
-        decided = self._group.broadcast(flags, src=0).cpu().numpy().astype(bool)
+        parts = [calls.flags for calls in watched] + [leaves]
+        parts = [part.view(torch.uint8) for part in parts]
+        if survival is not None:
+            parts.append(survival.contiguous().view(torch.uint8))
+        read = to_host(self._group.broadcast(torch.cat(parts), src=0))
         for calls in watched:
-            found, decided = np.split(decided, [len(calls.flags)])
+            found, read = np.split(read, [len(calls.flags)])
             if found.any():
                 entry = np.searchsorted(calls.offsets, np.flatnonzero(found), side="right") - 1
                 for index in np.unique(entry):
                     sequence, depth = calls.entries[index]
                     sequence.fail(f"NaN or infinite hidden states {calls.place}at depth {depth}")
-        result: list[bool] = decided.tolist()
-        return result
+        decided, survived = np.split(read, [len(leaves)])
+        return decided.astype(bool).tolist(), np.copy(survived).view(np.float32).tolist()
 
     def settle(self) -> None:
         """Fails the sequences watched so far."""

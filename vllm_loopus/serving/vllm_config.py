@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm import envs
 from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
 from vllm.config.model import _check_valid_dtype
 from vllm.logger import init_logger
@@ -20,6 +19,7 @@ from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.cpu_kernels import prefer_c_norms
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
+from vllm_loopus.serving.runners.selection import select_runner
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -50,7 +50,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             f"which changes K/V computed before; set max_model_len to {context} or less",
         )
         _use_the_base_tokenizer(model_config, config)
-        _select_the_v1_runner()
+        select_runner()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -89,7 +89,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
             "KV connectors do not know planes by depth; remove it",
         )
         EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
-        _run_eagerly(vllm_config)
+        _settle_compilation(vllm_config)
         prefer_c_norms(vllm_config)
         _size_cpu_cache(vllm_config)
         _loop_inside_the_step(vllm_config)
@@ -148,23 +148,23 @@ def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
     )
 
 
-def _run_eagerly(vllm_config: "VllmConfig") -> None:
-    """No compiled region and no CUDA graph unless the user asks for one: the model marks none."""
+def _settle_compilation(vllm_config: "VllmConfig") -> None:
+    """No compilation and no CUDA graph unless the user asks for one (`regions.py`).
+
+    Graphs hold a whole region, attention included: nothing cuts it into compiled pieces.
+    """
     compilation = vllm_config.compilation_config
     if compilation.mode is None:
         compilation.mode = CompilationMode.NONE
-    if compilation.cudagraph_mode is None:
+    mode = compilation.cudagraph_mode
+    if mode is None:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
-
-
-def _select_the_v1_runner() -> None:
-    """Where vLLM would take its V2 model runner, as on GPUs. Asked for before our other hook runs.
-
-    A V2 runner that the user asks for is refused by the worker.
-    """
-    if not current_platform.is_cpu() and envs.VLLM_USE_V2_MODEL_RUNNER is None:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        logger.info("LoopUS models run on vLLM's V1 model runner")
+        return
+    _refuse(
+        mode.requires_piecewise_compilation(),
+        f"cudagraph_mode={mode.name}",
+        "its regions are captured whole; use FULL, FULL_DECODE_ONLY or NONE",
+    )
 
 
 def _refuse(condition: bool, option: str, fix: str) -> None:

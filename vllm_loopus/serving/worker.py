@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
-from vllm_loopus.serving.runner import adopt
+from vllm_loopus.serving.runners.adapter import adopt
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -22,9 +22,8 @@ class LoopUSWorker(PlatformWorker):
     def init_device(self) -> Any:
         result = super().init_device()
         if self.use_v2_model_runner:
-            raise ValueError(
-                "VLLM_USE_V2_MODEL_RUNNER=1 is not possible with a LoopUS model: early exit runs "
-                "on the V1 model runner; unset it"
-            )
-        self.model_runner = adopt(self.model_runner)
+            from vllm_loopus.serving.runners.v2 import V2Adapter as Adapter
+        else:
+            from vllm_loopus.serving.runners.v1 import V1Adapter as Adapter
+        self.model_runner = adopt(self.model_runner, Adapter)
         return result

@@ -1,0 +1,164 @@
+"""All checks for a real GPU in one command of ten minutes at most.
+
+    python benchmarks/device/checks.py --write results.json
+    python benchmarks/device/checks.py --tiny             # to its last step on a CPU, small
+
+Each check is a process of its own with a time limit; one that fails, or runs out of time, does not
+keep the next from running. The file is written after each, with date and machine. What each check
+measures is in `measures.py`; `README.md` says how to read the numbers.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from probe import probe  # beside this file
+
+HERE = Path(__file__).resolve().parent
+MEAN, LOOPS, LAYERS = 3.0, 8, (1, 10, 1)  # of benchmarks/early_exit.py: encoder, reasoning, decoder
+SEQUENCES = (64, 16, 1, 256)  # the one that counts first
+
+
+@dataclass(frozen=True)
+class Check:
+    """`arguments` of `measures.py`, or of `early_exit.py` for speed-ups; `seconds` at most."""
+
+    name: str
+    arguments: list[str]
+    seconds: int
+
+
+def planned(tiny: bool) -> list[Check]:
+    """The checks in the order of what they are worth."""
+    if tiny:
+        return [  # seconds each on an idle machine
+            Check("golden_float32", ["golden", "--dtype", "float32", "--cases", "3"], 300),
+            Check("golden_bfloat16", ["golden", "--dtype", "bfloat16", "--cases", "2"], 300),
+            Check("graphs", ["passes", "--tiny", "--rows", "1", "3", "6"], 300),
+            Check("golden_graphs", ["golden", "--cases", "2", "--graphs"], 300),
+            Check("speedup_2", speedup(2, tokens=2, waves=1, policies=("last_exited",)), 300),
+        ]
+    return [
+        Check("golden_float32", ["golden", "--dtype", "float32"], 90),
+        Check("golden_bfloat16", ["golden", "--dtype", "bfloat16"], 50),
+        Check("graphs", ["passes"], 100),
+        Check("golden_graphs", ["golden", "--dtype", "float32", "--graphs"], 70),
+        *(Check(f"speedup_{n}", speedup(n), 80 if n < 256 else 110) for n in SEQUENCES),
+    ]
+
+
+def speedup(
+    sequences: int,
+    tokens: int = 32,
+    waves: int = 2,
+    policies: tuple[str, ...] = ("last_exited", "exact"),
+) -> list[str]:
+    """The command line of `benchmarks/early_exit.py`."""
+    return [
+        *("--seqs", str(sequences), "--tokens", str(tokens), "--waves", str(waves)),
+        *("--mean", str(MEAN), "--no-plain", "--policies", *policies),
+    ]
+
+
+def run(check: Check, limit: float) -> dict[str, Any]:
+    """What came of a check: `status` is passed, failed, timeout or skipped."""
+    if limit < 5:
+        return {"name": check.name, "status": "skipped", "why": "no time left"}
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "result.json"
+        is_speedup = check.name.startswith("speedup")
+        script = HERE.parent / "early_exit.py" if is_speedup else HERE / "measures.py"
+        command = [sys.executable, str(script), *check.arguments, "--write", str(told)]
+        started = time.monotonic()
+        log = Path(folder) / "log"
+        with log.open("w") as output:
+            # A group of its own: what the check has started ends with it.
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, start_new_session=True, env=environment()
+            )
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+                code = None
+        outcome = {
+            "name": check.name,
+            "seconds": round(time.monotonic() - started, 1),
+            "limit": round(limit, 1),
+        }
+        result = json.loads(told.read_text()) if told.is_file() else None
+        if result is not None and is_speedup:
+            result = against_ideal(result)
+        if code is None:
+            return {**outcome, "status": "timeout", "result": result, "log": tail(log)}
+        if code != 0 or result is None:
+            return {**outcome, "status": "failed", "result": result, "log": tail(log)}
+        return {**outcome, "status": "passed", "result": result}
+
+
+def environment() -> dict[str, str]:
+    root = str(HERE.parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {**defaults, **os.environ, "PYTHONPATH": path}
+
+
+def against_ideal(result: dict[str, Any]) -> dict[str, Any]:
+    """Speed-ups beside the ideal: cost follows the mean exit depth, layer by layer."""
+    encoder, reasoning, decoder = LAYERS
+    ideal = (encoder + LOOPS * reasoning + decoder) / (encoder + MEAN * reasoning + decoder)
+    return {
+        "ideal": round(ideal, 3),
+        "rows": [
+            {
+                "policy": row["policy"],
+                "sequences": row["seqs"],
+                "speedup": round(row["ratio"], 3),
+                "of_ideal": round(row["ratio"] / ideal, 3),
+                "of_simulated": round(row["of_simulated"], 3),
+                "costs_ms": row["costs"],
+            }
+            for row in result["runs"]
+        ],
+    }
+
+
+def tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="small models; any machine")
+    parser.add_argument("--only", nargs="+", help="names of checks")
+    parser.add_argument("--seconds", type=float, default=580, help="for all checks together")
+    parser.add_argument("--write", type=Path, default=Path("device-checks.json"))
+    given = parser.parse_args()
+    machine = probe()
+    if not given.tiny and not machine["gpus"]:
+        print("no GPU here: nothing would be shown; --tiny runs on a CPU", file=sys.stderr)
+        return 2
+    checks = [c for c in planned(given.tiny) if not given.only or c.name in given.only]
+    report: dict[str, Any] = {"tiny": given.tiny, "machine": machine, "checks": []}
+    deadline = time.monotonic() + given.seconds
+    for check in checks:
+        outcome = run(check, min(check.seconds, deadline - time.monotonic()))
+        report["checks"].append(outcome)
+        given.write.write_text(json.dumps(report, indent=1))
+        print(f"{outcome['name']:<16} {outcome['status']:<8} {outcome.get('seconds', 0):6.1f} s")
+        print(f"    {json.dumps(outcome.get('result'))}"[:600], flush=True)
+    failed = [o["name"] for o in report["checks"] if o["status"] != "passed"]
+    print(f"{given.write}: {len(checks) - len(failed)} of {len(checks)} passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The checks for a GPU as far as a CPU goes: their plan, limits and report, and the bundle.
+
+`python benchmarks/device/checks.py --tiny` runs them to their last step.
+"""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+DEVICE = Path(__file__).parents[2] / "benchmarks" / "device"
+sys.path.insert(0, str(DEVICE))  # its programs stand beside one another, as for a bare machine
+
+bundle, checks, probe = map(import_module, ("bundle", "checks", "probe"))
+
+
+def test_the_plan_fits_into_ten_minutes() -> None:
+    for tiny in (False, True):
+        names = [check.name for check in checks.planned(tiny)]
+        assert len(set(names)) == len(names)
+    full = checks.planned(tiny=False)
+    sequences = [check.arguments[1] for check in full if check.name.startswith("speedup")]
+    assert sorted(map(int, sequences)) == [1, 16, 64, 256]
+    rest = [check.seconds for check in full if not check.name.startswith("speedup_256")]
+    assert sum(rest) < 580, "all but the greatest get their whole limit"
+
+
+def test_the_ideal_counts_layers() -> None:
+    run = {"policy": "last_exited", "seqs": 64, "ratio": 2.05, "of_simulated": 0.97, "costs": {}}
+    told = checks.against_ideal({"runs": [run]})
+    assert told["ideal"] == 2.562
+    assert told["rows"][0]["of_ideal"] == pytest.approx(0.8)
+
+
+def test_a_failing_check_does_not_stop_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "device"
+    here.mkdir()
+    (here / "measures.py").write_text(
+        "import json, sys, time\n"
+        "what, told = sys.argv[1], sys.argv[sys.argv.index('--write') + 1]\n"
+        "time.sleep(60 if what == 'slow' else 0)\n"
+        "if what != 'broken':\n"
+        "    open(told, 'w').write(json.dumps({'said': what}))\n"
+        "print('a word in the log')\n"
+        "sys.exit(what == 'wrong')\n"
+    )
+    monkeypatch.setattr(checks, "HERE", here)
+    plan = [
+        checks.Check(n, [n], 5 if n == "slow" else 60) for n in ("broken", "wrong", "slow", "ok")
+    ]
+    monkeypatch.setattr(checks, "planned", lambda tiny: plan)
+    written = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["checks.py", "--tiny", "--write", str(written)])
+    assert checks.main() == 1
+    report = json.loads(written.read_text())
+    assert [(c["name"], c["status"]) for c in report["checks"]] == [
+        ("broken", "failed"),
+        ("wrong", "failed"),
+        ("slow", "timeout"),
+        ("ok", "passed"),
+    ]
+    assert report["checks"][1]["result"] == {"said": "wrong"}
+    assert "a word in the log" in report["checks"][0]["log"]
+    assert report["machine"]["date"] and report["machine"]["packages"]["torch"]
+    assert "1 of 4 passed" in capsys.readouterr().out
+    assert checks.run(plan[3], limit=1)["status"] == "skipped"
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "probe", lambda: {"gpus": []})
+    monkeypatch.setattr(sys, "argv", ["checks.py"])
+    assert checks.main() == 2
+
+
+def test_probe_runs_on_a_bare_python() -> None:
+    told = subprocess.run(
+        [sys.executable, "-I", "-S", str(DEVICE / "probe.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert json.loads(told)["packages"] == {}
+    assert probe.probe()["packages"]["torch"]
+
+
+def test_bundle_there_and_back(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "big-1-py3-none-any.whl").write_bytes(bytes(range(256)) * 2**13)
+    out = tmp_path / "out"
+    manifest = bundle.pack(out, wheels, piece=1)
+    assert len(manifest["pieces"]) > 1
+    assert all(0 < piece["bytes"] <= 2**20 for piece in manifest["pieces"])
+    target = tmp_path / "there"
+    subprocess.run(
+        [sys.executable, str(out / "bundle.py"), "unpack", str(out), str(target)], check=True
+    )
+    assert (target / "wheels" / "big-1-py3-none-any.whl").stat().st_size == 2**21
+    assert (target / "repository" / "vllm_loopus" / "plugin.py").is_file()
+    assert (target / "shared" / "golden" / "qwen3" / "expected.json").is_file()
+    assert not list(target.rglob("__pycache__"))
+    with pytest.raises(SystemExit, match="not empty"):
+        bundle.pack(out, None, piece=1)
+    damaged = out / manifest["pieces"][0]["name"]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(SystemExit, match="damaged"):
+        bundle.unpack(out, tmp_path / "again")
+    damaged.unlink()
+    with pytest.raises(SystemExit, match="missing"):
+        bundle.unpack(out, tmp_path / "again")
