@@ -3,6 +3,7 @@
 import typer
 
 from vllm_loopus.cli.alias import alias_app
+from vllm_loopus.cli.bench import bench
 from vllm_loopus.cli.depths import depths
 from vllm_loopus.cli.doctor import doctor
 from vllm_loopus.cli.eval import evaluate
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(alias_app)
-for command in (doctor, info, recast, analyze, convert, train, trace, depths):
+for command in (doctor, info, recast, analyze, convert, train, trace, depths, bench):
     app.command()(command)
 app.command("eval")(evaluate)
 
