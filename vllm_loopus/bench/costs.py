@@ -72,8 +72,7 @@ def ideal_rate(costs: Costs, seqs: int, mean: float) -> float:
 
 def simulated(costs: Costs, workload: Workload, policy: Policy, full_depth: int) -> dict[str, Any]:
     """What the policy makes of the costs: at its best fixed quorum, and by the rule of `auto`."""
-    exits = [request.exits or [] for request in workload.requests]
-    prompt = len(workload.requests[0].prompt)
+    exits, prompt = _replayed(workload)
     at_best, quorum = best(costs, exits, prompt, policy)
     by_rule = simulate(costs, exits, prompt, policy)
     fixed = [[full_depth] * len(depths) for depths in exits]
@@ -86,6 +85,17 @@ def simulated(costs: Costs, workload: Workload, policy: Policy, full_depth: int)
         "rows": at_best.rows,
         "by_rule": asdict(by_rule),
     }
+
+
+def simulated_rate(costs: Costs, workload: Workload, policy: Policy) -> float:
+    """Tokens a second of the policy as it is."""
+    return simulate(costs, *_replayed(workload), policy).rate
+
+
+def _replayed(workload: Workload) -> tuple[list[list[int]], int]:
+    """Exit depths of each request, and how long the prompts are: all the same."""
+    (prompt,) = {len(request.prompt) for request in workload.requests}
+    return [request.exits or [] for request in workload.requests], prompt
 
 
 def pass_at_best(size: ModelSize, itemsize: int, rows: int, machine: Mapping[str, Any]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_loopus.bench.ratios import Ratio
 
 MARKERS = ("<!-- bench:start -->", "<!-- bench:end -->")
-# Of the published size on two cores, by sequences; the depth-batching and benchmark issues' figures.
+# Of the published size on two cores, by policy and sequences.
 WANTED_ON_OVER_OFF = {("exact", 4): 1.35, ("exact", 16): 1.15, ("last_exited", 16): 2.0,
                       ("last_exited", 64): 2.1}  # fmt: skip
 WANTED_OF_IDEAL = {16: 0.83, 64: 0.9}
@@ -100,7 +100,7 @@ def _uneven(report: Mapping[str, Any]) -> Iterator[Figure]:
     other = "the original's cached generation" if is_original else "a cached loop (stand-in)"
     answers = part["answers"]
     note = (
-        f"{answers['same_as_uncached']} of {answers['tokens']} tokens as the uncached reference says"
+        f"{answers['same_as_uncached']} of {answers['tokens']} tokens as the uncached model says"
         f", {answers['different_and_sure']} others beyond a margin of 1e-4"
     )
     if (by_original := answers["same_as_originals_uncached"]) is not None:
@@ -132,8 +132,8 @@ def headline(report: Mapping[str, Any]) -> str:
     model = report["model"]
     return (
         f"{report['date'][:10]}, {report['machine']}, {report['dtype']}; `{report['command']}`; "
-        f"{model['layers']} layers of {model['hidden']}, {model['max_loops']} loops, mean exit depth "
-        f"{report['plan']['mean']:g}, replayed from a geometric law where not said otherwise."
+        f"{model['layers']} layers of {model['hidden']}, {model['max_loops']} loops, mean exit "
+        f"depth {report['plan']['mean']:g}, replayed from a geometric law where not said otherwise."
     )
 
 

@@ -79,14 +79,14 @@ class Fleet:
             for name, spec in self.specs.items():
                 worker = Worker(name, command, self._logs / f"{name}.log", ENVIRONMENT)
                 self._workers[name] = worker
-                # One at a time: two starts at once fight for cores and memory.
-                self.about[name] = worker.call(
+                worker.ask(
                     "start",
                     kind=spec.kind,
                     model=str(spec.model),
                     loopus=dict(spec.loopus),
                     options=dict(spec.options),
                 )
+            self.about = {name: worker.answer() for name, worker in self._workers.items()}
         except BaseException:
             self._close()
             raise

@@ -1,4 +1,4 @@
-"""The model that is measured: a looped one with random weights, and the base that it is cut from."""
+"""The model that is measured, with random weights, and the base that it is cut from."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_loopus.aliases import CHECKPOINTS
-from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.config import ReleasedLoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.modeling.halting import head_input
 from vllm_loopus.modeling.model import LoopUSForCausalLM
@@ -123,10 +123,11 @@ def write_looped(size: ModelSize, folder: Path, dtype: str, mean: float, seed: i
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(size.config()))
     torch.manual_seed(seed)
-    model = LoopUSForCausalLM(LoopUSConfig.from_pretrained(folder))
+    model = LoopUSForCausalLM(ReleasedLoopUSConfig.from_pretrained(folder))
     with torch.no_grad():
         # A random head of usual size is sure of nothing: every token would leave with every other.
-        model.q_head[1].weight.normal_(0, 4 / size.hidden**0.5)
+        weight = model.q_head.get_parameter("1.weight")
+        weight.normal_(0, 4 / size.hidden**0.5)
     model = model.to(getattr(torch, dtype)).eval()
     threshold = _threshold(model, mean, seed)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -157,9 +158,8 @@ def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
         seen = head_input(model.config.confidence_input, update, before, state)
         found.append(model.confidence(seen).float().flatten().numpy())
     confidence = np.stack(found)  # [N, positions]
-    return float(
-        min(np.unique(confidence.round(6)), key=lambda t: abs(_mean(confidence, t) - mean))
-    )
+    candidates = np.unique(confidence.round(6))
+    return float(min(candidates, key=lambda each: abs(_mean(confidence, each) - mean)))
 
 
 def _mean(confidence: Any, threshold: float) -> float:

@@ -1,6 +1,6 @@
 """The summary as one picture."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -19,7 +19,7 @@ SIDES = {
 
 def draw(report: Mapping[str, Any]) -> Figure:
     """Throughput, seconds for each token, latency, quality, and where the time goes."""
-    drawn = {
+    drawn: dict[str, Callable[[Axes, Any], None]] = {
         "sweep": _throughput,
         "cache": _cache,
         "served": _latency,
@@ -43,17 +43,15 @@ def draw(report: Mapping[str, Any]) -> Figure:
 
 def _throughput(axes: Axes, found: Mapping[str, Any]) -> None:
     lines: dict[tuple[str, float], list[tuple[int, float]]] = {}
-    asked: dict[tuple[str, int], int] = {}
     for row in found["throughput"]:
-        place = asked[row["policy"], row["batch"]] = (
-            asked.get((row["policy"], row["batch"]), -1) + 1
-        )
-        lines.setdefault((row["policy"], place), []).append((row["batch"], median(row["rates"])))
-    depths = [row["mean_depth"] for row in found["throughput"]]
-    for (policy, place), points in lines.items():
-        style = "-" if policy == "exact" else "--"
-        label = f"{policy}, depth {depths[place]:.1f}"
-        axes.plot(*zip(*points, strict=True), style, marker=".", color=COLOURS[place], label=label)
+        line = lines.setdefault((row["policy"], row["law_mean"]), [])
+        line.append((row["batch"], median(row["rates"])))
+    means = sorted({mean for _, mean in lines})
+    for (policy, mean), points in lines.items():
+        style, colour = "-" if policy == "exact" else "--", COLOURS[means.index(mean)]
+        label = f"{policy}, mean depth {mean:g}"
+        batches, rates = zip(*points, strict=True)
+        axes.plot(batches, rates, style, marker=".", color=colour, label=label)
     axes.set(xlabel="sequences", ylabel="tokens/s", title="throughput by batch and mean depth")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=7)
@@ -73,8 +71,12 @@ def _latency(axes: Axes, found: Mapping[str, Any]) -> None:
     names = [(metric, p) for metric in ("ttft", "tpot", "e2el") for p in found["on"]["ms"][metric]]
     for shift, state in enumerate(("off", "on")):
         values = [found[state]["ms"][metric][p] for metric, p in names]
-        places = [place + 0.4 * shift for place in range(len(names))]
-        axes.bar(places, values, width=0.4, label=f"early exit {state}")
+        axes.bar(
+            [place + 0.4 * shift for place in range(len(names))],
+            values,
+            width=0.4,
+            label=f"early exit {state}",
+        )
     axes.set_xticks(
         [p + 0.2 for p in range(len(names))], [f"{m}\n{p}" for m, p in names], fontsize=7
     )

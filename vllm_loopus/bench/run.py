@@ -9,6 +9,7 @@ from vllm_loopus.bench.fleet import Fleet
 from vllm_loopus.bench.models import write_base, write_looped
 from vllm_loopus.bench.sections import cache, decode, machine, mixed, quality, served, sweep, uneven
 from vllm_loopus.bench.setup import Setup, about
+from vllm_loopus.config import ReleasedLoopUSConfig
 from vllm_loopus.serving.summary import layout_of
 
 FORMAT, VERSION = "vllm-loopus bench", 1
@@ -96,9 +97,7 @@ def _with_fleet(
 
 def kv_bytes(setup: Setup) -> dict[str, float]:
     """Bytes of K/V and states for each position: at full depth, and at the mean one."""
-    from vllm_loopus.config import LoopUSConfig
-
-    config = LoopUSConfig.from_pretrained(setup.folder / "looped")
+    config = ReleasedLoopUSConfig.from_pretrained(setup.folder / "looped")
     layout = layout_of(config, setup.itemsize)
     return {
         "full_depth": layout.allocated(config.max_loops),
@@ -108,7 +107,7 @@ def kv_bytes(setup: Setup) -> dict[str, float]:
 
 
 def _off_rate(report: dict[str, Any]) -> float:
-    """Tokens a second with early exit off, of the largest batch; a guess where it was not measured."""
+    """Tokens a second with early exit off, of the largest batch; a guess where not measured."""
     if not report["decode"]:
         return 10.0
     return float(median(report["decode"][-1]["rates"]["exact off"]))

@@ -17,6 +17,7 @@ from vllm_loopus.bench.workloads import Generator, Workload
 
 BLOCK = {"cpu": 128, "cuda": 16}  # vLLM's own default block sizes
 SPARE = 1.25  # K/V memory over what the workloads need
+GPU_SHARE = 0.05  # of the GPU's memory that must be free when an engine starts
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POLICIES = ("exact", "last_exited")
 
@@ -150,6 +151,8 @@ class Setup:
             "max_model_len": -(-(longest + 1) // 64) * 64,
             "kv_cache_memory_bytes": self._kv_bytes(kind, seqs, workloads),
         }
+        if self.device == "cuda":  # others are there too; the K/V's size is said above
+            options["gpu_memory_utilization"] = GPU_SHARE
         if kind == "base":
             options["load_format"] = "dummy"
         return EngineSpec(name, kind, model, loopus, options)

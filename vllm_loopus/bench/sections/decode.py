@@ -1,11 +1,11 @@
-"""Early exit on against off, off against a plain loop and the base, against ideal and simulation."""
+"""Early exit on over off, off over a plain loop and the base; what ideal and simulation say."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_loopus.bench.costs import counts, fit, ideal_rate, shares, simulated
+from vllm_loopus.bench.costs import counts, fit, ideal_rate, shares, simulated, simulated_rate
 from vllm_loopus.bench.fleet import Cell, Fleet, Timed
 from vllm_loopus.bench.policy import Policy
 from vllm_loopus.bench.ratios import Ratio
@@ -70,15 +70,22 @@ def compared(
     """Ratios, and what the simulated policy makes of the costs of the same run."""
     costs = fit([*on.steps, *off.steps])
     model = simulated(costs, work, Policy(policy, seqs, max_depth, lazy=lazy), max_depth)
+    chosen = Policy(policy, seqs, max_depth, model["quorum"], lazy)
     found = counts(on.steps, work.tokens * len(on.results))
-    ideal = ideal_rate(costs, seqs, work.mean_depth or max_depth)
+    mean = work.mean_depth or max_depth
+    # Round by round, by the costs of the round: a machine that slows down does so in both.
+    simulated_rates, ideal_rates = [], []
+    for one_on, one_off in zip(on.results, off.results, strict=True):
+        of_round = fit([*one_on["steps"], *one_off["steps"]])
+        simulated_rates.append(simulated_rate(of_round, work, chosen))
+        ideal_rates.append(ideal_rate(of_round, seqs, mean))
     return {
         "policy": policy,
         "on_over_off": Ratio.over(on.rates, off.rates).to_dict(),
         "off_over_plain": plain and Ratio.over(off.rates, plain.rates).to_dict(),
-        "of_simulated": Ratio.of([rate / model["rate"] for rate in on.rates]).to_dict(),
-        "of_ideal": Ratio.of([rate / ideal for rate in on.rates]).to_dict(),
-        "of_ideal_full_batch": _full_batch_rate(on, seqs) / ideal,
+        "of_simulated": Ratio.over(on.rates, simulated_rates).to_dict(),
+        "of_ideal": Ratio.over(on.rates, ideal_rates).to_dict(),
+        "of_ideal_full_batch": _full_batch_rate(on, seqs) / ideal_rate(costs, seqs, mean),
         "counts": found,
         "simulated": model,
         "explained": explained(found, model),

@@ -1,4 +1,4 @@
-"""Prefill included: prompts and answers of long-tailed lengths that arrive at random; long contexts.
+"""Prefill included: long-tailed prompts and answers that arrive at random, and long contexts.
 
 Prompts go as deep as their first token leaves (`prefill_depth` `lazy`, the default).
 """

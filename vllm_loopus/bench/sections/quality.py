@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.bench.fleet import EngineSpec, Fleet
-from vllm_loopus.bench.setup import Setup
+from vllm_loopus.bench.setup import GPU_SHARE, Setup
 from vllm_loopus.bench.workloads import Request, Workload
 from vllm_loopus.tiny.evaluate import SEED, THRESHOLDS, standard_error
 from vllm_loopus.tiny.tasks import evaluation_set
@@ -26,7 +26,13 @@ def measure(setup: Setup) -> dict[str, Any]:
     settings: dict[str, dict[str, Any]] = {OFF: {"min_loops": MAX_LOOPS}}
     settings |= {str(t): {"exit_threshold": t} for t in THRESHOLDS}
     # `auto`: the checkpoint's dtype, its answers are wanted as they are served.
-    options = {"max_num_seqs": SEQS, "max_model_len": 256, "kv_cache_memory_bytes": 2**29}
+    options: dict[str, Any] = {
+        "max_num_seqs": SEQS,
+        "max_model_len": 256,
+        "kv_cache_memory_bytes": 2**29,
+    }
+    if setup.device == "cuda":
+        options["gpu_memory_utilization"] = GPU_SHARE
     spec = EngineSpec(MODEL, "ours", EMBEDDED[MODEL], {}, options)
     with Fleet([spec], setup.folder) as fleet:
         fleet.warm_up(work.without_exits(**settings[OFF]))

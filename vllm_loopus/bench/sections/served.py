@@ -1,4 +1,4 @@
-"""Latency under load: `vllm bench serve` as an outside client of our server, early exit off and on."""
+"""Latency under load: `vllm bench serve` as an outside client, early exit off and on."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def measure(setup: Setup, looped: Path, threshold: float, off_rate: float) -> di
     plan = setup.plan
     rows = plan.served_answer + PROMPT / 2  # a prompt's rows are cheaper than passes of single rows
     request_rate = LOAD * off_rate / rows
-    knobs = {
+    knobs: dict[str, dict[str, Any]] = {
         "off": {"min_loops": plan.model.max_loops},
         "on": {"exit_threshold": threshold},
     }

@@ -52,9 +52,10 @@ def measure(
         {
             "policy": policy,
             "batch": batch,
+            "law_mean": mean,
             "mean_depth": cell.workload.mean_depth,
             "rates": timed[cell.name].rates,
         }
-        for (policy, batch, _), cell in zip(places, cells, strict=True)
+        for (policy, batch, mean), cell in zip(places, cells, strict=True)
     ]
     return {"throughput": rows, "costs": costs}

@@ -66,7 +66,8 @@ def measure(setup: Setup) -> dict[str, Any]:
         "tokens": work.tokens,
         "threshold": threshold,
         "exit_depths": ours["exit_depths"],
-        "rates": {"ours": rates, **{f"theirs, batches of {n}": f["rate"] for n, f in theirs.items()}},
+        "rates": {"ours": rates}
+        | {f"theirs, batches of {n}": [found["rate"]] for n, found in theirs.items()},
         "their_batches": {str(n): found for n, found in theirs.items()},
         "ours_over_theirs": Ratio.of([rate / best["rate"] for rate in rates]).to_dict(),
         "answers": {

@@ -5,6 +5,7 @@ python -m vllm_loopus.bench.workers.machine_worker     # JSON lines, see channel
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,16 @@ def measure(dtype: str, device: str, hidden: int, intermediate: int, rows: list[
     matrix, streamed = {}, 0.0
     for number in rows:
         row = torch.randn(number, hidden, device=device).to(precision)
-        seconds = _fastest(lambda row=row: [row @ weight for weight in weights]) / count
+        seconds = _fastest(partial(_products, row, weights)) / count
         matrix[str(number)] = 2 * number * hidden * intermediate / seconds
         streamed = max(streamed, hidden * intermediate * precision.itemsize / seconds)
     # Reading weights alone may be faster than copying.
     return {"copy": copy, "bandwidth": max(copy, streamed), "matrix": matrix}
+
+
+def _products(row: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        row @ weight
 
 
 def _fastest(function: Callable[[], Any]) -> float:

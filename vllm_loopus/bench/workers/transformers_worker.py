@@ -92,7 +92,7 @@ class Reference:
         said, gaps = torch.zeros_like(depths), torch.zeros(count, device=model.device)
         margins = torch.full((count,), torch.inf, device=model.device)
         survival = torch.ones(count, device=model.device)
-        for depth in range(1, rule.max_loops + 1):
+        for depth in range(1, model.config.max_loops + 1):
             before = state
             update, state = model.refine(state, positions)
             ends = [x[0, asked] for x in (update, before, state)]
