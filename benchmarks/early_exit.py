@@ -119,8 +119,9 @@ def told(row: dict[str, Any]) -> str:
         f"tokens/s {median(row['rates']['on']):.2f} = {Ratio(**row['of_simulated'])} of simulated, "
         f"{row['of_ideal_full_batch']:.2f} of ideal while all slots are in use){plain}",
         f"passes/token {counts['passes']:.3f} (simulated {model['passes']:.3f}, by the engine's "
-        f"rule {rule['passes']:.3f})  rows/pass {counts['rows']:.1f} (simulated {model['rows']:.1f}, by "
-        f"the rule {rule['rows']:.1f})  decoder rows/token {counts['decoder_rows']:.2f}",
+        f"rule {rule['passes']:.3f})  rows/pass {counts['rows']:.1f} "
+        f"(simulated {model['rows']:.1f}, by the rule {rule['rows']:.1f})  "
+        f"decoder rows/token {counts['decoder_rows']:.2f}",
         f"costs, ms: pass {costs['c0']:.1f} + {costs['c1']:.2f} rows, boundary {costs['d0']:.1f} + "
         f"{costs['d1']:.2f} tokens + {costs['d2']:.2f} decoder rows",
         "early exit off, time by part: "

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
+PART_COLOURS = colormaps["tab20"].colors  # type: ignore[attr-defined]
 SIDES = {
     "uncached": "transformers, no cache",
     "cached": "transformers, cached loop",
@@ -102,8 +103,8 @@ def _profile(axes: Axes, found: list[Mapping[str, Any]]) -> None:
     ends = dict.fromkeys(bars, 0.0)
     for place, part in enumerate(sorted({part for parts in bars.values() for part in parts})):
         shares = [parts.get(part, 0.0) for parts in bars.values()]
-        colour = COLOURS[place % len(COLOURS)]
+        colour = PART_COLOURS[place % len(PART_COLOURS)]
         axes.barh(list(bars), shares, left=list(ends.values()), color=colour, label=part)
         ends = {bar: end + share for (bar, end), share in zip(ends.items(), shares, strict=True)}
     axes.set(xlabel="share of the time", title="where the time goes, early exit on")
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
