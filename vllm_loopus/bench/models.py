@@ -65,7 +65,7 @@ class ModelSize:
             "decoder_layer_indices": [self.layers - 1],
             "N": self.max_loops,
             "q_threshold": 2.0,
-            "halting_strategy": "threshold",
+            "halting_strategy": "cdf",
         }
 
     @property
@@ -125,9 +125,10 @@ def write_looped(size: ModelSize, folder: Path, dtype: str, mean: float, seed: i
     torch.manual_seed(seed)
     model = LoopUSForCausalLM(ReleasedLoopUSConfig.from_pretrained(folder))
     with torch.no_grad():
-        # A random head of usual size is sure of nothing: every token would leave with every other.
+        # A random head reads a token much the same at all depths: by `threshold` tokens would leave
+        # at once or never, by `cdf` at all depths, as long as it is not too sure of any.
         weight = model.q_head.get_parameter("1.weight")
-        weight.normal_(0, 4 / size.hidden**0.5)
+        weight.normal_(0, 1 / size.hidden**0.5)
     model = model.to(getattr(torch, dtype)).eval()
     threshold = _threshold(model, mean, seed)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -157,12 +158,12 @@ def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
         update, state = model.refine(state, positions)
         seen = head_input(model.config.confidence_input, update, before, state)
         found.append(model.confidence(seen).float().flatten().numpy())
-    confidence = np.stack(found)  # [N, positions]
-    candidates = np.unique(confidence.round(6))
-    return float(min(candidates, key=lambda each: abs(_mean(confidence, each) - mean)))
+    reached = 1 - np.cumprod(1 - np.stack(found), axis=0)  # [N, positions]
+    candidates = np.unique(reached.round(6))
+    return float(min(candidates, key=lambda each: abs(_mean(reached, each) - mean)))
 
 
-def _mean(confidence: Any, threshold: float) -> float:
-    left = confidence > threshold
+def _mean(reached: Any, threshold: float) -> float:
+    left = reached > threshold
     left[-1] = True
     return float((left.argmax(0) + 1).mean())

@@ -103,7 +103,8 @@ class Reference:
             )
             here = leaves & (depths == 0)
             undecided = depths == 0
-            margins[undecided] = torch.minimum(margins, (confidence - threshold).abs())[undecided]
+            judged = 1 - survival if rule.strategy == "cdf" else confidence
+            margins[undecided] = torch.minimum(margins, (judged - threshold).abs())[undecided]
             depths[here] = depth
             if here.any():
                 best = model.decode(state, positions)[0, asked].float().topk(2, dim=-1)
