@@ -6,7 +6,7 @@ LOWEST := requirements/lowest.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-lowest lint serve browser pictures bench-early-exit train-tiny eval-tiny lock clean
+.PHONY: demo test test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -45,6 +45,12 @@ browser:
 # The pictures of docs/looking-inside.md, from what loopus-tiny says today.
 pictures: .venv browser
 	$(BIN)/python docs/pictures.py $(TRACE_OPTIONS)
+
+# About ten minutes on two cores that nobody else uses; the table is printed, the report is in
+# bench-results. Everything, in an hour or more: vllm-loopus bench.
+BENCH_OUT ?= bench-results
+bench: .venv
+	$(BIN)/vllm-loopus bench --plan quick --out $(BENCH_OUT) $(BENCH_OPTIONS)
 
 # Hours on a slow CPU; options make it shorter, see the file.
 bench-early-exit: .venv

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from examples.demo import free_port, wait_until_healthy
+from vllm_loopus.bench.server import free_port, wait_until_healthy
 
 MODEL = "loopus-tiny"
 MAX_MODEL_LEN = 256

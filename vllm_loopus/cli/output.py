@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -36,10 +37,15 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Outside a terminal as wide as the table is."""
     table = Table(*(Column(as_text(column)) for column in columns))
     for row in rows:
         table.add_row(*map(as_text, row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        console = Console(width=max(needed, console.width))
+    console.print(table)
 
 
 def as_text(cell: str | Text) -> Text:
