@@ -92,7 +92,8 @@ class Client:
     @classmethod
     @asynccontextmanager
     async def to(cls, address: str) -> AsyncIterator["Client"]:
-        connector = aiohttp.TCPConnector(limit=0)
+        # A connection a request: the server closes idle ones at a moment that the client may miss.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         # The client's own patience is `PATIENCE`; 503 of an overloaded server is not tried again.
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
@@ -117,8 +118,8 @@ class Client:
             tally.lost[str(error)] += 1
         except (aiohttp.ClientConnectorError, ConnectionRefusedError):
             tally.failed["connection refused"] += 1
-        except (aiohttp.ClientError, ConnectionError):
-            tally.failed["connection broken"] += 1
+        except (aiohttp.ClientError, ConnectionError) as error:
+            tally.failed[f"connection broken: {type(error).__name__}"] += 1
         else:
             tally.answered += 1
             return answer
