@@ -8,6 +8,8 @@ import torch
 
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
 
+# Llama's and Qwen3's heads are split alike; Phi-3 has its projections in one.
+TWO_RANKS = [setting for setting in MIXED if setting[0] != "llama"]
 CDF = ("qwen3", next(rule for rule in by_rule("qwen3") if rule[0] == "cdf"))
 
 
@@ -59,7 +61,9 @@ def disturb(worker: Any) -> None:
         runner._batch._executor._verdicts.watch = watch_nan
 
 
-@pytest.mark.parametrize("setting", [*MIXED, CDF], ids=lambda setting: "-".join(map(str, setting)))
+@pytest.mark.parametrize(
+    "setting", [*TWO_RANKS, CDF], ids=lambda setting: "-".join(map(str, setting))
+)
 def test_two_ranks(make_llm: Any, setting: Any) -> None:
     """Tokens and depths are the golden ones; both ranks take the same passes, also when one of them
     would decide otherwise by its own numbers."""
