@@ -38,8 +38,8 @@ def unsupported_version() -> str | None:
         return None
     return (
         f"vllm-loopus supports vLLM >={LOWEST_VLLM},<{BELOW_VLLM}, but {name} {version} is "
-        f"installed: LoopUS models are switched off. Install '{name}>={LOWEST_VLLM},<{BELOW_VLLM}' or "
-        "a vllm-loopus for your vLLM."
+        f"installed: LoopUS models are switched off. "
+        f"Install '{name}>={LOWEST_VLLM},<{BELOW_VLLM}' or a vllm-loopus for your vLLM."
     )
 
 
@@ -51,10 +51,11 @@ def register() -> None:
         return
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils import utils
 
     from vllm_loopus.aliases import AliasError, install_redirects
     from vllm_loopus.serving.cpu_kernels import register_c_norms
-    from vllm_loopus.serving.patches import apply_patches
+    from vllm_loopus.serving.patches import alias_target, apply_patches
     from vllm_loopus.serving.vllm_config import LoopUSVllmConfig
 
     MODELS_CONFIG_MAP[ARCHITECTURE] = LoopUSVllmConfig
@@ -62,6 +63,10 @@ def register() -> None:
         ModelRegistry.register_model(ARCHITECTURE, f"vllm_loopus.serving.model:{ARCHITECTURE}")
     apply_patches()
     register_c_norms()
+    # Proposed to vLLM, like the patches: a check of names before they are looked up.
+    checks = getattr(utils, "model_name_checks", None)
+    if checks is not None and alias_target not in checks:
+        checks.append(alias_target)
     try:
         install_redirects()
     except AliasError as error:

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 from tests.conftest import GOLDEN
 from vllm_loopus.serving.batch import LoopedBatch
 from vllm_loopus.serving.boundary import boundary_rule
+from vllm_loopus.serving.depths import received
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded
@@ -410,8 +411,7 @@ class Engine:
                 self.stats.append(of_client.scheduler_stats)
             for output in of_client.outputs:
                 self.outputs[output.request_id] += output.new_token_ids
-                if output.routed_experts is not None:
-                    self.depths[output.request_id] += output.routed_experts.tolist()
+                self.depths[output.request_id] += received(output)
                 if output.finish_reason is not None:
                     self.reasons[output.request_id] = str(output.finish_reason)
         self.steps += 1

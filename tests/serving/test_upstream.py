@@ -1,6 +1,6 @@
 """The canary: what we use of vLLM is as recorded for this release, and shims are still needed.
 
-After a change of our code, or for a new release: `python -m tests.serving.upstream`, and read the diff.
+After a change of our code, or for a new release: `python -m tests.serving.upstream`; read the diff.
 """
 
 import tomllib
@@ -42,7 +42,9 @@ def test_range_is_what_is_recorded() -> None:
     versions = [Version(name) for name in RECORDED]
     assert versions[0] == Version(f"{LOWEST_VLLM.major}.{LOWEST_VLLM.minor}")
     assert versions[-1] < BELOW_VLLM <= Version(f"{versions[-1].major}.{versions[-1].minor + 1}")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for requirement in (Requirement(extras["cpu"][0]), Requirement(extras["cuda"][0])):
         assert requirement.specifier == Requirement(f"x>={LOWEST_VLLM},<{BELOW_VLLM}").specifier
 

@@ -27,7 +27,7 @@ def state() -> dict[str, Any]:
     return {
         "registered": ARCHITECTURE in ModelRegistry.models,
         "patches": sum(
-            getattr(target, MARK, None) == patch.key
+            getattr(target, MARK, None) == patch.key or patch.obsolete()
             for target, patch in zip(targets, PATCHES, strict=True)
         ),
         "of": len(PATCHES),

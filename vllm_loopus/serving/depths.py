@@ -2,7 +2,9 @@
 
 The scheduler sends them in `EngineCoreOutput.routed_experts`, an array for each token that vLLM
 keeps for mixtures of experts and that a LoopUS model has no other use for; `attach` takes them out
-again where vLLM builds a `CompletionOutput`, so that nothing else sees them. No vLLM is imported.
+again where vLLM builds a `CompletionOutput`, so that nothing else sees them. A vLLM that carries
+per-token values of models (`patches/token-values-in-outputs.diff`) is given them as such instead.
+No vLLM is imported.
 """
 
 from typing import Any
@@ -11,12 +13,24 @@ import numpy as np
 
 ATTRIBUTE = "_loopus_exit_depths"  # of a request's state: all depths so far
 COUNTED = "loopus_exit_depths"  # of a step's statistics: depths of the tokens counted in it
+NAME = "exit_depth"  # among the per-token values, where vLLM carries such
 SPAN = "_loopus_exit_depths_from"  # of a completion: that list, and where its tokens begin
 
 
-def packed(depth: int) -> Any:
-    """The exit depth of one token as the engine core sends it."""
-    return np.array([depth], dtype=np.uint16)
+def send(output: Any, depth: int) -> None:
+    """Puts the exit depth of its token into an engine core's output."""
+    if hasattr(output, "token_values"):
+        output.token_values = {NAME: [depth]}
+    else:
+        output.routed_experts = np.array([depth], dtype=np.uint16)
+
+
+def received(output: Any) -> list[int]:
+    """What `send` put into an engine core's output."""
+    if NAME in (values := getattr(output, "token_values", None) or {}):
+        return list(values[NAME])
+    depths = output.routed_experts
+    return depths.tolist() if depths is not None and depths.ndim == 1 else []
 
 
 def attach(request_state: Any, completion: Any) -> None:
@@ -40,9 +54,14 @@ def attach(request_state: Any, completion: Any) -> None:
 def count(iteration_stats: Any, output: Any) -> None:
     """Notes the depth of an engine core's output for the step's statistics, where the front end
     counts its tokens: depths and tokens counted are the same number."""
-    depths = output.routed_experts
-    if depths is not None and depths.ndim == 1:
-        vars(iteration_stats).setdefault(COUNTED, []).extend(depths.tolist())
+    vars(iteration_stats).setdefault(COUNTED, []).extend(received(output))
+
+
+def counted(iteration_stats: Any) -> list[int]:
+    """The depths of the tokens that the statistics of a step count."""
+    values = getattr(iteration_stats, "token_values", {})
+    depths: list[int] = values.get(NAME) or getattr(iteration_stats, COUNTED, [])
+    return depths
 
 
 def exit_depths(output: Any) -> list[int]:
@@ -58,6 +77,8 @@ def exit_depths(output: Any) -> list[int]:
                 f"the request has {len(completions)} completions; give one of its outputs"
             )
         output = completions[0]
+    if NAME in (values := getattr(output, "token_values", None) or {}):
+        return list(values[NAME])
     if not hasattr(output, SPAN):
         if len(output.token_ids) == 0:
             return []

@@ -74,13 +74,13 @@ class LoopedHandler(GenerateBaseServing):
         if given:
             request.vllm_xargs = given
 
-    def _raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
+    def _raise_if_error(self, finish_reason: str | None, request_id: str, *more: Any) -> None:
         """As in vLLM (HTTP 500), with the reason where one is known."""
         if isinstance(finish_reason, FailureReason):
             from vllm.exceptions import GenerationError
 
             raise GenerationError(f"the request failed: {finish_reason.why}")
-        super()._raise_if_error(finish_reason, request_id)
+        super()._raise_if_error(finish_reason, request_id, *more)
 
     def _refuse_combinations(self, request: Any, given: Mapping[str, Any]) -> None:
         knobs = [name for name in REQUEST_KNOBS if given.get(name)]

@@ -13,7 +13,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogge
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.serving.depths import COUNTED
+from vllm_loopus.serving.depths import counted
 from vllm_loopus.serving.stats import LoopStats
 from vllm_loopus.serving.summary import layout_of_engine
 
@@ -88,7 +88,7 @@ class LoopStatLogger(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         stats = LoopStats.received(scheduler_stats)
-        depths: list[int] = getattr(iteration_stats, COUNTED, [])
+        depths = counted(iteration_stats)
         self._recent.add(depths, stats)
         if self._metrics is not None:
             self._metrics.record(depths, stats, engine_idx)
@@ -227,7 +227,10 @@ def add_loop_logger(manager: Any, vllm_config: Any, logs: bool) -> None:
         return
     loggers = manager.stat_loggers
     prometheus = next((x for x in loggers if isinstance(x, PrometheusStatLogger)), None)
-    loggers.insert(0, LoopStatLogger(vllm_config, manager.engine_indexes, prometheus, logs))
+    from vllm_loopus.serving.vllm_config import LoopUSVllmConfig
+
+    indexes = manager.engine_indexes
+    loggers[:0] = LoopUSVllmConfig.get_stat_loggers(vllm_config, indexes, prometheus, logs)
 
 
 def _saved(rows: int, full_depth_rows: int) -> float:

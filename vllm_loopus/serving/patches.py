@@ -2,11 +2,13 @@
 
 Each patch wraps one function and calls the original for everything but LoopUS models and
 redirected names; it is applied once a process. A name that has disappeared from vLLM or has other
-parameters stops the start-up.
+parameters stops the start-up. A vLLM that has what the patch's diff would give it is left alone.
 """
 
 import importlib
 import inspect
+import logging
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from vllm_loopus.aliases import explain_unknown_alias
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.serving.answers import explain
 from vllm_loopus.serving.depths import attach, count
+
+logger = logging.getLogger("vllm.loopus")
 
 MARK = "_vllm_loopus_patch"
 
@@ -30,9 +34,13 @@ class Patch:
     name: str
     parameters: tuple[str, ...]  # "..." at the end: more may follow, `wrap` passes them on
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    obsolete: Callable[[], bool]  # whether this vLLM has what the diff would give it
 
     def apply(self) -> None:
         """Idempotent. Raises `RuntimeError` when vLLM no longer has what is replaced."""
+        if self.obsolete():
+            logger.info("vllm-loopus: %s stands down, this vLLM can do it itself", self.key)
+            return
         target: Any = importlib.import_module(self.module)
         *owners, name = self.name.split(".")
         for owner in owners:
@@ -69,7 +77,7 @@ def _groups_by_depth(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_kv_cache_groups
 
 
-def _alias_target(model: Any) -> Any:
+def alias_target(model: Any) -> Any:
     """Where vLLM's redirect hook leads. Raises `AliasError` for an alias that leads nowhere."""
     from vllm.transformers_utils.utils import maybe_model_redirect
 
@@ -82,14 +90,14 @@ def _alias_target(model: Any) -> Any:
 def _alias_offline(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_model_path(model: Any, revision: str | None = None) -> Any:
         # The name stays: ModelConfig redirects it and serves the model under it.
-        return model if _alias_target(model) != model else original(model, revision)
+        return model if alias_target(model) != model else original(model, revision)
 
     return get_model_path
 
 
 def _alias_before_speculators(original: Callable[..., Any]) -> Callable[..., Any]:
     def maybe_override_with_speculators(model: str, *args: Any, **kwargs: Any) -> Any:
-        target = _alias_target(model)
+        target = alias_target(model)
         found, *rest = original(target, *args, **kwargs)
         return (model if found == target else found, *rest)
 
@@ -102,7 +110,6 @@ def _with_exit_depths(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         completion = original(self, token_ids, finish_reason, stop_reason)
         attach(self, completion)
-        explain(completion)
         if self.stats is not None:
             from vllm_loopus.serving.request_stats import add_outcome
 
@@ -112,20 +119,24 @@ def _with_exit_depths(original: Callable[..., Any]) -> Callable[..., Any]:
     return _new_completion_output
 
 
+def _failures_explained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        completions = getattr(result, "outputs", None)
+        for completion in completions if isinstance(completions, list) else ():
+            explain(completion)
+        return result
+
+    return make_request_output
+
+
 def _knobs_checked(original: Callable[..., Any]) -> Callable[..., Any]:
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
         result = original(self, params, supported_tasks)
-        config = self.model_config.hf_config
-        if isinstance(config, LoopUSConfig):
-            from vllm_loopus.serving.knobs import check_request
+        if isinstance(self.model_config.hf_config, LoopUSConfig):
+            from vllm_loopus.serving.vllm_config import LoopUSVllmConfig
 
-            check_request(
-                getattr(params, "extra_args", None),
-                config,
-                getattr(params, "max_tokens", None),
-                self.model_config.max_model_len,
-                bool(self.model_config.logits_processors),
-            )
+            LoopUSVllmConfig.verify_sampling_params(params, self.model_config)
         return result
 
     return _validate_params
@@ -213,6 +224,44 @@ def _draining_noted(original: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown
 
 
+def _there(module: str, name: str) -> bool:
+    """Whether a module has an attribute (`Class.name` for one of a class)."""
+    target: Any = importlib.import_module(module)
+    for part in name.split("."):
+        target = getattr(target, part, None)
+    return target is not None
+
+
+def _model_config_has(hook: str) -> Callable[[], bool]:
+    return lambda: _there("vllm.model_executor.models.config", f"VerifyAndUpdateConfig.{hook}")
+
+
+def _names_are_checked() -> bool:
+    return _there("vllm.transformers_utils.utils", "model_name_checks")
+
+
+def _tokens_have_values() -> bool:
+    from vllm.v1.engine import EngineCoreOutput
+
+    return "token_values" in EngineCoreOutput.__struct_fields__
+
+
+def _groups_have_names() -> bool:
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    return "group_name" in KVCacheSpec.__dataclass_fields__
+
+
+def _damage_is_named() -> bool:
+    from vllm.transformers_utils.utils import parse_safetensors_file_metadata
+
+    try:
+        parse_safetensors_file_metadata(os.devnull)
+    except (ValueError, struct.error) as error:
+        return os.devnull in str(error)
+    return False
+
+
 PATCHES = (
     Patch(
         key="damaged-file-named",
@@ -220,6 +269,7 @@ PATCHES = (
         name="parse_safetensors_file_metadata",
         parameters=("path",),
         wrap=_damage_named,
+        obsolete=_damage_is_named,
     ),
     Patch(
         key="kv-cache-groups-by-depth",
@@ -227,6 +277,7 @@ PATCHES = (
         name="get_kv_cache_groups",
         parameters=("vllm_config", "kv_cache_spec"),
         wrap=_groups_by_depth,
+        obsolete=_groups_have_names,
     ),
     Patch(
         key="redirect-when-offline",
@@ -234,6 +285,7 @@ PATCHES = (
         name="get_model_path",
         parameters=("model", "revision"),
         wrap=_alias_offline,
+        obsolete=_names_are_checked,
     ),
     Patch(
         key="redirect-before-speculators",
@@ -241,6 +293,7 @@ PATCHES = (
         name="maybe_override_with_speculators",
         parameters=("model", "..."),
         wrap=_alias_before_speculators,
+        obsolete=_names_are_checked,
     ),
     Patch(
         key="knobs-at-admission",
@@ -248,6 +301,7 @@ PATCHES = (
         name="InputProcessor._validate_params",
         parameters=("self", "params", "supported_tasks"),
         wrap=_knobs_checked,
+        obsolete=_model_config_has("verify_sampling_params"),
     ),
     Patch(
         key="exit-depths-in-outputs",
@@ -255,6 +309,15 @@ PATCHES = (
         name="RequestState._new_completion_output",
         parameters=("self", "token_ids", "finish_reason", "stop_reason"),
         wrap=_with_exit_depths,
+        obsolete=_tokens_have_values,
+    ),
+    Patch(
+        key="why-a-request-failed",
+        module="vllm.v1.engine.output_processor",
+        name="RequestState.make_request_output",
+        parameters=("self", "..."),
+        wrap=_failures_explained,
+        obsolete=lambda: _there("vllm.exceptions", "GenerationError.because"),
     ),
     Patch(
         key="exit-depths-in-iteration-stats",
@@ -262,6 +325,7 @@ PATCHES = (
         name="IterationStats.update_from_output",
         parameters=("self", "output", "..."),
         wrap=_depths_counted,
+        obsolete=_tokens_have_values,
     ),
     Patch(
         key="loop-in-stat-loggers",
@@ -277,6 +341,7 @@ PATCHES = (
             "client_count",
         ),
         wrap=_loop_logged,
+        obsolete=_model_config_has("get_stat_loggers"),
     ),
     Patch(
         key="knobs-and-depths-over-http",
@@ -284,6 +349,7 @@ PATCHES = (
         name="init_generate_state",
         parameters=("engine_client", "state", "..."),
         wrap=_handlers_adopted,
+        obsolete=_model_config_has("adapt_serving_handlers"),
     ),
     Patch(
         key="dead-engine-fails-the-server",

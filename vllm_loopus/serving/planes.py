@@ -30,10 +30,6 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 from vllm_loopus.serving.kv_layout import KVLayout
 
-# Order of the layers in a group. The encoder stands last, so that the planes of deeper depths,
-# which have none, hold all their layers at the same indices.
-BLOCK_ORDER = ("reasoning", "decoder", "state", "encoder")
-
 
 def layer_name_at(layer_name: str, depth: int) -> str:
     """The KV cache name of a layer at a depth; `layer_name` is its name at depth 1."""
@@ -47,12 +43,10 @@ def depth_of(layer_name: str) -> int:
 
 
 def group_by_depth(kv_cache_spec: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
-    """One KV cache group a depth, layers at the same index in each. See the module's text."""
+    """One KV cache group a depth, layers in the order that `Planes` reserved them in."""
     by_depth: dict[int, list[str]] = {}
     for name in kv_cache_spec:
         by_depth.setdefault(depth_of(name), []).append(name)
-    for names in by_depth.values():
-        names.sort(key=lambda name: BLOCK_ORDER.index(name.split(".")[0]))
     return create_kv_cache_group_specs(kv_cache_spec, [by_depth[d] for d in sorted(by_depth)])
 
 
@@ -77,7 +71,11 @@ class PagedRows(AttentionLayerBase):
         return self._like.get_attn_backend()
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
-        return self._like.get_kv_cache_spec(vllm_config)
+        spec = self._like.get_kv_cache_spec(vllm_config)
+        # Proposed to vLLM (`patches/kv-cache-groups-by-name.diff`); without it, `group_by_depth`.
+        if (depth := depth_of(self.layer_name)) > 1 and hasattr(spec, "group_name"):
+            spec = replace(spec, group_name=f"depth {depth}")
+        return spec
 
 
 class Planes:
@@ -112,6 +110,10 @@ class Planes:
                 PagedRows(layer_name_at(layer.layer_name, depth), layer, vllm_config)
             for name in self.state_names:
                 PagedRows(layer_name_at(name, depth), like, vllm_config)
+        # Last in its group, so that the planes of deeper depths, which have no encoder, hold all
+        # their layers at the same indices.
+        for name in self.encoder_names:
+            self._context[name] = self._context.pop(name)
 
     def state_pages(self) -> list[torch.Tensor]:
         """The pages that hold the states, once vLLM has bound the K/V memory."""

@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 from vllm_loopus.serving.batch import LoopProgress
 from vllm_loopus.serving.blocks import OFFER
 from vllm_loopus.serving.costs import COSTS, StepClock
-from vllm_loopus.serving.depths import packed
+from vllm_loopus.serving.depths import send
 from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 from vllm_loopus.serving.kv_layout import sequences_that_fit
 from vllm_loopus.serving.kv_manager import DepthKVCacheManager
@@ -143,8 +143,7 @@ class LoopUSScheduler(Scheduler):
                 if output.finish_reason == FinishReason.ERROR:
                     output.stop_reason = progress.failed.get(output.request_id)
                 if output.new_token_ids:
-                    depth = progress.exit_depths[output.request_id]
-                    output.routed_experts = packed(depth)
+                    send(output, progress.exit_depths[output.request_id])
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
 """What the loop did, from the engine core to the metrics of the front end.
 
 It travels in `SchedulerStats.kv_connector_stats`, a mapping that vLLM keeps for KV connectors,
-which LoopUS models refuse; `LoopStats.received` takes it out before vLLM's own loggers look.
+which LoopUS models refuse; `LoopStats.received` takes it out before vLLM's own loggers look. A vLLM
+with a field for it (`patches/loop-in-stat-loggers.diff`) is given it there.
 """
 
 from collections.abc import Mapping
@@ -71,13 +72,17 @@ class LoopStats:
 
     def send_with(self, scheduler_stats: Any) -> None:
         """Puts them into vLLM's statistics of a step."""
-        scheduler_stats.kv_connector_stats = {KEY: asdict(self)}
+        setattr(scheduler_stats, _field(scheduler_stats), {KEY: asdict(self)})
 
     @classmethod
     def received(cls, scheduler_stats: Any) -> "LoopStats | None":
         """Takes them out again; None when there are none."""
-        carried = scheduler_stats.kv_connector_stats if scheduler_stats is not None else None
+        carried = getattr(scheduler_stats, _field(scheduler_stats), None)
         if not isinstance(carried, Mapping) or KEY not in carried:
             return None
-        scheduler_stats.kv_connector_stats = None
+        setattr(scheduler_stats, _field(scheduler_stats), None)
         return cls(**carried[KEY])
+
+
+def _field(scheduler_stats: Any) -> str:
+    return "model_stats" if hasattr(scheduler_stats, "model_stats") else "kv_connector_stats"

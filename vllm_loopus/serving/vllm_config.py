@@ -5,7 +5,7 @@ vLLM calls these hooks for our architecture and for no other (`MODELS_CONFIG_MAP
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode
 from vllm.config.model import _check_valid_dtype
@@ -17,7 +17,7 @@ from vllm.utils.math_utils import cdiv
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.cpu_kernels import prefer_c_norms
-from vllm_loopus.serving.knobs import EngineOptions
+from vllm_loopus.serving.knobs import EngineOptions, check_request
 from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
 from vllm_loopus.serving.runners.selection import select_runner
 
@@ -93,6 +93,38 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
         prefer_c_norms(vllm_config)
         _size_cpu_cache(vllm_config)
         _loop_inside_the_step(vllm_config)
+
+    # Proposed to vLLM, which does not ask for these yet (`patches/`): `patches.py` calls them.
+
+    @staticmethod
+    def verify_sampling_params(params: Any, model_config: "ModelConfig") -> None:
+        """Raises `KnobError` (HTTP 400) for knobs of a request that make no sense."""
+        check_request(
+            getattr(params, "extra_args", None),
+            model_config.hf_config,
+            getattr(params, "max_tokens", None),
+            model_config.max_model_len,
+            bool(model_config.logits_processors),
+        )
+
+    @staticmethod
+    def get_stat_loggers(
+        vllm_config: "VllmConfig",
+        engine_indexes: list[int],
+        prometheus_logger: Any,
+        log_stats: bool,
+    ) -> list[Any]:
+        """The logger of the loop's metrics."""
+        from vllm_loopus.serving.metrics import LoopStatLogger
+
+        return [LoopStatLogger(vllm_config, engine_indexes, prometheus_logger, log_stats)]
+
+    @staticmethod
+    def adapt_serving_handlers(vllm_config: "VllmConfig", state: Any) -> None:
+        """Makes the API server's handlers ones that know knobs and depths."""
+        from vllm_loopus.serving.http import adopt_handlers
+
+        adopt_handlers(vllm_config, state)
 
 
 def _loop_inside_the_step(vllm_config: "VllmConfig") -> None:

@@ -2,8 +2,8 @@
 
     python -m tests.serving.upstream    # writes the table of the installed vLLM
 
-`VERSION.txt` is the table of a tested release. Where two tables differ, what our code has to bear is
-seen at a glance. `test_upstream.py` holds tables, code and the installed vLLM against each other.
+`VERSION.txt` is the table of a tested release. Where two differ is what our code has to bear.
+`test_upstream.py` holds tables, code and the installed vLLM against each other.
 """
 
 import ast
@@ -58,7 +58,7 @@ def recorded() -> dict[str, dict[str, str]]:
     tables = {}
     for file in FOLDER.glob("*.txt"):
         pairs = (line.split(" ", 1) for line in file.read_text().splitlines())
-        tables[file.stem] = {name: signature for name, signature in pairs}
+        tables[file.stem] = dict(pairs)
     return dict(sorted(tables.items(), key=lambda item: tuple(map(int, item[0].split(".")))))
 
 
@@ -116,7 +116,9 @@ def imported() -> Iterator[str]:
 
 
 def _names_called() -> set[str]:
-    nodes = (node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
+    nodes = (
+        node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
+    )
     calls = (node.func for node in nodes if isinstance(node, ast.Call))
     return {func.id for func in calls if isinstance(func, ast.Name)}
 
@@ -141,9 +143,10 @@ def overridden() -> Iterator[str]:
             names = {name for name in vars(ours) if not name.startswith("__")} | _used(node)
             for name in names:
                 owner = next((c for p in parents for c in p.__mro__ if name in vars(c)), None)
-                if owner is not None and owner.__module__.startswith("vllm."):
-                    if callable(getattr(owner, name)):
-                        yield f"{owner.__module__}.{owner.__qualname__}.{name}"
+                if owner is None or not owner.__module__.startswith("vllm."):
+                    continue
+                if callable(getattr(owner, name)):
+                    yield f"{owner.__module__}.{owner.__qualname__}.{name}"
 
 
 def _used(tree: ast.ClassDef) -> set[str]:
