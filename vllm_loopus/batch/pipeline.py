@@ -18,6 +18,7 @@ import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from vllm_loopus.batch.rows import Row
+from vllm_loopus.serving.request_stats import exit_depths_in
 
 FAILED = "__inference_error__"  # Ray's column: why the row failed, or nothing
 MOST_BLOCKS = 2000
@@ -77,7 +78,7 @@ def result_of(row: dict[str, Any]) -> dict[str, Any]:
         "text": row["generated_text"],
         "tokens": [int(token) for token in row["generated_tokens"]],
         "prompt_tokens": int(row["num_input_tokens"]),
-        "exit_depths": [int(depth) for depth in metrics["exit_depths"]],
+        "exit_depths": [int(depth) for depth in exit_depths_in(metrics)],
         "finish_reason": metrics["finish_reason"],
         "stop_reason": metrics["stop_reason"],
     }

@@ -357,6 +357,7 @@ PATCHES = (
         name="NoSignalServer.serve",
         parameters=("self", "sockets"),
         wrap=_death_told,
+        obsolete=lambda: _there("vllm.entrypoints.launchers.launcher", "raise_if_engine_died"),
     ),
     Patch(
         key="refused-while-draining",
@@ -364,6 +365,7 @@ PATCHES = (
         name="AsyncLLM.shutdown",
         parameters=("self", "timeout"),
         wrap=_draining_noted,
+        obsolete=lambda: _there("vllm.v1.engine.async_llm", "AsyncLLM.draining"),
     ),
 )
 

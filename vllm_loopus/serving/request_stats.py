@@ -4,12 +4,13 @@ Whoever hands on text, token ids and statistics of an output, and nothing else o
 LLM does, hands on exit depths and the reason of a failure with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.metrics.stats import RequestStateStats
 
-from vllm_loopus.serving.depths import SPAN
+from vllm_loopus.serving.depths import NAME, SPAN
 
 
 @dataclass
@@ -19,6 +20,13 @@ class LoopedRequestStats(RequestStateStats):
     exit_depths: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+
+
+def exit_depths_in(metrics: Mapping[str, Any]) -> list[int]:
+    """Of statistics as a dict: ours, or those of a vLLM that carries values of models by token."""
+    if (values := metrics.get("token_values")) is not None:
+        return list(values.get(NAME, []))
+    return list(metrics.get("exit_depths") or [])
 
 
 def add_outcome(stats: RequestStateStats, completion: Any) -> None:
