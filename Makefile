@@ -2,17 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOCK := requirements/cpu.lock
+LOWEST := requirements/lowest.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test lint serve browser pictures bench-early-exit train-tiny eval-tiny lock clean
+.PHONY: demo test test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
 .venv/.complete: $(LOCK) pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-metadata -e .
+.venv-lowest/.complete: $(LOWEST) pyproject.toml
+.venv/.complete .venv-lowest/.complete:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-metadata -e .
 	touch $@
 
 demo: .venv
@@ -23,6 +26,11 @@ serve: .venv
 
 test: .venv
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+
+# The same with the lowest vLLM of the range, in an environment of its own; a part of it:
+# make test-lowest TESTS=tests/serving/test_golden.py
+test-lowest: .venv-lowest/.complete
+	.venv-lowest/bin/python -m pytest $(or $(TESTS),tests) -n 2 --dist loadfile
 
 lint: .venv
 	$(BIN)/ruff check .
@@ -38,6 +46,12 @@ browser:
 pictures: .venv browser
 	$(BIN)/python docs/pictures.py $(TRACE_OPTIONS)
 
+# About ten minutes on two cores that nobody else uses; the table is printed, the report is in
+# bench-results. Everything, in an hour or more: vllm-loopus bench.
+BENCH_OUT ?= bench-results
+bench: .venv
+	$(BIN)/vllm-loopus bench --plan quick --out $(BENCH_OUT) $(BENCH_OPTIONS)
+
 # Hours on a slow CPU; options make it shorter, see the file.
 bench-early-exit: .venv
 	$(BIN)/python benchmarks/early_exit.py --write early_exit.json
@@ -51,10 +65,13 @@ train-tiny: .venv
 eval-tiny: .venv
 	@$(BIN)/vllm-loopus eval loopus-tiny --tasks tiny --out eval-results --markdown
 
-# Resolve the lock file again (needs uv). See requirements/README.md.
+# Resolve the lock files again (needs uv). See requirements/README.md.
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra train --extra eval --extra dev --override requirements/cpu.overrides \
 	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOCK)
+	cp $(LOCK) $(LOWEST)
+	uv pip compile pyproject.toml requirements/lowest.in --extra cpu --extra train --extra eval --extra dev --override requirements/cpu.overrides \
+	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOWEST)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-lowest build *.egg-info

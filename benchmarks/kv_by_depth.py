@@ -28,8 +28,7 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
-from policy import geometric
+from vllm_loopus.bench.policy import geometric
 
 DEPTH, BLOCK, VOCABULARY = 8, 32, 512
 LAW = geometric(3.0, DEPTH)

@@ -5,19 +5,12 @@ Run by `make demo`. Needs nothing but the installed package: the model is embedd
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from vllm_loopus.bench.server import running_server
 
 MODEL = "loopus-tiny"
-START_UP_SECONDS = 300
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
@@ -35,48 +28,6 @@ def generate_offline() -> None:
     for item, output in zip(items, outputs, strict=True):
         print(f"  {output.prompt!r} -> {output.outputs[0].text!r} (right: {item.answer!r})")
     llm.llm_engine.engine_core.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running_server(
-    *arguments: str, environment: dict[str, str] | None = None, output: IO[str] | None = None
-) -> Iterator[str]:
-    """`vllm serve *arguments` on a free port of 127.0.0.1; yields its address, stops it after."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(
-        command, env=environment, stdout=output, stderr=output, start_new_session=True
-    )
-    try:
-        wait_until_healthy(server, address)
-        yield address
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-
-
-def wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
-    deadline = time.monotonic() + START_UP_SECONDS
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"vllm serve ended with exit code {server.returncode}")
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(f"vllm serve was not healthy after {START_UP_SECONDS} s")
 
 
 def ask(address: str, question: str) -> dict[str, Any]:

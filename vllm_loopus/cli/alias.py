@@ -13,7 +13,7 @@ alias_app = typer.Typer(name="alias", help="Short names for checkpoints.", no_ar
 @alias_app.command("list")
 def list_aliases(as_json: JsonOption = False) -> None:
     """Every alias, where it leads, and who says so."""
-    with errors_told(aliases.AliasError):
+    with errors_told(aliases.AliasError, OSError):
         own = aliases.user_aliases()
         known = aliases.known_aliases()
     rows: list[dict[str, str | None]] = [
@@ -40,7 +40,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Register an alias. It wins over an embedded or published one of the same name."""
-    with errors_told(aliases.AliasError):
+    with errors_told(aliases.AliasError, OSError):
         aliases.add_alias(name, target)
         leads_to = aliases.known_aliases()[name]
     if as_json:
@@ -57,7 +57,7 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Forget an alias of yours."""
-    with errors_told(aliases.AliasError):
+    with errors_told(aliases.AliasError, OSError):
         aliases.remove_alias(name)
     if as_json:
         print_json({"name": name, "target": None})

@@ -14,7 +14,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from vllm_loopus import __version__, aliases
-from vllm_loopus.plugin import installed_vllm, unsupported_version
+from vllm_loopus.plugin import BELOW_VLLM, LOWEST_VLLM, installed_vllm, unsupported_version
 
 OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "loopus"
@@ -50,6 +50,8 @@ def versions() -> Iterator[Finding]:
         shown += f", {name} {metadata.version(name)}"
     if found is not None:
         shown += f", {found[0]} {found[1]}"
+        if message is None:
+            shown += f" (tested: >={LOWEST_VLLM},<{BELOW_VLLM})"
     yield Finding("versions", OK if message is None else ERROR, shown, message or "")
     if found is not None and not _installed("vllm"):
         yield Finding(

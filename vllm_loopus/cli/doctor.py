@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from vllm_loopus.cli.checks import ERROR, Finding, examine
 from vllm_loopus.cli.info import known_models
@@ -32,9 +33,10 @@ def doctor(
         raise typer.Exit(PROBLEM)
 
 
-def _row(finding: Finding) -> tuple[str, str, str]:
+def _row(finding: Finding) -> tuple[str, Text, Text]:
     from rich.markup import escape
 
     fix = f"\n[bold]fix:[/] {escape(finding.fix)}" if finding.fix else ""
     status = STYLES.get(finding.status, "[bold red]error[/]")
-    return finding.check, status, escape(finding.found) + fix
+    told = escape(finding.found) + fix
+    return finding.check, Text.from_markup(status), Text.from_markup(told)

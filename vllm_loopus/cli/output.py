@@ -1,7 +1,7 @@
 """What the subcommands share: JSON or a table, errors as one line, exit codes.
 
-Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`); 2 the input is wrong, also when typer
-says so.
+Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`, `batch`); 2 the input is wrong, also
+when typer says so; 130 stopped with Ctrl-C (`eval`, `batch`).
 """
 
 import json
@@ -12,9 +12,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
 
-PROBLEM, BAD_INPUT = 1, 2
+PROBLEM, BAD_INPUT, INTERRUPTED = 1, 2, 130
 PICTURES = (".png", ".svg", ".pdf")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -34,11 +36,24 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*columns)
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Outside a terminal as wide as the table is."""
+    table = Table(*(Column(as_text(column)) for column in columns))
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(as_text, row))
+    console = Console()
+    if not console.is_terminal:
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        console = Console(width=max(needed, console.width))
+    console.print(table)
+
+
+def as_text(cell: str | Text) -> Text:
+    """A cell as it is: names of a checkpoint are no markup, and do not move a terminal's cursor."""
+    if isinstance(cell, Text):
+        return cell
+    shown = (c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in cell)
+    return Text("".join(shown))
 
 
 def check_writable(file: Path) -> None:
@@ -52,3 +67,19 @@ def check_picture(file: Path) -> None:
     check_writable(file)
     if file.suffix not in PICTURES:
         raise ValueError(f"{file} is no picture: its name must end in {', '.join(PICTURES)}")
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """An option that is a JSON object. Raises `ValueError` naming it."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={text!r} must be a JSON object")
+    return value
+
+
+def absolute(target: str) -> str:
+    """A folder's full path, for processes in other working folders; other names as they are."""
+    return str(Path(target).resolve()) if Path(target).exists() else target

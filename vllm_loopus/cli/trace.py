@@ -10,6 +10,7 @@ import typer
 
 from vllm_loopus.cli.info import ModelArgument, load_config, resolve
 from vllm_loopus.cli.output import PROBLEM, check_picture, check_writable, errors_told, print_json
+from vllm_loopus.files import write_text
 
 if TYPE_CHECKING:
     from vllm_loopus.trace.questions import Question
@@ -255,7 +256,7 @@ def _write(
         elif json_file is not None:
             record.write(document, json_file)
         if html is not None:
-            html.write_text(page.render(document))
+            write_text(html, page.render(document))
         if trajectories is not None or convergence is not None:
             from vllm_loopus.trace import pictures  # matplotlib: only where drawn
 

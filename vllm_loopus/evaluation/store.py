@@ -6,7 +6,6 @@ limit, dtype or checkpoint is another file.
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_loopus.evaluation.engines import Work
+from vllm_loopus.files import write_text
 
 FORMAT = 1  # of the file
 
@@ -72,18 +72,11 @@ class Store:
             return None
 
     def save(self, result: Result) -> Path:
-        """Complete or not at all."""
+        """Complete or not at all. Raises `OSError` naming the file."""
         file = self.file(result.model, result.task, result.identity)
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, **asdict(result)}
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-        try:
-            with os.fdopen(handle, "w") as out:
-                json.dump(content, out, indent=1)
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_text(file, json.dumps(content, indent=1))
         return file
 
 

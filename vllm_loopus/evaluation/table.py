@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from vllm_loopus.evaluation.columns import Column, column_of
@@ -119,7 +120,8 @@ def columns_of(plan: Plan, published: PublishedRow | None = None) -> list[Column
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table. Names of models are text in it, no HTML and no cells."""
+    rows = [[escape(cell, quote=False).replace("|", "\\|") for cell in row] for row in rows]
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

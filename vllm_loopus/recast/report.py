@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vllm_loopus.files import complete_file, write_text
 from vllm_loopus.recast.cut import Cut, range_text
 
 PICTURE, PAGE, NUMBERS = "representation.png", "report.html", "analysis.json"
@@ -20,15 +21,17 @@ RUNNERS_UP = 8
 
 
 def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: str) -> None:
-    """Writes `analysis.json`, `representation.png` and `report.html` (self-contained) to `folder`.
+    """Writes `analysis.json`, `representation.png` and `report.html` (self-contained) to `folder`,
+    each complete or not at all.
 
     `numbers` are those of `Analysis.to_dict`; `chosen_by` is a sentence on who chose `cut`.
     """
     numbers = {"cut": cut.runs, **numbers}
-    (folder / NUMBERS).write_text(json.dumps(numbers, indent=1))
+    write_text(folder / NUMBERS, json.dumps(numbers, indent=1))
     picture = BytesIO()
     draw(numbers, cut).savefig(picture, format="png", dpi=110)
-    (folder / PICTURE).write_bytes(picture.getvalue())
+    with complete_file(folder / PICTURE) as unfinished:
+        unfinished.write_bytes(picture.getvalue())
     environment = Environment(
         loader=PackageLoader("vllm_loopus.recast"), undefined=StrictUndefined, autoescape=True
     )
@@ -51,7 +54,7 @@ def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: 
         ranking=ranking,
         data=json.dumps(numbers, indent=1),
     )
-    (folder / PAGE).write_text(page)
+    write_text(folder / PAGE, page)
 
 
 def draw(numbers: Mapping[str, Any], cut: Cut) -> Figure:

@@ -7,7 +7,10 @@ drops fields that it does not know.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import GracefulHTTPError
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.serving.answers import DepthRecorder, FailureReason, mark
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 else:
     GenerateBaseServing = object
 
+SHUTTING_DOWN = "the server is shutting down and takes no new requests; send it to another one"
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
+DRAINING = "loopus_draining"  # attribute of an engine client: it has been told to shut down
 RECORDER = "_loopus_recorder"  # attribute of a context of the Responses API
 
 
@@ -37,10 +42,13 @@ class LoopedHandler(GenerateBaseServing):
     async def admit(self, request: Any, raw_request: "Request | None", effort: Any = None) -> None:
         """Checks the knobs of a parsed request and applies `reasoning_effort`.
 
-        Raises `KnobError` (HTTP 400), also for a stream, before its first byte.
+        Raises `KnobError` (HTTP 400), also for a stream, before its first byte, and
+        `GracefulHTTPError` (HTTP 503) while the server waits for its last answers.
         """
+        if getattr(self.engine_client, DRAINING, False):
+            raise GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
         custom_processors = bool(self.model_config.logits_processors)
-        body = await raw_request.json() if raw_request is not None else None
+        body = await _body_of(raw_request)
         known = type(request).model_fields
         if body is None:
             body = {**(request.model_extra or {}), "vllm_xargs": request.vllm_xargs}
@@ -248,6 +256,17 @@ def adopt_handlers(vllm_config: Any, state: Any) -> None:
             kind = type(handler)
             handler.__class__ = type(f"LoopUS{kind.__name__}", (mixed_in, kind), {})
             handler._init_loop(config, options)
+
+
+async def _body_of(raw_request: "Request | None") -> Any:
+    """What was sent; None where only the parsed request came this far: from a batch file, or by
+    Ray Serve, which hands on the headers alone."""
+    if raw_request is None:
+        return None
+    try:
+        return await raw_request.json()
+    except RuntimeError:  # Starlette: no receive channel
+        return None
 
 
 def _refuse_top_level(names: Iterable[str], custom_processors: bool) -> None:

@@ -18,9 +18,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_loopus.serving.blocks import BlockOffer, Demand, TakenBlock
+from vllm_loopus.serving.compat import REPLAY_BOUNDARIES
 
 # They say nothing of what a request needs.
 CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
+# Windows may keep blocks at some positions only; our planes keep all.
+NO_REPLAY: dict[str, Any] = {REPLAY_BOUNDARIES.name: ()} if REPLAY_BOUNDARIES.is_there else {}
 
 
 class PlaneManager(FullAttentionManager):
@@ -272,7 +275,7 @@ class DepthKVCacheManager(KVCacheManager):
         """Blocks of the first `complete[r - 1]` positions are complete at depth r."""
         if self.enable_caching:
             for plane, positions in zip(self._planes, complete, strict=False):
-                plane.cache_blocks(request, positions, replay_boundaries=())
+                plane.cache_blocks(request, positions, **NO_REPLAY)
 
     def free(self, request: Request) -> None:
         """As in vLLM; deep planes are to be evicted first, for they are of no use without shallow

@@ -28,7 +28,7 @@ class Patch:
     key: str  # its entry in patches/catalogue.toml
     module: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...]  # "..." at the end: more may follow, `wrap` passes them on
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def apply(self) -> None:
@@ -44,7 +44,9 @@ class Patch:
         if original is None:
             raise RuntimeError(f"vllm-loopus: {where} is gone from this vLLM ({self.key})")
         found = tuple(inspect.signature(original).parameters)
-        if found != self.parameters:
+        *named, last = self.parameters or ("",)
+        matches = found[: len(named)] == tuple(named) if last == "..." else found == self.parameters
+        if not matches:
             raise RuntimeError(
                 f"vllm-loopus: {where} takes {found}, not {self.parameters} ({self.key})"
             )
@@ -101,6 +103,10 @@ def _with_exit_depths(original: Callable[..., Any]) -> Callable[..., Any]:
         completion = original(self, token_ids, finish_reason, stop_reason)
         attach(self, completion)
         explain(completion)
+        if self.stats is not None:
+            from vllm_loopus.serving.request_stats import add_outcome
+
+            add_outcome(self.stats, completion)
         return completion
 
     return _new_completion_output
@@ -183,6 +189,30 @@ def _damage_named(original: Callable[..., Any]) -> Callable[..., Any]:
     return parse_safetensors_file_metadata
 
 
+def _death_told(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def serve(self: Any, sockets: Any = None) -> None:
+        engine = getattr(self.config.app.state, "engine_client", None)  # vLLM deletes the state
+        await original(self, sockets)  # cancelled where a signal ends the server
+        if (
+            engine is not None
+            and engine.errored
+            and isinstance(engine.vllm_config.model_config.hf_config, LoopUSConfig)
+        ):
+            raise engine.dead_error
+
+    return serve
+
+
+def _draining_noted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        from vllm_loopus.serving.http import DRAINING
+
+        setattr(self, DRAINING, True)
+        original(self, timeout)
+
+    return shutdown
+
+
 PATCHES = (
     Patch(
         key="damaged-file-named",
@@ -209,15 +239,7 @@ PATCHES = (
         key="redirect-before-speculators",
         module="vllm.engine.arg_utils",
         name="maybe_override_with_speculators",
-        parameters=(
-            "model",
-            "tokenizer",
-            "trust_remote_code",
-            "revision",
-            "vllm_speculative_config",
-            "hf_token",
-            "kwargs",
-        ),
+        parameters=("model", "..."),
         wrap=_alias_before_speculators,
     ),
     Patch(
@@ -238,15 +260,7 @@ PATCHES = (
         key="exit-depths-in-iteration-stats",
         module="vllm.v1.metrics.stats",
         name="IterationStats.update_from_output",
-        parameters=(
-            "self",
-            "output",
-            "engine_core_timestamp",
-            "is_prefilling",
-            "req_stats",
-            "lora_states",
-            "lora_name",
-        ),
+        parameters=("self", "output", "..."),
         wrap=_depths_counted,
     ),
     Patch(
@@ -268,15 +282,22 @@ PATCHES = (
         key="knobs-and-depths-over-http",
         module="vllm.entrypoints.generate.api_router",
         name="init_generate_state",
-        parameters=(
-            "engine_client",
-            "state",
-            "args",
-            "request_logger",
-            "supported_tasks",
-            "default_chat_template_kwargs",
-        ),
+        parameters=("engine_client", "state", "..."),
         wrap=_handlers_adopted,
+    ),
+    Patch(
+        key="dead-engine-fails-the-server",
+        module="vllm.entrypoints.launchers.launcher",
+        name="NoSignalServer.serve",
+        parameters=("self", "sockets"),
+        wrap=_death_told,
+    ),
+    Patch(
+        key="refused-while-draining",
+        module="vllm.v1.engine.async_llm",
+        name="AsyncLLM.shutdown",
+        parameters=("self", "timeout"),
+        wrap=_draining_noted,
     ),
 )
 

@@ -16,6 +16,7 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
+from vllm_loopus.serving.cpu_kernels import prefer_c_norms
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
 from vllm_loopus.serving.runners.selection import select_runner
@@ -89,6 +90,7 @@ class LoopUSVllmConfig(VerifyAndUpdateConfig):
         )
         EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
         _settle_compilation(vllm_config)
+        prefer_c_norms(vllm_config)
         _size_cpu_cache(vllm_config)
         _loop_inside_the_step(vllm_config)
 
@@ -135,7 +137,8 @@ def _size_cpu_cache(vllm_config: "VllmConfig") -> None:
     ):
         return
     free, nodes = free_cpu_memory()
-    ranks = cdiv(vllm_config.parallel_config.world_size, nodes)
+    parallel = vllm_config.parallel_config
+    ranks = cdiv(parallel.world_size * max(parallel.data_parallel_size_local, 1), nodes)
     cache.kv_cache_memory_bytes = int(CPU_CACHE_SHARE * free) // ranks
     logger.info(
         "K/V takes %.1f GiB a rank, %d %% of the memory node's free memory; "

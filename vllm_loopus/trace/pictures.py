@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vllm_loopus.files import complete_file
 from vllm_loopus.trace.tokens import visible
 
 COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -16,8 +17,12 @@ INK, SHADE = "#31407a", "#b9c3ea"
 
 
 def save(figure: Figure, file: Path) -> None:
-    """In the format that the file's name says. Raises `ValueError` for one that is not known."""
-    figure.savefig(file, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else None)
+    """In the format that the file's name says, complete or not at all. Raises `ValueError` for one
+    that is not known, `OSError` naming `file` when it cannot be written."""
+    with complete_file(file) as unfinished:
+        figure.savefig(
+            unfinished, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else None
+        )
 
 
 def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_loopus.files import write_text
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.trace.exits import Exits
 from vllm_loopus.trace.reference import DepthValues
@@ -158,8 +159,8 @@ def document(
 
 
 def write(data: dict[str, Any], file: Path) -> None:
-    """One line of ASCII JSON."""
-    file.write_text(json.dumps(data, allow_nan=False) + "\n")
+    """One line of ASCII JSON, complete or not at all. Raises `OSError` naming `file`."""
+    write_text(file, json.dumps(data, allow_nan=False) + "\n")
 
 
 def number(value: Any) -> float | None:

@@ -106,6 +106,17 @@ class PackedTrainer(Trainer):
             position = self.train_dataset.position((self.batches - self._first) * self.rows)
             (Path(output_dir) / POSITION).write_text(json.dumps(position))
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers. Raises `OSError` naming the folder; torch says `RuntimeError` for a
+        full disk."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            raise OSError(
+                f"{folder} could not be written: {error}; --resume goes on from the one before it"
+            ) from error
+
     @property
     def rows(self) -> int:
         return self.settings.batch_size

@@ -1,0 +1,135 @@
+"""Rows of a batch: told apart, checked, and refused with line, field, value and fix."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_loopus.batch.rows import Limits, Row, RowError, read_rows
+from vllm_loopus.batch.run import Options, limits_of
+
+OPTIONS = {
+    "max_model_len": 64,
+    "additional_config": {"loopus": {"reasoning_effort": {"low": 2}}},
+}
+
+
+@pytest.fixture(scope="module")
+def limits() -> Limits:
+    from vllm_loopus.cli.info import resolve
+
+    return limits_of(Options("loopus-tiny", resolve("loopus-tiny"), OPTIONS))
+
+
+@pytest.fixture
+def rows_of(limits: Limits, tmp_path: Path) -> Callable[..., list[Row]]:
+    def read(*rows: Any) -> list[Row]:
+        file = tmp_path / "in.jsonl"
+        file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+        return list(read_rows(file, limits))
+
+    return read
+
+
+CHAT = [{"role": "user", "content": "3+2*3="}]
+
+
+def openai(**body: Any) -> dict[str, Any]:
+    return {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"messages": CHAT, **body},
+    }
+
+
+def test_three_forms(rows_of: Any) -> None:
+    plain, chat, batch = rows_of(
+        {"prompt": "3+2*3=", "max_loops": 2, "temperature": 0, "max_tokens": 4, "metadata": [1]},
+        "",
+        {"messages": CHAT, "reasoning_effort": "low", "max_completion_tokens": 3},
+        openai(vllm_xargs={"exit_depths": [1, 2]}, model="loopus-tiny", stop="x"),
+    )
+    assert (plain.index, plain.prompt, plain.echo["metadata"]) == (0, "3+2*3=", [1])
+    wanted = {"temperature": 0, "max_tokens": 4, "extra_args": {"max_loops": 2}}
+    assert wanted.items() <= plain.sampling_params.items()
+    assert (chat.index, chat.prompt, chat.messages) == (1, None, CHAT)
+    assert chat.sampling_params["extra_args"] == {"max_loops": 2}
+    assert chat.sampling_params["max_tokens"] == 3
+    assert chat.template["add_generation_prompt"] is True
+    assert batch.echo["custom_id"] == "a" and batch.sampling_params["stop"] == ["x"]
+    assert batch.sampling_params["extra_args"] == {"exit_depths": [1, 2]}
+
+
+def test_parameters_build_the_same_sampling_params(rows_of: Any) -> None:
+    from vllm import SamplingParams
+
+    given = {
+        "prompt": [1, 2], "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 7, "min_tokens": 1,
+        "max_tokens": 9, "stop": ["a", "bc"], "stop_token_ids": [3], "logit_bias": {"4": 2.0},
+        "presence_penalty": 0.1, "ignore_eos": True, "exit_threshold": 0.5,
+    }  # fmt: skip
+    (row,) = rows_of(given)
+    params = SamplingParams(**row.sampling_params)
+    for name, value in given.items():
+        if name == "logit_bias":
+            assert params.logit_bias == {4: 2.0}
+        elif name not in ("prompt", "exit_threshold"):
+            assert getattr(params, name) == value
+    assert params.extra_args == {"exit_threshold": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ({}, "must have one of prompt and messages"),
+        ({"prompt": "a", "messages": CHAT}, "must have one of prompt and messages"),
+        ({"prompt": ""}, "prompt='' must be a text"),
+        ({"prompt": ["a", "b"]}, "a row has one prompt"),
+        ({"prompt": [1, 10**9]}, "list of token ids from 0 to"),
+        ({"prompt": [True]}, "list of token ids from 0 to"),
+        ({"messages": []}, "messages=[] must be a list with a message in it"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [3]}, "messages[0]=3 must have a role"),
+        ({"messages": "hello"}, "messages='hello' must be a list"),
+        ({"prompt": "a", "max_loops": 99}, "max_loops=99 must be a whole number from 1 to"),
+        ({"prompt": "a", "max_loops": True}, "max_loops=True must be a whole number"),
+        ({"prompt": "a", "vllm_xargs": {"max_loop": 2}}, "did you mean max_loops?"),
+        ({"prompt": "a", "vllm_xargs": {"max_loops": 1}, "max_loops": 1}, "give it once"),
+        ({"prompt": "a", "exit_depths": [1, 1], "max_tokens": 1}, "exit_depths has 2 entries"),
+        ({"prompt": "a", "max_token": 2}, "max_token=2 is no field of a row here"),
+        ({"prompt": "a", "id": 2}, "call it custom_id"),
+        ({"prompt": "a", "custom_id": 2}, "custom_id=2 must be a text"),
+        ({"prompt": "a", "n": 2}, "n=2 must be 1 here"),
+        ({"prompt": "a", "stream": True}, "stream=True must be false here"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature='hot'"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens=0 must be 1 or more"),
+        ({"prompt": "a", "model": "gpt"}, "model='gpt' is not served"),
+        ({**openai(), "url": "/v1/embeddings"}, "url='/v1/embeddings' is not answered"),
+        ({**openai(), "method": "GET"}, "method='GET' must be POST"),
+        ({**openai(), "custom_id": None}, "custom_id=None must be a text"),
+        ({**openai(), "body": 3}, "body=3 must be an object"),
+        ({**openai(), "max_loops": 2}, "put it into body"),
+        (openai(max_loops=2), "max_loops is no field of the body; put it into vllm_xargs"),
+    ],
+)
+def test_refused(rows_of: Any, row: Any, told: str) -> None:
+    with pytest.raises(RowError) as error:
+        rows_of({"prompt": "a"}, row)
+    assert ", line 2: " in str(error.value) and told in str(error.value)
+
+
+def test_an_id_that_comes_twice(rows_of: Any) -> None:
+    with pytest.raises(RowError, match=r"line 3: custom_id='a' stands in line 1 too"):
+        rows_of(openai(), {"prompt": "a"}, {"prompt": "b", "custom_id": "a"})
+
+
+@pytest.mark.parametrize("args", [{"max_model_lem": 3}, {"model": "x"}, {"served_model_name": "x"}])
+def test_engine_arguments_that_cannot_be(args: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"engine_args.*{next(iter(args))}"):
+        limits_of(Options("loopus-tiny", "loopus-tiny", args))

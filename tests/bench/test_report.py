@@ -1,0 +1,106 @@
+"""One tiny run through the command line: what it prints and writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_loopus.bench import figures
+from vllm_loopus.bench import report as written
+from vllm_loopus.cli.main import app
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_all_cells_ran_in_every_round(report: dict[str, Any]) -> None:
+    (decode,) = report["decode"]
+    cells = ["base", "plain", "exact off", "exact on", "last_exited off", "last_exited on"]
+    assert list(decode["rates"]) == cells
+    rounds = {len(rates) for rates in decode["rates"].values()}
+    assert len(rounds) == 1 and rounds.pop() >= report["plan"]["rounds"]
+
+
+def test_counts_agree_with_the_simulation_of_the_same_policy(report: dict[str, Any]) -> None:
+    (decode,) = report["decode"]
+    for row in decode["policies"]:
+        rule = row["simulated"]["by_rule"]
+        assert row["counts"]["passes"] == pytest.approx(rule["passes"], rel=0.35)
+        assert row["counts"]["rows"] == pytest.approx(rule["rows"], rel=0.35)
+
+
+def test_the_profile_adds_up(report: dict[str, Any]) -> None:
+    for row in report["decode"][0]["policies"]:
+        parts = row["profile"]["parts"]
+        assert sum(parts.values()) == pytest.approx(1)
+        assert {"passes: layers", "decoder", "encoder", "LM head", "scheduler"} <= set(parts)
+        assert all(share > 0 for share in parts.values())
+
+
+def test_engines_that_wait_do_not_work(report: dict[str, Any]) -> None:
+    assert report["decode"][0]["idle_engines_use"] < 0.1
+
+
+def test_answers_are_those_of_the_uncached_model(report: dict[str, Any]) -> None:
+    uneven = report["uneven"]
+    assert uneven["against"] == "original"
+    answers = uneven["answers"]
+    assert answers["different_and_sure"] == 0
+    assert answers["same_as_uncached"] == answers["tokens"] == uneven["tokens"]
+    by_original = answers["same_as_originals_uncached"]
+    assert by_original["same"] == by_original["tokens"] > 0
+    assert len(uneven["exit_depths"]) > 1
+
+
+def test_the_table_is_printed_and_written_between_markers(
+    results: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    printed = (results / "printed").read_text()
+    assert "early exit on over off" in printed and report["command"] in printed.replace("\n", "")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{figures.MARKERS[0]}\nold\n{figures.MARKERS[1]}\nafter\n")
+    done = run("--from", str(results), "--out", str(tmp_path), "--into", str(page))
+    assert done.exit_code == 0, done.stderr
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith(f"{figures.MARKERS[1]}\nafter\n")
+    assert "old" not in text and figures.markdown(report) in text
+    assert run("--from", str(results), "--into", str(results / "printed")).exit_code == 2
+
+
+def test_a_run_agrees_with_itself_and_not_with_another(results: Path, tmp_path: Path) -> None:
+    done = run("--from", str(results), "--out", str(tmp_path), "--compare", str(results))
+    assert done.exit_code == 0, done.stdout
+    other = json.loads((results / "report.json").read_text())
+    ratio = other["decode"][0]["policies"][0]["on_over_off"]
+    ratio.update(median=99.0, low=98.0, high=100.0)
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    done = run(
+        "--from", str(results), "--out", str(tmp_path), "--compare", str(tmp_path / "other.json")
+    )
+    assert done.exit_code == 1
+
+
+def test_the_page_needs_nothing_and_escapes(results: Path, report: dict[str, Any]) -> None:
+    assert (results / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (results / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    evil = {**report, "machine": "<script>alert(1)</script>"}
+    assert "<script" not in written.page(evil, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "everything"), "only='everything' names"),
+        (("--seqs", "4,none"), "seqs='4,none' must be"),
+        (("--original", "."), "no checkout of the original"),
+        (("--from", "README.md"), "README.md is no report"),
+    ],
+)
+def test_what_cannot_be(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -1,0 +1,236 @@
+"""Batches and Ray Serve on a Ray of this machine, shared by all tests here: golden answers, also
+after the run and a worker of it were killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from examples.demo import free_port
+from tests.conftest import GOLDEN
+from tests.serving.test_early_exit import MIXED, by_rule
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'vllm-loopus[ray]'")
+
+BACKBONE, RULE = MIXED[0]
+CASES = by_rule(BACKBONE)[RULE]
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 128,
+    "block_size": 32,
+    "skip_tokenizer_init": True,
+    "hf_overrides": {
+        "halting_strategy": RULE[0],
+        "exit_interval": RULE[1],
+        "convergence_epsilon": RULE[2],
+    },
+}
+PATIENCE = 400  # seconds that a start may take on a machine with other work
+TIMES = 6  # each case, so that there is a middle to kill in
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """The environment of commands that join it."""
+    context = ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
+    try:
+        environment = {
+            **os.environ,
+            "RAY_ADDRESS": context.address_info["address"],
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        yield environment
+    finally:
+        ray.shutdown()
+
+
+def wait_for(holds: Callable[[], Any], run: subprocess.Popen[bytes]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (result := holds()):
+        assert run.poll() is None, f"it ended first, with {run.returncode}"
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
+    return result
+
+
+def engines() -> list[psutil.Process]:
+    """Actors of Ray's with an engine in them."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if "vLLMEngineStageUDF" in " ".join(process.info["cmdline"] or ())
+    ]
+
+
+@pytest.mark.timeout(3 * PATIENCE)
+def test_batch_survives_its_own_death_and_a_workers(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    """Killed in the middle and started again; then its engine is killed: each row answered once, in
+    order, with the golden tokens and depths, and the row that cannot be with its error."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [
+        {
+            "prompt": case["prompt"],
+            "temperature": 0,
+            "max_tokens": len(case["tokens"]),
+            "ignore_eos": True,
+            "max_loops": case["N"],
+            "exit_threshold": case["q_threshold"],
+            "custom_id": f"{place}",
+        }
+        for place, case in enumerate(CASES * TIMES)
+    ]
+    rows.insert(7, {"prompt": [1] * 128, "custom_id": "too long"})
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial = Path(f"{output}.partial")
+    command = [
+        *(sys.executable, "-m", "vllm_loopus.cli", "batch", str(source), str(output)),
+        *("--model", str(GOLDEN / BACKBONE), "--engine-args", json.dumps(ENGINE)),
+        *("--batch-size", "2", "--json"),
+    ]
+
+    def done() -> int:
+        return partial.read_bytes().count(b"\n") - 1 if partial.exists() else 0
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    with start() as first:
+        try:
+            wait_for(lambda: done() > 10, first)
+        finally:
+            first.kill()
+        first.communicate()
+    before = done()
+    assert 10 < before < len(rows) and not output.exists()
+
+    with start() as second:
+        try:
+            wait_for(lambda: done() > before, second)
+            (engine,) = engines()
+            assert done() < len(rows)
+            os.kill(engine.pid, signal.SIGKILL)
+            told, log = second.communicate(timeout=PATIENCE)
+        finally:
+            second.kill()
+    assert second.returncode == 1, log.decode()[-3000:]
+    summary = json.loads(told)
+    assert (summary["rows"], summary["failed"]) == (len(rows), 1)
+    assert 10 < summary["resumed"] <= before
+
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [row["custom_id"] for row in rows]
+    failed = answers.pop(7)
+    assert "maximum context length is 128" in failed["error"]["message"]
+    for answer, case in zip(answers, CASES * TIMES, strict=True):
+        assert (answer["token_ids"], answer["exit_depths"]) == (case["tokens"], case["depths"])
+    assert not partial.exists()
+
+
+def ask(port: int, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        json.dumps({"model": "loopus-tiny", "temperature": 0, **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.timeout(3 * PATIENCE)
+def test_two_replicas_on_ray_serve(
+    cluster: dict[str, str], tmp_path: Path, make_llm: Callable[..., Any]
+) -> None:
+    """What `deploy` writes is run as it says; answers and depths are a plain engine's, knobs are
+    refused as in `vllm serve`, and both replicas are at work."""
+    pytest.importorskip("ray.serve.llm", reason="Ray Serve LLM is not installed")
+    from vllm import SamplingParams
+
+    from vllm_loopus import exit_depths
+    from vllm_loopus.cli.main import app
+
+    port = free_port()
+    engine = {"max_model_len": 128, "dtype": "float32", "block_size": 32}
+    written = CliRunner().invoke(
+        app,
+        ["deploy", "loopus-tiny", "--replicas", "2", "--out", str(tmp_path), "--device", "cpu"]
+        + ["--cpus", "0.5", "--port", str(port), "--engine-args", json.dumps(engine)],
+    )
+    assert written.exit_code == 0, written.output
+    serve = Path(sys.executable).with_name("serve")
+    log = tmp_path / "log"
+    knobs = {"max_loops": 4, "exit_threshold": 0.9}
+    questions = [f"{a}+{b}*2=" for a in range(3) for b in range(3)]
+    body = {"max_tokens": 4, "vllm_xargs": {**knobs, "return_exit_depths": 1}}
+
+    def healthy() -> bool:
+        try:
+            return ask(port, "/v1/completions", {"prompt": "1+1=", **body})[0] == 200
+        except OSError:
+            return False
+
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [str(serve), "run", str(tmp_path / "app.yaml")],
+            env=cluster,
+            stdout=output,
+            stderr=output,
+        ) as server,
+    ):
+        try:
+            wait_for(healthy, server)
+            with ThreadPoolExecutor(9) as pool:
+                answers = list(
+                    pool.map(
+                        lambda q: ask(port, "/v1/completions", {"prompt": q, **body}), questions
+                    )
+                )
+            refused = ask(
+                port, "/v1/completions", {"prompt": "1+1=", "vllm_xargs": {"max_loop": 2}}
+            )
+            chat = ask(
+                port,
+                "/v1/chat/completions",
+                {"messages": [{"role": "user", "content": questions[0]}], **body},
+            )
+            replicas = [
+                actor
+                for process in psutil.process_iter(["cmdline"])
+                for actor in process.info["cmdline"] or ()
+                if "ServeReplica" in actor and "LLMServer" in actor
+            ]
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+    assert len(replicas) == 2
+    assert refused[0] == 400 and "did you mean max_loops?" in json.dumps(refused[1])
+    assert chat[0] == 200 and chat[1]["choices"][0]["exit_depths"]
+    llm = make_llm("loopus-tiny", **engine)
+    params = SamplingParams(temperature=0, max_tokens=4, extra_args=knobs)
+    for (status, answer), output_ in zip(answers, llm.generate(questions, params), strict=True):
+        assert status == 200
+        (choice,) = answer["choices"]
+        assert choice["text"] == output_.outputs[0].text
+        assert choice["exit_depths"] == exit_depths(output_)

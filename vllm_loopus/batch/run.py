@@ -1,0 +1,170 @@
+"""A batch from its input to its output."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_loopus.batch.answers import answer, failure
+from vllm_loopus.batch.journal import SUFFIX, Journal
+from vllm_loopus.batch.rows import Limits, Row, read_rows
+
+SYNC_SECONDS = 1.0
+# Ray Data LLM sets these itself.
+NOT_HERE = ("model", "distributed_executor_backend", "disable_log_stats", "served_model_name")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks for."""
+
+    model: str
+    target: str
+    engine_args: dict[str, Any]
+    replicas: int = 1
+    batch_size: int = 32
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`rows` of the input, `done` of them, `failed` of those, `resumed` from an earlier run;
+    `tokens` generated in this run and their exit `depths`, summed."""
+
+    rows: int
+    done: int
+    failed: int
+    resumed: int
+    tokens: int
+    depths: int
+
+
+def check_files(source: Path, output: Path, force: bool, restart: bool) -> None:
+    """Raises `ValueError` for files that cannot be read or written; removes what is given up."""
+    if not source.is_file():
+        raise ValueError(f"{source} is no file; name a file of JSON lines")
+    if not output.absolute().parent.is_dir() or output.is_dir():
+        raise ValueError(f"{output} cannot be written; name a file in a folder that exists")
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{output} is the input; name another file")
+    if output.exists() and not force:
+        raise ValueError(f"{output} exists; name another file or give --force")
+    if restart:
+        output.with_name(output.name + SUFFIX).unlink(missing_ok=True)
+
+
+def model_named(source: Path) -> str | None:
+    """The model that the rows name first, if any does. What is wrong with them is told later."""
+    with source.open("rb") as lines:
+        return next(filter(None, map(_model_of, lines)), None)
+
+
+def limits_of(options: Options) -> Limits:
+    """The model as vLLM would configure it. Raises `ValueError` for engine arguments that cannot
+    be, naming them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from vllm_loopus.serving.knobs import EngineOptions
+
+    if given := [name for name in NOT_HERE if name in options.engine_args]:
+        raise ValueError(f"engine_args has {given[0]!r}, which is set by the batch; leave it out")
+    try:
+        args = AsyncEngineArgs(model=options.target, **options.engine_args)
+    except TypeError as error:
+        raise ValueError(f"engine_args: {error}") from error
+    config = args.create_model_config()
+    tokenizer = None if config.skip_tokenizer_init else cached_tokenizer_from_config(config)
+    engine_options = EngineOptions.of(options.engine_args.get("additional_config"))
+    engine_options.check(config.hf_config)
+    return Limits(
+        model_config=config,
+        served_names=tuple(dict.fromkeys((options.model, options.target))),
+        options=engine_options,
+        sampling_defaults=config.get_diff_sampling_param(),
+        has_tokenizer=tokenizer is not None,
+        has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
+    )
+
+
+def identity(source: Path, options: Options) -> dict[str, Any]:
+    """What decides the answers: a journal of other work is not gone on with."""
+    with source.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"input": digest, "model": options.target, "engine_args": options.engine_args}
+
+
+def run(source: Path, output: Path, options: Options, tell: Callable[[Progress], None]) -> Progress:
+    """Answers every row of `source` into `output`, going on with a journal of the same work.
+
+    Raises `ValueError` before an engine starts for rows, options or files that cannot be.
+    """
+    limits = limits_of(options)
+    rows = list(read_rows(source, limits))
+    if not rows:
+        raise ValueError(f"{source} has no rows; give a JSON object a line")
+    with Journal(output, identity(source, options)) as journal:
+        resumed = len(journal)
+        tokens = depths = 0
+
+        def progress() -> Progress:
+            return Progress(len(rows), len(journal), journal.failed, resumed, tokens, depths)
+
+        left = [row for row in rows if row.index not in journal]
+        tell(progress())
+        synced = time.monotonic()
+        for index, echo, result, error in _results(left, limits, options) if left else ():
+            if result is None:
+                journal.add(index, failure(index, echo, error))
+            elif journal.add(index, answer(index, echo, {**result, "model": options.model})):
+                tokens += len(result["exit_depths"])
+                depths += sum(result["exit_depths"])
+            if time.monotonic() - synced > SYNC_SECONDS:
+                journal.sync()
+                synced = time.monotonic()
+            tell(progress())
+        journal.finish(len(rows))
+        return progress()
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for workers of a running cluster: vLLM's, but no keys, which Ray would show."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name.startswith("VLLM_") and "KEY" not in name and "TOKEN" not in name)
+        or name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+    }
+
+
+def _results(
+    left: list[Row], limits: Limits, options: Options
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any] | None, str]]:
+    from vllm_loopus.batch import pipeline
+
+    args = options.engine_args
+    work = pipeline.Work(
+        model=options.target,
+        served_name=options.model,
+        tokenizer=limits.model_config.tokenizer,
+        engine_args=args,
+        replicas=options.replicas,
+        ranks=args.get("tensor_parallel_size", 1),
+        batch_size=options.batch_size,
+        environment=passed_on(os.environ) if options.address is not None else {},
+    )
+    with pipeline.ray_running(options.address, work):
+        yield from pipeline.stream(left, work)
+
+
+def _model_of(line: bytes) -> str | None:
+    try:
+        row = json.loads(line)
+        model = (row.get("body") or row).get("model")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return model if isinstance(model, str) else None

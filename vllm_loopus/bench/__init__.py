@@ -1,0 +1,1 @@
+"""Benchmarks: engines side by side on one machine, as ratios with their spread."""

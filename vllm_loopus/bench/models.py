@@ -1,0 +1,169 @@
+"""The model that is measured, with random weights, and the base that it is cut from."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from vllm_loopus.aliases import CHECKPOINTS
+from vllm_loopus.config import ReleasedLoopUSConfig
+from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
+from vllm_loopus.modeling.halting import head_input
+from vllm_loopus.modeling.model import LoopUSForCausalLM
+
+FIRST_TOKEN = 10  # prompts hold no token below it: the borrowed tokenizer's special ones
+SAMPLED_TEXTS, SAMPLED_LENGTH = 32, 12  # what the exit threshold is chosen on
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A Qwen3 base with one layer each in encoder and decoder.
+
+    `published` is the size that the project's speed figures are asked for; `tiny` is for trying the
+    benchmark itself.
+    """
+
+    layers: int = 12
+    hidden: int = 1024
+    intermediate: int = 3072
+    heads: int = 16
+    kv_heads: int = 8
+    head_size: int = 64
+    vocabulary: int = 32000
+    max_loops: int = 8
+    longest: int = 8192
+
+    def base_config(self) -> dict[str, Any]:
+        return {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.longest,
+            "tie_word_embeddings": False,
+        }
+
+    def config(self) -> dict[str, Any]:
+        """In the released format, which everybody reads. Nobody leaves early unless told to."""
+        return {
+            "model_type": "lds",
+            "architectures": ["LoopUSForCausalLM"],
+            "base_model_name_or_path": "random",
+            "base_config_dict": self.base_config(),
+            "encoder_layer_indices": [0],
+            "reasoning_layer_indices": list(range(1, self.layers - 1)),
+            "decoder_layer_indices": [self.layers - 1],
+            "N": self.max_loops,
+            "q_threshold": 2.0,
+            "halting_strategy": "cdf",
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the matrices of one layer."""
+        attention = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def gate_weights(self) -> int:
+        return 2 * self.hidden * (-(-self.hidden // 16))
+
+    @property
+    def reasoning_weights(self) -> int:
+        """What one pass multiplies a row with."""
+        return (self.layers - 2) * self.layer_weights + self.gate_weights
+
+    @property
+    def head_weights(self) -> int:
+        return self.hidden * self.vocabulary
+
+    @property
+    def base_weights(self) -> int:
+        """What the base multiplies a row with, the LM head included; embedding is a look-up."""
+        return self.layers * self.layer_weights + self.head_weights
+
+    def looped_weights(self, depth: float) -> float:
+        """The same of the looped model at a depth."""
+        return 2 * self.layer_weights + depth * self.reasoning_weights + self.head_weights
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+SIZES = {
+    "published": ModelSize(),
+    "small": ModelSize(layers=6, hidden=512, intermediate=1536, heads=8, kv_heads=4),
+    "tiny": ModelSize(4, 128, 256, heads=4, kv_heads=2, head_size=32, vocabulary=512),
+}
+
+
+def write_base(size: ModelSize, folder: Path) -> Path:
+    """A config without weights: engines make up random ones."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(size.base_config()))
+    return folder
+
+
+def write_looped(size: ModelSize, folder: Path, dtype: str, mean: float, seed: int = 0) -> float:
+    """A checkpoint with seeded random weights and a tokenizer; returns its exit threshold.
+
+    That is chosen so that tokens leave at about a `mean` depth by the head's own choice. The config
+    itself lets nobody leave early, as most runs want it.
+    """
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(size.config()))
+    torch.manual_seed(seed)
+    model = LoopUSForCausalLM(ReleasedLoopUSConfig.from_pretrained(folder))
+    with torch.no_grad():
+        # A random head reads a token much the same at all depths: by `threshold` tokens would leave
+        # at once or never, by `cdf` at all depths, as long as it is not too sure of any.
+        weight = model.q_head.get_parameter("1.weight")
+        weight.normal_(0, 1 / size.hidden**0.5)
+    model = model.to(getattr(torch, dtype)).eval()
+    threshold = _threshold(model, mean, seed)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in TOKENIZER_FILES:
+        if (file := CHECKPOINTS / "loopus-tiny" / name).exists():
+            shutil.copy(file, folder)
+    return threshold
+
+
+@torch.inference_mode()
+def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
+    """The threshold at which the positions of random texts leave at `mean` on average."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(
+        FIRST_TOKEN,
+        model.config.vocab_size,
+        (SAMPLED_TEXTS, SAMPLED_LENGTH),
+        generator=generator,
+    )
+    embedded = model.get_input_embeddings()(ids)
+    positions = model.positions(embedded)
+    state = model.encode(embedded, positions)
+    found = []
+    for _ in range(model.config.max_loops):
+        before = state
+        update, state = model.refine(state, positions)
+        seen = head_input(model.config.confidence_input, update, before, state)
+        found.append(model.confidence(seen).float().flatten().numpy())
+    reached = 1 - np.cumprod(1 - np.stack(found), axis=0)  # [N, positions]
+    candidates = np.unique(reached.round(6))
+    return float(min(candidates, key=lambda each: abs(_mean(reached, each) - mean)))
+
+
+def _mean(reached: Any, threshold: float) -> float:
+    left = reached > threshold
+    left[-1] = True
+    return float((left.argmax(0) + 1).mean())

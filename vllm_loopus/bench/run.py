@@ -1,0 +1,113 @@
+"""A run: models written, engines started, sections measured, one JSON in the end."""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from vllm_loopus.bench.fleet import Fleet
+from vllm_loopus.bench.models import write_base, write_looped
+from vllm_loopus.bench.sections import cache, decode, machine, mixed, quality, served, sweep, uneven
+from vllm_loopus.bench.setup import Setup, about
+from vllm_loopus.config import ReleasedLoopUSConfig
+from vllm_loopus.serving.summary import layout_of
+
+FORMAT, VERSION = "vllm-loopus bench", 1
+# Of the plan's time.
+SHARES = {"decode": 0.5, "sweep": 0.15, "mixed": 0.25, "long": 0.1}
+WITH_FLEET = ("decode", "sweep", "mixed", "long", "cache")
+
+
+def run(setup: Setup, command: Sequence[str]) -> dict[str, Any]:
+    """The report as JSON. Raises `WorkerError` or `RuntimeError` for an engine that fails."""
+    plan = setup.plan
+    report: dict[str, Any] = {"format": FORMAT, "version": VERSION, **about(setup, command)}
+    begun = time.monotonic()
+    setup.tell(f"{report['date']}  {report['machine']}  {setup.dtype}, plan {plan.name}")
+    if "machine" in plan.sections:
+        report["machine_limits"] = machine.measure(setup)
+    looped, base = setup.folder / "looped", setup.folder / "base"
+    threshold = write_looped(plan.model, looped, setup.dtype, plan.mean, plan.seed)
+    write_base(plan.model, base)
+    report["threshold"] = threshold
+    report["kv_bytes_a_token"] = kv_bytes(setup)
+    report["decode"] = []
+    for seqs in plan.seqs:
+        if set(WITH_FLEET) & set(plan.sections):
+            report |= _with_fleet(setup, seqs, looped, base, report)
+    if "served" in plan.sections:
+        setup.tell("served: vllm serve, and vllm bench serve as its client")
+        report["served"] = served.measure(setup, looped, threshold, _off_rate(report))
+    if "uneven" in plan.sections:
+        setup.tell("uneven: the head's own exits against cached generation")
+        report["uneven"] = uneven.measure(setup)
+    if "quality" in plan.sections:
+        setup.tell("quality: loopus-tiny by threshold")
+        report["quality"] = quality.measure(setup)
+    report["seconds"] = time.monotonic() - begun
+    return report
+
+
+def _with_fleet(
+    setup: Setup, seqs: int, looped: Any, base: Any, report: dict[str, Any]
+) -> dict[str, Any]:
+    """The sections that run on engines of `seqs` sequences; those beside `decode` do so once, on
+    the engines with the most sequences not above the sweep's greatest batch."""
+    plan = setup.plan
+    beside = seqs == max(
+        (n for n in plan.seqs if n <= max(plan.sweep_batches)), default=plan.seqs[0]
+    )
+    wanted = [name for name in plan.sections if name == "decode" or beside]
+    works = [decode.workload_of(setup, seqs)]
+    if "mixed" in wanted:
+        works.append(mixed.mixed_workload(setup))
+    if "long" in wanted:
+        works.append(mixed.long_workload(setup))
+    if "cache" in wanted:
+        works.append(cache.workload_of(setup, max(plan.cache_lengths) + 2))
+    found: dict[str, Any] = {}
+    setup.tell(f"engines with {seqs} sequences start")
+    with Fleet(decode.specs(setup, looped, base, seqs, works), setup.folder) as fleet:
+        found["engines"] = {
+            **report.get("engines", {}),
+            str(seqs): {
+                name: {**spec.to_dict(), **fleet.about[name]} for name, spec in fleet.specs.items()
+            },
+        }
+        fleet.warm_up(setup.generator.decode(plan.seed, seqs, plan.prompt, 2))
+        if "decode" in wanted:
+            setup.tell(f"decode: {seqs} sequences")
+            seconds = setup.seconds(SHARES["decode"]) / len(plan.seqs)
+            found["decode"] = [*report["decode"], decode.measure(setup, fleet, seqs, seconds)]
+        if "sweep" in wanted:
+            setup.tell("sweep: batches and mean depths")
+            found["sweep"] = sweep.measure(
+                setup, fleet, seqs, setup.seconds(SHARES["sweep"]), report.get("machine_limits")
+            )
+        for name, work in (("mixed", mixed.mixed_workload), ("long", mixed.long_workload)):
+            if name in wanted:
+                setup.tell(f"{name}: prefill included")
+                seconds = setup.seconds(SHARES[name])
+                found[name] = mixed.measure(setup, fleet, work(setup), seconds)
+        if "cache" in wanted:
+            setup.tell("cache: seconds for each token by the answer's length")
+            found["cache"] = cache.measure(setup, fleet, looped, base)
+    return found
+
+
+def kv_bytes(setup: Setup) -> dict[str, float]:
+    """Bytes of K/V and states for each position: at full depth, and at the mean one."""
+    config = ReleasedLoopUSConfig.from_pretrained(setup.folder / "looped")
+    layout = layout_of(config, setup.itemsize)
+    return {
+        "full_depth": layout.allocated(config.max_loops),
+        "each_depth": layout.block_bytes_per_token,
+        "base": setup.plan.model.layers * layout.encoder,
+    }
+
+
+def _off_rate(report: dict[str, Any]) -> float:
+    """Tokens a second with early exit off, of the largest batch; a guess where not measured."""
+    if not report["decode"]:
+        return 10.0
+    return float(median(report["decode"][-1]["rates"]["exact off"]))

@@ -1,0 +1,1 @@
+"""Engines under test, each in a process of its own, driven by JSON lines."""

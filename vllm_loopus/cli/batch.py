@@ -1,0 +1,137 @@
+"""`vllm-loopus batch INPUT OUTPUT`: a file of requests answered on Ray Data LLM."""
+
+import os
+import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_loopus.cli.info import known_models, load_config, resolve
+from vllm_loopus.cli.output import (
+    INTERRUPTED,
+    PROBLEM,
+    JsonOption,
+    absolute,
+    errors_told,
+    json_object,
+    print_json,
+)
+
+DEFAULT_MODEL = "loopus-tiny"
+
+
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON lines, a request each.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON lines, an answer each.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="An alias, a checkpoint folder, or owner/name on the hub. Default: what the rows "
+            f"name, or {DEFAULT_MODEL}.",
+            autocompletion=known_models,
+        ),
+    ] = None,
+    engine_args: Annotated[
+        str,
+        typer.Option(help='Arguments of vLLM\'s engine as JSON: {"max_model_len": 1024}.'),
+    ] = "{}",
+    replicas: Annotated[int, typer.Option(min=1, help="Engines side by side.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows handed over, and after a lost worker redone, at once.")
+    ] = 32,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS", help="A running Ray cluster. Default: one is started here."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what OUTPUT.partial holds.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a file of requests on Ray, one answer a row, in order; stopped, go on where it was.
+
+    Exit code 1 if rows failed: they are in OUTPUT with their error.
+    """
+    with redirect_stdout(sys.stderr), errors_told(ValueError, OSError):
+        if find_spec("ray") is None:
+            raise ValueError("Ray is missing: pip install 'vllm-loopus[ray]'")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm_loopus.batch.run import Options, check_files, model_named
+
+        check_files(source, output, force, restart)
+        model = model or model_named(source) or DEFAULT_MODEL
+        load_config(model)
+        options = Options(
+            model=model,
+            target=absolute(resolve(model)),
+            engine_args=json_object("engine_args", engine_args),
+            replicas=replicas,
+            batch_size=batch_size,
+            address=address,
+        )
+        from ray.exceptions import RayError
+
+        goes_on = f"the same command goes on with what is in {output}.partial"
+        try:
+            done = _run(source, output, options)
+        except KeyboardInterrupt:
+            typer.echo(f"\ninterrupted; {goes_on}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except RayError as error:
+            typer.echo(f"error: the engine failed: {error}\n{goes_on}", err=True)
+            raise typer.Exit(PROBLEM) from error
+    mean = round(done.depths / done.tokens, 4) if done.tokens else None
+    facts = {
+        "rows": done.rows, "failed": done.failed, "resumed": done.resumed,
+        "tokens": done.tokens, "mean_exit_depth": mean, "output": str(output),
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo(
+            f"{done.rows} rows in {output}: {done.rows - done.failed} answered, {done.failed} "
+            f"failed, {done.resumed} from an earlier run; mean exit depth {mean}"
+        )
+    if done.failed:
+        raise typer.Exit(PROBLEM)
+
+
+def _run(source: Path, output: Path, options: Any) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vllm_loopus.batch.run import run
+
+    console = Console(file=sys.stderr)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("rows", total=None, told="")
+        printed = [-1]
+
+        def tell(progress: Any) -> None:
+            depth = f", depth {progress.depths / progress.tokens:.2f}" if progress.tokens else ""
+            told = f"{progress.failed} failed{depth}"
+            bar.update(task, total=progress.rows, completed=progress.done, told=told)
+            tenth = 10 * progress.done // progress.rows
+            if bar.disable and tenth > printed[0]:
+                typer.echo(f"{progress.done}/{progress.rows} rows, {told}", err=True)
+                printed[0] = tenth
+
+        return run(source, output, options, tell)

@@ -1,0 +1,164 @@
+"""`vllm-loopus bench`: engines side by side on this machine."""
+
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_loopus.cli.output import PROBLEM, errors_told, print_table
+
+if TYPE_CHECKING:
+    from vllm_loopus.bench.setup import Setup
+
+SCRATCH = "VLLM_LOOPUS_BENCH_SCRATCH"
+
+
+class BenchPlan(StrEnum):
+    """How much is measured."""
+
+    FULL = "full"
+    QUICK = "quick"
+    TINY = "tiny"
+
+
+class BenchDtype(StrEnum):
+    """What to compute in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def bench(
+    plan: Annotated[
+        BenchPlan,
+        typer.Option(help="quick: about 10 minutes on two cores; tiny: a small model, to try it."),
+    ] = BenchPlan.FULL,
+    only: Annotated[
+        str | None, typer.Option(help="Sections with commas: machine, decode, sweep, mixed, ...")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("bench-results"),
+    dtype: Annotated[
+        BenchDtype,
+        typer.Option(
+            help="auto: bfloat16 where the machine has instructions for it, else float32."
+        ),
+    ] = BenchDtype.AUTO,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="For the measuring; more rounds in more minutes.")
+    ] = None,
+    seqs: Annotated[str | None, typer.Option(help="Sequences at a time, with commas.")] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="A checkout of the original implementation."
+        ),
+    ] = None,
+    original_python: Annotated[
+        str, typer.Option(help="The Python that runs it, with transformers of its time.")
+    ] = sys.executable,
+    into: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Markdown file to write the table into."),
+    ] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: a report that is there already.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Report of an earlier run, to hold the ratios against.")
+    ] = None,
+) -> None:
+    """Measure engines side by side; ratios with their spread, against ideal and simulation.
+
+    Writes report.json, report.html and report.png. With --compare, exit code 1 where spreads of the
+    two runs do not overlap.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from vllm_loopus.bench import figures, report
+    from vllm_loopus.bench.process import WorkerError
+    from vllm_loopus.bench.run import run
+
+    with errors_told(ValueError, OSError):
+        earlier = report.read(compare) if compare else None
+        if into is not None and figures.MARKERS[0] not in into.read_text():
+            raise ValueError(f"{into} has no line {figures.MARKERS[0]}; add it, and the one after")
+    if saved is not None:
+        with errors_told(ValueError):
+            found = report.read(saved)
+    else:
+        with tempfile.TemporaryDirectory(dir=os.environ.get(SCRATCH)) as folder:
+            with errors_told(ValueError, OSError):
+                setup = _setup(plan, only, dtype, minutes, seqs, original, original_python, folder)
+            try:
+                found = run(setup, ["vllm-loopus", *sys.argv[1:]])
+            except (WorkerError, RuntimeError, TimeoutError) as error:
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(PROBLEM) from error
+    report.write(found, out)
+    if into is not None:
+        figures.write_into(into, found)
+    _print(found, earlier, out)
+
+
+def _setup(
+    plan: BenchPlan,
+    only: str | None,
+    dtype: BenchDtype,
+    minutes: float | None,
+    seqs: str | None,
+    original: Path | None,
+    original_python: str,
+    folder: str,
+) -> "Setup":
+    """Raises `ValueError` for options that cannot be."""
+    from vllm_loopus.bench.setup import ALL, PLANS, Setup, default_device, default_dtype
+
+    chosen = PLANS[plan.value]
+    if only is not None:
+        wanted = [name.strip() for name in only.split(",") if name.strip()]
+        if unknown := [name for name in wanted if name not in ALL] or not wanted:
+            raise ValueError(f"only={only!r} names {unknown}; sections are {', '.join(ALL)}")
+        chosen = replace(chosen, sections=tuple(wanted))
+    if seqs is not None:
+        numbers = seqs.split(",")
+        if not all(number.strip().isdigit() and int(number) for number in numbers):
+            raise ValueError(f"seqs={seqs!r} must be whole numbers above 0, with commas")
+        chosen = replace(chosen, seqs=tuple(sorted({int(number) for number in numbers})))
+    if minutes is not None:
+        chosen = replace(chosen, minutes=minutes)
+    if original is not None and not (original / "models" / "modeling_lds.py").is_file():
+        raise ValueError(
+            f"original={original} is no checkout of the original implementation: it has no "
+            "models/modeling_lds.py"
+        )
+    device = default_device()
+    return Setup(
+        plan=chosen,
+        folder=Path(folder),
+        dtype=default_dtype(device) if dtype is BenchDtype.AUTO else dtype.value,
+        device=device,
+        tell=lambda line: typer.echo(line, err=True),
+        original=None if original is None else (original.resolve(), original_python),
+    )
+
+
+def _print(found: dict[str, Any], earlier: dict[str, Any] | None, out: Path) -> None:
+    from vllm_loopus.bench import figures
+
+    told = figures.figures(found)
+    print_table(figures.HEADS, [figure.cells() for figure in told])
+    for figure in told:
+        if figure.note:
+            typer.echo(f"{figure.name}: {figure.note}")
+    typer.echo(f"\n{figures.headline(found)}\n{out / 'report.html'}")
+    if earlier is not None:
+        rows = figures.agreement(found, earlier)
+        print_table(("figure", "this run", "the earlier one", "spreads overlap"), rows)
+        if any(row[-1] == "no" for row in rows):
+            raise typer.Exit(PROBLEM)

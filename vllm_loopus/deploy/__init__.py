@@ -1,0 +1,4 @@
+"""`vllm-loopus deploy`: a Ray Serve LLM application of N engines.
+
+`router` sends requests where the least loop budget is outstanding, `app` writes the application.
+"""

@@ -1,0 +1,141 @@
+"""The files of a Ray Serve LLM application."""
+
+import copy
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.serving.knobs import EngineOptions
+
+APP, GUIDE = "app.yaml", "README.md"
+ROUTER = "vllm_loopus.deploy.router:LoopBudgetRouter"
+BUILDER = "ray.serve.llm:build_openai_app"
+SERVE_OPTIONS = ("model", "served_model_name", "distributed_executor_backend")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a user asks for.
+
+    - `name`: what clients ask for; `target`: where the checkpoint is, on every node.
+    - `accelerator`: Ray's name of the GPU a rank needs, or None for any; `on_cpus`: no GPUs.
+    - `cpus`: CPUs of Ray's for a rank, where `on_cpus`.
+    - `max_ongoing`: requests that a replica takes before others wait; `max_queued`: that wait in an
+      ingress process before it answers 503, or -1.
+    - `default_tokens`: what a request without a limit counts, for routing.
+    """
+
+    name: str
+    target: str
+    replicas: int
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    accelerator: str | None = None
+    on_cpus: bool = False
+    cpus: float = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_ongoing: int = 256
+    max_queued: int = -1
+    default_tokens: int = 256
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def check(deployment: Deployment) -> None:
+    """Raises `ValueError` naming the option, its value and the fix."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = deployment.engine_args
+    for name in SERVE_OPTIONS:
+        if name in args:
+            raise ValueError(f"engine_args has {name!r}, which Ray Serve LLM sets; leave it out")
+    known = {known.name for known in fields(AsyncEngineArgs)}
+    if unknown := [name for name in args if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = (
+            f"did you mean {close[0]!r}?" if close else "names are those of vLLM's AsyncEngineArgs"
+        )
+        raise ValueError(f"engine_args has {unknown[0]!r}, which vLLM does not know; {hint}")
+    if args.get("data_parallel_size", 1) != 1:
+        raise ValueError(
+            f"engine_args has data_parallel_size={args['data_parallel_size']!r}; give --replicas"
+        )
+    if deployment.accelerator is not None and deployment.on_cpus:
+        raise ValueError(f"accelerator_type={deployment.accelerator!r} excludes --device cpu")
+
+
+def application(deployment: Deployment, config: LoopUSConfig) -> dict[str, Any]:
+    """What `serve run` and `serve deploy` read. `config`: the checkpoint's.
+
+    Raises `ValueError` for overrides and options that do not fit it.
+    """
+    overrides = deployment.engine_args.get("hf_overrides") or {}
+    if not isinstance(overrides, dict):
+        raise ValueError(f"hf_overrides={overrides!r} must be an object")
+    served = copy.deepcopy(config)
+    for name, value in overrides.items():
+        setattr(served, name, value)
+    served.check()
+    options = EngineOptions.of(deployment.engine_args.get("additional_config"))
+    options.check(served)
+    router: dict[str, Any] = {
+        "max_loops": served.max_loops,
+        "default_tokens": deployment.default_tokens,
+    }
+    if options.reasoning_effort:
+        router["efforts"] = dict(options.reasoning_effort)
+    engine: dict[str, Any] = {
+        "model_loading_config": {
+            "model_id": deployment.name,
+            "model_source": deployment.target,
+        },
+        "engine_kwargs": deployment.engine_args,
+        "deployment_config": {
+            "num_replicas": deployment.replicas,
+            "max_ongoing_requests": deployment.max_ongoing,
+            "max_queued_requests": deployment.max_queued,
+            "request_router_config": {
+                "request_router_class": ROUTER,
+                "request_router_kwargs": router,
+            },
+        },
+    }
+    if deployment.on_cpus:
+        engine["placement_group_config"] = {"bundle_per_worker": {"CPU": deployment.cpus}}
+    if deployment.accelerator is not None:
+        engine["accelerator_type"] = deployment.accelerator
+    if deployment.environment:
+        engine["runtime_env"] = {"env_vars": deployment.environment}
+    return {
+        "http_options": {"host": deployment.host, "port": deployment.port},
+        "applications": [
+            {
+                "name": "loopus",
+                "route_prefix": "/",
+                "import_path": BUILDER,
+                "args": {
+                    "llm_configs": [engine],
+                    # One process sees all requests: its router then knows all budgets.
+                    "ingress_deployment_config": {"num_replicas": 1},
+                },
+            }
+        ],
+    }
+
+
+def write(deployment: Deployment, config: LoopUSConfig, out: Path) -> list[Path]:
+    """Writes the application into the folder `out`; the files written. Raises `ValueError`."""
+    check(deployment)
+    content = yaml.safe_dump(application(deployment, config), sort_keys=False)
+    templates = Environment(
+        loader=PackageLoader("vllm_loopus.deploy"), undefined=StrictUndefined, trim_blocks=True
+    )
+    guide = templates.get_template("README.md.j2").render(deployment=deployment, app=APP)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in ((APP, content), (GUIDE, guide)):
+        (out / name).write_text(text)
+    return [out / APP, out / GUIDE]

