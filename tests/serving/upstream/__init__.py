@@ -34,7 +34,8 @@ CALLED = (
     "vllm.v1.attention.backend.AttentionMetadataBuilder.build_for_cudagraph_capture",
     "vllm.v1.worker.utils.AttentionGroup.get_metadata_builder",
     "vllm.v1.request.Request.update_block_hashes",
-    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker.compute_prompt_token_id_logprobs",
+    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker."
+    "compute_prompt_token_id_logprobs",
 )
 # Parents that `adopt` and the server's `adopt_handlers` give our classes at run time.
 ADOPTED = {
@@ -124,7 +125,9 @@ def imported() -> Iterator[str]:
 
 
 def _names_called() -> set[str]:
-    nodes = (node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
+    nodes = (
+        node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
+    )
     calls = (node.func for node in nodes if isinstance(node, ast.Call))
     return {func.id for func in calls if isinstance(func, ast.Name)}
 
