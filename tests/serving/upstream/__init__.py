@@ -2,8 +2,8 @@
 
     python -m tests.serving.upstream    # writes the table of the installed vLLM
 
-`VERSION.txt` is the table of a tested release. Where two differ is what our code has to bear.
-`test_upstream.py` holds tables, code and the installed vLLM against each other.
+`VERSION.txt` is the table of a tested release. Where two tables differ, what our code has to bear
+is seen at a glance. `test_upstream.py` holds tables, code and the installed vLLM against each other.
 """
 
 import ast
@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from enum import Enum
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -30,12 +31,20 @@ CALLED = (
     "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.find_longest_cache_hit",
     "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.cache_blocks",
     "vllm.v1.attention.backend.AttentionMetadataBuilder.build",
+    "vllm.v1.attention.backend.AttentionMetadataBuilder.build_for_cudagraph_capture",
     "vllm.v1.worker.utils.AttentionGroup.get_metadata_builder",
     "vllm.v1.request.Request.update_block_hashes",
+    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker."
+    "compute_prompt_token_id_logprobs",
 )
 # Parents that `adopt` and the server's `adopt_handlers` give our classes at run time.
 ADOPTED = {
-    "LoopUSRunner": ("vllm.v1.worker.gpu_model_runner.GPUModelRunner",),
+    "LoopAdapter": (
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+        "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
+    ),
+    "V1Adapter": ("vllm.v1.worker.gpu_model_runner.GPUModelRunner",),
+    "V2Adapter": ("vllm.v1.worker.gpu.model_runner.GPUModelRunner",),
     "LoopedHandler": ("vllm.entrypoints.generate.base.serving.GenerateBaseServing",),
     "LoopedCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
     "LoopedChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
@@ -134,15 +143,15 @@ def overridden() -> Iterator[str]:
     """Methods of vLLM's that our classes define again, or call by `self` or `super()`."""
     import vllm_loopus.serving as serving
 
-    for found in pkgutil.iter_modules(serving.__path__, "vllm_loopus.serving."):
+    for found in pkgutil.walk_packages(serving.__path__, "vllm_loopus.serving."):
         module = importlib.import_module(found.name)
         tree = ast.parse(Path(str(module.__file__)).read_text())
         for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):
             ours = getattr(module, node.name)
-            parents = [resolve(name) for name in ADOPTED.get(node.name, ())] or ours.__mro__[1:]
+            adopted = [resolve(name).__mro__ for name in ADOPTED.get(node.name, ())]
             names = {name for name in vars(ours) if not name.startswith("__")} | _used(node)
-            for name in names:
-                owner = next((c for p in parents for c in p.__mro__ if name in vars(c)), None)
+            for name, parents in product(names, adopted or [ours.__mro__[1:]]):
+                owner = next((c for c in parents if name in vars(c)), None)
                 if owner is None or not owner.__module__.startswith("vllm."):
                     continue
                 if callable(getattr(owner, name)):

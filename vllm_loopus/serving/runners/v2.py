@@ -15,12 +15,12 @@ Its scheduler sends a request that comes back after a preemption as a new one, w
 the runner itself has dropped it when it was preempted.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
@@ -171,9 +171,13 @@ def _of(grammar_output: Any, leaving: list[str]) -> Any:
     ]
     if not rows:
         return None
-    drafts = grammar_output.num_acceptable_drafts
-    return GrammarOutput(
-        [grammar_output.structured_output_request_ids[row] for row in rows],
-        grammar_output.grammar_bitmask[rows],
-        None if drafts is None else [drafts[row] for row in rows],
-    )
+    kept = {
+        "structured_output_request_ids": [
+            grammar_output.structured_output_request_ids[row] for row in rows
+        ],
+        "grammar_bitmask": grammar_output.grammar_bitmask[rows],
+    }
+    # Not in every release of the range.
+    if (drafts := getattr(grammar_output, "num_acceptable_drafts", None)) is not None:
+        kept["num_acceptable_drafts"] = [drafts[row] for row in rows]
+    return replace(grammar_output, **kept)
