@@ -1,7 +1,7 @@
 """What the subcommands share: JSON or a table, errors as one line, exit codes.
 
-Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`); 2 the input is wrong, also when typer
-says so.
+Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`, `bench`); 2 the input is wrong, also
+when typer says so.
 """
 
 import json
