@@ -40,7 +40,7 @@ from vllm_loopus.bench.workers.vllm_worker import OURS, PLAIN
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seqs", type=int, nargs="+", default=list(FULL.seqs))
+    parser.add_argument("--seqs", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a request")
     parser.add_argument("--waves", type=float, default=4, help="requests for each sequence slot")

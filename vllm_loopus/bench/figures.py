@@ -77,7 +77,11 @@ def _decode(report: Mapping[str, Any]) -> Iterator[Figure]:
             yield Figure(f"early exit off over a plain loop, {where}", plain, OFF_OVER_PLAIN)
             outside = Ratio.of([row["profile"]["outside_passes_and_boundaries"]])
             wanted = OVERHEAD if seqs == 16 else None
-            yield Figure(f"engine overhead, share of time, {where}", outside, wanted, at_most=True)
+            around = row["profile"]["parts"]["passes: around the layers"]
+            note = f"and {around:.3f} in passes, around their layers"
+            yield Figure(
+                f"engine overhead, share of time, {where}", outside, wanted, at_most=True, note=note
+            )
         base = _r(part["off_over_base"]["ratio"])
         name = f"early exit off over the base by its work, {seqs} sequences"
         note = f"a token meets {part['off_over_base']['work']:.2f} times the base's weights"

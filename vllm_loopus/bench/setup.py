@@ -44,7 +44,7 @@ class Plan:
     mixed_prompt: int = 64
     mixed_answer: int = 32
     long_context: tuple[int, int] = (1024, 4096)
-    long_requests: int = 8
+    long_requests: int = 4
     cache_lengths: tuple[int, ...] = (16, 64, 256, 1024)
     cache_counted: int = 4
     uneven_size: str = "published"
@@ -62,7 +62,7 @@ class Plan:
 
 
 ALL = ("machine", "decode", "sweep", "mixed", "long", "cache", "uneven", "served", "quality")
-FULL = Plan("full", "published", 60, (4, 16, 64), 64, 4, sections=ALL)
+FULL = Plan("full", "published", 45, (4, 16, 64), 32, 2, sections=ALL)
 QUICK = Plan(
     "quick",
     "published",

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_loopus.cli.output import PROBLEM, errors_told, print_table
+from vllm_loopus.cli.output import PROBLEM, JsonOption, errors_told, print_json, print_table
 
 if TYPE_CHECKING:
     from vllm_loopus.bench.setup import Setup
@@ -73,6 +74,7 @@ def bench(
     compare: Annotated[
         Path | None, typer.Option(help="Report of an earlier run, to hold the ratios against.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure engines side by side; ratios with their spread, against ideal and simulation.
 
@@ -103,7 +105,13 @@ def bench(
     report.write(found, out)
     if into is not None:
         figures.write_into(into, found)
-    _print(found, earlier, out)
+    rows = figures.agreement(found, earlier) if earlier is not None else []
+    if as_json:
+        print_json(found)
+    else:
+        _print(found, rows, out)
+    if any(row[-1] == "no" for row in rows):
+        raise typer.Exit(PROBLEM)
 
 
 def _setup(
@@ -148,7 +156,7 @@ def _setup(
     )
 
 
-def _print(found: dict[str, Any], earlier: dict[str, Any] | None, out: Path) -> None:
+def _print(found: dict[str, Any], agreement: Sequence[Sequence[str]], out: Path) -> None:
     from vllm_loopus.bench import figures
 
     told = figures.figures(found)
@@ -157,8 +165,5 @@ def _print(found: dict[str, Any], earlier: dict[str, Any] | None, out: Path) -> 
         if figure.note:
             typer.echo(f"{figure.name}: {figure.note}")
     typer.echo(f"\n{figures.headline(found)}\n{out / 'report.html'}")
-    if earlier is not None:
-        rows = figures.agreement(found, earlier)
-        print_table(("figure", "this run", "the earlier one", "spreads overlap"), rows)
-        if any(row[-1] == "no" for row in rows):
-            raise typer.Exit(PROBLEM)
+    if agreement:
+        print_table(("figure", "this run", "the earlier one", "spreads overlap"), agreement)

@@ -1,7 +1,7 @@
 """What the subcommands share: JSON or a table, errors as one line, exit codes.
 
-Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`, `batch`); 2 the input is wrong, also
-when typer says so; 130 stopped with Ctrl-C (`eval`, `batch`).
+Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`, `batch`, `bench`); 2 the input is
+wrong, also when typer says so; 130 stopped with Ctrl-C (`eval`, `batch`).
 """
 
 import json

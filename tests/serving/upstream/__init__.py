@@ -3,7 +3,8 @@
     python -m tests.serving.upstream    # writes the table of the installed vLLM
 
 `VERSION.txt` is the table of a tested release. Where two tables differ, what our code has to bear
-is seen at a glance. `test_upstream.py` holds tables, code and the installed vLLM against each other.
+is seen at a glance. `test_upstream.py` holds tables, code and the installed vLLM against each
+other.
 """
 
 import ast

@@ -23,9 +23,16 @@ def measure(setup: Setup, fleet: Fleet, seqs: int, seconds: float) -> dict[str, 
     """With `seqs` sequences at a time. The fleet has `base`, `plain` and an engine a policy."""
     work = workload_of(setup, seqs)
     fixed = work.at_depth(setup.plan.model.max_loops)
-    cells = [Cell("base", "base", fixed.without_exits()), Cell("plain", "plain", fixed)]
-    for policy in POLICIES:
-        cells += [Cell(f"{policy} off", policy, fixed), Cell(f"{policy} on", policy, work)]
+    # What is compared stands side by side: on and off, off and the plain loop, which are closest.
+    first, second = POLICIES
+    cells = [
+        Cell(f"{first} on", first, work),
+        Cell(f"{first} off", first, fixed),
+        Cell("base", "base", fixed.without_exits()),
+        Cell("plain", "plain", fixed),
+        Cell(f"{second} off", second, fixed),
+        Cell(f"{second} on", second, work),
+    ]
     timed = fleet.rounds(cells, setup.plan.rounds, seconds)
     return {
         "seqs": seqs,

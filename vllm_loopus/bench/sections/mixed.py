@@ -29,7 +29,9 @@ def long_workload(setup: Setup) -> Workload:
     return setup.generator.long(plan.seed, plan.long_requests, shortest, longest, plan.mixed_answer)
 
 
-def measure(setup: Setup, fleet: Fleet, work: Workload, seconds: float) -> dict[str, Any]:
+def measure(
+    setup: Setup, fleet: Fleet, work: Workload, rounds: int, seconds: float
+) -> dict[str, Any]:
     """Early exit on over off. What arrives over time does so faster than it can be served: the rate
     follows from how long the first engine takes with early exit off."""
     fixed = work.at_depth(setup.plan.model.max_loops)
@@ -42,7 +44,7 @@ def measure(setup: Setup, fleet: Fleet, work: Workload, seconds: float) -> dict[
         for policy in POLICIES
         for state, requests in (("off", fixed), ("on", work))
     ]
-    timed = fleet.rounds(cells, setup.plan.rounds, seconds, gap=gap)
+    timed = fleet.rounds(cells, rounds, seconds, gap=gap)
     return {
         "requests": len(work.requests),
         "prompt_tokens": sum(len(request.prompt) for request in work.requests),
