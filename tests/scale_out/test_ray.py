@@ -44,6 +44,7 @@ TIMES = 6  # each case, so that there is a middle to kill in
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """The environment of commands that join it."""
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = str(PATIENCE)
     context = ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
     try:
         environment = {
