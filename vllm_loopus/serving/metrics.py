@@ -198,6 +198,8 @@ class LoopMetrics:
 
     def _histogram(self, name: str, documentation: str, buckets: list[Any]) -> Any:
         kind = self._prometheus._histogram_cls
+        if kind is not PrometheusStatLogger._histogram_cls:  # Ray's has no bucket for 0
+            buckets = [bound for bound in buckets if bound > 0]
         return self._per_engine(kind, name, documentation, buckets=buckets)
 
     def _gauges(
