@@ -102,6 +102,8 @@ class Fleet:
 
     def _close(self) -> None:
         for worker in self._workers.values():
+            worker.end_input()
+        for worker in self._workers.values():
             worker.close()
 
     @property

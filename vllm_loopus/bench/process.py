@@ -75,10 +75,14 @@ class Worker:
             raise WorkerError(self._ended()) from None
         return float(times.user + times.system)
 
-    def close(self) -> None:
-        """Ends the process: by the end of its input, by force after that."""
+    def end_input(self) -> None:
+        """Lets the process end by itself; `close` waits for that."""
         if self._process.stdin is not None:
             self._process.stdin.close()
+
+    def close(self) -> None:
+        """Ends the process: by the end of its input, by force after that."""
+        self.end_input()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
