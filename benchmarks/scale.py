@@ -20,7 +20,6 @@ import argparse
 import heapq
 import json
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-from policy import Costs
+from vllm_loopus.bench.policy import Costs
 
 POLICIES = ("random", "requests", "budget")  # to whom; the latter two: least outstanding
 

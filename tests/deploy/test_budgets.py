@@ -1,11 +1,11 @@
 """What a request may cost, and where the router sends it."""
 
-import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.asynchronous import run as run_async
 from vllm_loopus.deploy.budgets import loop_budget
 
 
@@ -55,7 +55,7 @@ def test_router_sends_where_the_least_is_outstanding() -> None:
 
     def send(name: str, **fields: Any) -> str:
         request = pending(name, **fields)
-        ranks = asyncio.run(router.choose_replicas(replicas, request))
+        ranks = run_async(router.choose_replicas(replicas, request))
         assert sorted(r.replica_id for (r,) in ranks) == ["a", "b", "c"]  # a rank each
         assert request.routing_context.should_backoff
         chosen: str = ranks[0][0].replica_id

@@ -146,7 +146,7 @@ def test_a_result_is_written_whole_or_not_at_all(
 ) -> None:
     store = Store(tmp_path)
     result = Result({"limit": 1}, "task", "models/name", "2 loops", {}, {}, 1.0, Work(1, 2, 3, 4))
-    monkeypatch.setattr("vllm_loopus.evaluation.store.json.dump", _half_written)
+    monkeypatch.setattr(Path, "write_text", _half_written)
     with pytest.raises(KeyboardInterrupt):
         store.save(result)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
@@ -157,9 +157,8 @@ def test_a_result_is_written_whole_or_not_at_all(
     assert store.load("models/name", "task", {"limit": 2}) is None
 
 
-def _half_written(content: Any, out: Any, **_: Any) -> None:
-    out.write(json.dumps(content)[:20])
-    out.flush()
+def _half_written(file: Path, text: str) -> None:
+    file.write_bytes(text.encode()[:20])
     raise KeyboardInterrupt
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.asynchronous import run as run_async
 from tests.conftest import GOLDEN
 from tests.serving.test_early_exit import MIXED, by_rule, params_of
 from vllm_loopus import exit_depths
@@ -63,7 +64,7 @@ def test_two_ranks_answer_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             engine.shutdown()
 
-    outputs = asyncio.run(run())
+    outputs = run_async(run())
     for case, output in zip(cases, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == case["tokens"]
         assert exit_depths(output) == case["depths"]

@@ -18,9 +18,9 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from examples.demo import free_port
 from tests.conftest import GOLDEN
 from tests.serving.test_early_exit import MIXED, by_rule
+from vllm_loopus.bench.server import free_port
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'vllm-loopus[ray]'")
 

@@ -1,7 +1,6 @@
 """Faults that the shared server stands, and clocks that jump; whole runs are
 `python -m tests.load`."""
 
-import asyncio
 import random
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 import vllm_loopus
+from tests.asynchronous import run as run_async
 from tests.load import bodies, scenarios
 from tests.load.server import Served
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
@@ -18,12 +18,12 @@ HOUR = 3600
 
 
 def test_clients_that_hang_up(address: str) -> None:
-    outcome = asyncio.run(scenarios.hung_up(Served(address), 5, 8, 20, seed=0))
+    outcome = run_async(scenarios.hung_up(Served(address), 5, 8, 20, seed=0))
     assert outcome.tally.good and not outcome.problems, outcome
 
 
 def test_bodies_of_100_000_entries(address: str) -> None:
-    outcome = asyncio.run(bodies.refused(address, 100_000))
+    outcome = run_async(bodies.refused(address, 100_000))
     assert outcome.tally.good and not outcome.problems, outcome
 
 

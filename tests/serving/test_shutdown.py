@@ -14,6 +14,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from tests.asynchronous import run as run_async
 from vllm_loopus import LoopUSConfig
 from vllm_loopus.plugin import register
 from vllm_loopus.serving.http import LoopedHandler
@@ -60,12 +61,12 @@ async def serve(engine: Engine, *, dies: bool) -> None:
 
 def test_a_dead_engine_fails_the_server() -> None:
     with pytest.raises(EngineDeadError):
-        asyncio.run(serve(Engine(object.__new__(LoopUSConfig)), dies=True))
+        run_async(serve(Engine(object.__new__(LoopUSConfig)), dies=True))
 
 
 def test_a_signal_does_not() -> None:
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(serve(Engine(object.__new__(LoopUSConfig)), dies=False))
+        run_async(serve(Engine(object.__new__(LoopUSConfig)), dies=False))
 
 
 def test_no_new_requests_while_it_waits_for_the_last_answers() -> None:
@@ -74,9 +75,9 @@ def test_no_new_requests_while_it_waits_for_the_last_answers() -> None:
     handler.engine_client = engine
     engine.shutdown(timeout=1)
     with pytest.raises(GracefulHTTPError, match="shutting down") as caught:
-        asyncio.run(handler.admit(None, None))
+        run_async(handler.admit(None, None))
     assert caught.value.http_status == 503
 
 
 def test_nor_do_other_models() -> None:
-    asyncio.run(serve(Engine(SimpleNamespace()), dies=True))
+    run_async(serve(Engine(SimpleNamespace()), dies=True))
