@@ -357,7 +357,11 @@ def draw(replica: Replica, load: Load, replicas: int, requests: int, file: Path)
             axis.plot(at, [getattr(o, name) for o in found], f"C{color}o", ms=4, label=policy)
             if name == "p95":
                 axis.plot(at, [getattr(o, name) for o in found], f"C{color}", lw=1)
-    for axis, title in zip(axes, ("mean latency (lines: closed form)", "95 %"), strict=True):
+    for axis, title in zip(
+        axes,
+        ("mean (lines: closed form, random and balanced)", "95 % of the requests within"),
+        strict=True,
+    ):
         axis.set(title=title, xlabel=f"requests a second, {replicas} replicas", ylabel="s", ylim=0)
         axis.grid(alpha=0.3)
     top = 2 * alone(replica, load, 0.8 * capacity)[0]
