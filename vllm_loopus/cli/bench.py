@@ -1,6 +1,7 @@
 """`vllm-loopus bench`: engines side by side on this machine."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from vllm_loopus.cli.output import PROBLEM, JsonOption, errors_told, print_json,
 if TYPE_CHECKING:
     from vllm_loopus.bench.setup import Setup
 
+TERMINATED = 128 + signal.SIGTERM
 SCRATCH = "VLLM_LOOPUS_BENCH_SCRATCH"
 
 
@@ -82,6 +84,8 @@ def bench(
     two runs do not overlap.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Stopped from outside, engines and servers are to end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     from vllm_loopus.bench import figures, report
     from vllm_loopus.bench.process import WorkerError
     from vllm_loopus.bench.run import run
