@@ -45,7 +45,7 @@ HEADS = ("figure", "measured: median (least to greatest)", "wanted", "")
 
 def figures(report: Mapping[str, Any]) -> list[Figure]:
     """Of a report. What is wanted is so of the published size alone."""
-    found = [*_decode(report), *_prefill(report), *_uneven(report)]
+    found = [*_decode(report), *_prefill(report), *_uneven(report), *_others(report)]
     if report["plan"]["size"] != "published":
         return [Figure(f.name, f.value, note=f.note) for f in found]
     return found
@@ -118,6 +118,24 @@ def _uneven(report: Mapping[str, Any]) -> Iterator[Figure]:
         UNEVEN if is_original else None,
         note=note,
     )
+
+
+def _others(report: Mapping[str, Any]) -> Iterator[Figure]:
+    if "cache" in report:
+        row = report["cache"]["lengths"][-1]
+        where = f"{row['length']} tokens, full depth, one sequence: seconds a token"
+        name = f"without a K/V cache over with one (transformers), {where}"
+        yield Figure(name, Ratio.of([row["uncached"] / row["cached"]]))
+        yield Figure(f"cached loop over ours, {where}", Ratio.of([row["cached"] / row["ours"]]))
+    if "served" in report:
+        part = report["served"]
+        for metric, name in (("ttft", "to the first token"), ("e2el", "of a request")):
+            off, on = (part[state]["ms"][metric]["p90"] for state in ("off", "on"))
+            yield Figure(
+                f"served: p90 of the time {name}, early exit off over on",
+                Ratio.of([off / on]),
+                note=f"{off:.0f} and {on:.0f} ms at {part['request_rate']:.2f} requests/s",
+            )
 
 
 def _r(values: Mapping[str, Any]) -> Ratio:

@@ -14,6 +14,7 @@ NAME = "benchmark"
 PROMPT = 16  # tokens
 LOAD = 0.7  # of the requests a second that early exit off can serve
 METRICS = ("ttft", "tpot", "itl", "e2el")
+WARM_UPS = 2  # requests
 PERCENTILES = (50, 90, 99)
 
 
@@ -38,17 +39,15 @@ def measure(setup: Setup, looped: Path, threshold: float, off_rate: float) -> di
             *arguments, environment={**os.environ, **ENVIRONMENT}, output=log
         ) as address,
     ):
-        for state in ("warm-up", "off", "on"):
-            results[state] = _client(
-                setup, address, looped, state, knobs.get(state, knobs["on"]), request_rate
-            )
+        for state, chosen in knobs.items():
+            results[state] = _client(setup, address, looped, state, chosen, request_rate)
     return {
         "requests": plan.served_requests,
         "prompt": PROMPT,
         "answer": plan.served_answer,
         "request_rate": request_rate,
         "knobs": knobs,
-        **{state: results[state] for state in ("off", "on")},
+        **results,
     }
 
 
@@ -56,14 +55,15 @@ def _client(
     setup: Setup, address: str, looped: Path, state: str, knobs: dict[str, Any], rate: float
 ) -> dict[str, Any]:
     file = setup.folder / f"served-{state}.json"
-    count = 2 if state == "warm-up" else setup.plan.served_requests
     command = [
         *(vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", address),
         *("--model", NAME, "--tokenizer", str(looped), "--dataset-name", "random"),
         *("--random-input-len", str(PROMPT), "--random-output-len", str(setup.plan.served_answer)),
-        *("--num-prompts", str(count), "--request-rate", f"{rate:.4f}", "--ignore-eos"),
+        *("--num-prompts", str(setup.plan.served_requests), "--ignore-eos"),
+        *("--request-rate", f"{rate:.4f}"),
         *("--extra-body", json.dumps({"vllm_xargs": knobs}), "--seed", str(setup.plan.seed)),
-        *("--percentile-metrics", ",".join(METRICS), "--disable-tqdm"),
+        *("--num-warmups", str(WARM_UPS), "--disable-tqdm"),
+        *("--percentile-metrics", ",".join(METRICS)),
         *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
         *("--save-result", "--result-dir", str(file.parent), "--result-filename", file.name),
     ]
