@@ -11,10 +11,12 @@ measures is in `measures.py`; `README.md` says how to read the numbers.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +88,11 @@ def run(check: Check, limit: float) -> dict[str, Any]:
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
                 code = None
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         outcome = {
             "name": check.name,
             "seconds": round(time.monotonic() - started, 1),
@@ -147,6 +151,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=580, help="for all checks together")
     parser.add_argument("--write", type=Path, default=Path("device-checks.json"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the check in progress ends too
     machine = probe()
     if not given.tiny and not machine["gpus"]:
         print("no GPU here: nothing would be shown; --tiny runs on a CPU", file=sys.stderr)

@@ -4,8 +4,10 @@
 """
 
 import json
+import os
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -69,6 +71,29 @@ def test_a_failing_check_does_not_stop_the_next(
     assert report["machine"]["date"] and report["machine"]["packages"]["torch"]
     assert "1 of 4 passed" in capsys.readouterr().out
     assert checks.run(plan[3], limit=1)["status"] == "skipped"
+
+
+def test_cut_off_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    sleeper = tmp_path / "measures.py"
+    started = tmp_path / "started"
+    sleeper.write_text(
+        f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)\n"
+    )
+    program = (
+        f"import sys, pathlib\nsys.path.insert(0, {str(DEVICE)!r})\nimport checks\n"
+        f"checks.HERE = pathlib.Path({str(tmp_path)!r})\n"
+        "checks.planned = lambda tiny: [checks.Check('slow', ['slow'], 300)]\n"
+        f"sys.argv = ['checks.py', '--tiny', '--write', {str(tmp_path / 'told')!r}]\n"
+        "sys.exit(checks.main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        while not (started.is_file() and started.read_text()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
