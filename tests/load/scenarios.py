@@ -43,7 +43,11 @@ class Watch:
 
     async def _look(self, server: Server) -> None:
         while True:
-            found = await asyncio.to_thread(server.metrics)
+            try:
+                found = await asyncio.to_thread(server.metrics)
+            except OSError:  # a busy machine: the next look tells as much
+                await asyncio.sleep(1)
+                continue
             waiting = found["vllm:num_requests_waiting"]
             self.most_waiting = max(self.most_waiting, waiting)
             together = waiting + found["vllm:num_requests_running"]
