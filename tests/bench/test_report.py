@@ -16,6 +16,18 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
+def test_nothing_failed(report: dict[str, Any]) -> None:
+    assert report["failed"] == {}
+
+
+def test_a_section_that_failed_is_told(report: dict[str, Any], tmp_path: Path) -> None:
+    spoilt = {**report, "failed": {"served": "vllm serve ended\nno <port>"}}
+    (tmp_path / "spoilt.json").write_text(json.dumps(spoilt))
+    done = run("--from", str(tmp_path / "spoilt.json"), "--out", str(tmp_path))
+    assert done.exit_code == 1 and "failed: served: no <port>" in done.stderr
+    assert "no &lt;port&gt;" in (tmp_path / "report.html").read_text()
+
+
 def test_all_cells_ran_in_every_round(report: dict[str, Any]) -> None:
     (decode,) = report["decode"]
     ours = {f"{policy} {state}" for policy in ("exact", "last_exited") for state in ("off", "on")}

@@ -1,7 +1,8 @@
 """A run: models written, engines started, sections measured, one JSON in the end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -19,9 +20,10 @@ WITH_FLEET = ("decode", "sweep", "mixed", "long", "cache")
 
 
 def run(setup: Setup, command: Sequence[str]) -> dict[str, Any]:
-    """The report as JSON. Raises `WorkerError` or `RuntimeError` for an engine that fails."""
+    """The report as JSON. A section that fails is in `failed` with the reason; others go on."""
     plan = setup.plan
     report: dict[str, Any] = {"format": FORMAT, "version": VERSION, **about(setup, command)}
+    report["failed"] = {}
     begun = time.monotonic()
     setup.tell(f"{report['date']}  {report['machine']}  {setup.dtype}, plan {plan.name}")
     if "machine" in plan.sections:
@@ -33,31 +35,44 @@ def run(setup: Setup, command: Sequence[str]) -> dict[str, Any]:
     report["kv_bytes_a_token"] = kv_bytes(setup)
     report["decode"] = []
     for seqs in plan.seqs:
-        if set(WITH_FLEET) & set(plan.sections):
-            report |= _with_fleet(setup, seqs, looped, base, report)
+        with _failures_noted(setup, report, f"engines with {seqs} sequences"):
+            _with_fleet(setup, seqs, looped, base, report)
     if "served" in plan.sections:
         setup.tell("served: vllm serve, and vllm bench serve as its client")
-        report["served"] = served.measure(setup, looped, threshold, _off_rate(report))
+        with _failures_noted(setup, report, "served"):
+            report["served"] = served.measure(setup, looped, threshold, _off_rate(report))
     if "uneven" in plan.sections:
         setup.tell("uneven: the head's own exits against cached generation")
-        report["uneven"] = uneven.measure(setup)
+        with _failures_noted(setup, report, "uneven"):
+            report["uneven"] = uneven.measure(setup)
     if "quality" in plan.sections:
         setup.tell("quality: loopus-tiny by threshold")
-        report["quality"] = quality.measure(setup)
+        with _failures_noted(setup, report, "quality"):
+            report["quality"] = quality.measure(setup)
     report["seconds"] = time.monotonic() - begun
     return report
 
 
-def _with_fleet(
-    setup: Setup, seqs: int, looped: Any, base: Any, report: dict[str, Any]
-) -> dict[str, Any]:
+@contextmanager
+def _failures_noted(setup: Setup, report: dict[str, Any], name: str) -> Iterator[None]:
+    """An engine, server or client that fails spoils its own section alone."""
+    try:
+        yield
+    except (RuntimeError, TimeoutError) as error:
+        report["failed"][name] = str(error)
+        setup.tell(f"failed: {name}: {error}")
+
+
+def _with_fleet(setup: Setup, seqs: int, looped: Any, base: Any, report: dict[str, Any]) -> None:
     """The sections that run on engines of `seqs` sequences; those beside `decode` do so once, on
     the engines with the most sequences not above the sweep's greatest batch."""
     plan = setup.plan
     beside = seqs == max(
         (n for n in plan.seqs if n <= max(plan.sweep_batches)), default=plan.seqs[0]
     )
-    wanted = [name for name in plan.sections if name == "decode" or beside]
+    wanted = [n for n in plan.sections if n == "decode" or (beside and n in WITH_FLEET)]
+    if not wanted:
+        return
     works = [decode.workload_of(setup, seqs)]
     if "mixed" in wanted:
         works.append(mixed.mixed_workload(setup))
@@ -65,10 +80,9 @@ def _with_fleet(
         works.append(mixed.long_workload(setup))
     if "cache" in wanted:
         works.append(cache.workload_of(setup, max(plan.cache_lengths) + 2))
-    found: dict[str, Any] = {}
     setup.tell(f"engines with {seqs} sequences start")
     with Fleet(decode.specs(setup, looped, base, seqs, works), setup.folder) as fleet:
-        found["engines"] = {
+        report["engines"] = {
             **report.get("engines", {}),
             str(seqs): {
                 name: {**spec.to_dict(), **fleet.about[name]} for name, spec in fleet.specs.items()
@@ -78,10 +92,10 @@ def _with_fleet(
         if "decode" in wanted:
             setup.tell(f"decode: {seqs} sequences")
             seconds = setup.seconds(SHARES["decode"]) / len(plan.seqs)
-            found["decode"] = [*report["decode"], decode.measure(setup, fleet, seqs, seconds)]
+            report["decode"].append(decode.measure(setup, fleet, seqs, seconds))
         if "sweep" in wanted:
             setup.tell("sweep: batches and mean depths")
-            found["sweep"] = sweep.measure(
+            report["sweep"] = sweep.measure(
                 setup, fleet, seqs, setup.seconds(SHARES["sweep"]), report.get("machine_limits")
             )
         for name, work in (("mixed", mixed.mixed_workload), ("long", mixed.long_workload)):
@@ -89,15 +103,14 @@ def _with_fleet(
                 setup.tell(f"{name}: prefill included")
                 seconds = setup.seconds(SHARES[name])
                 rounds = plan.rounds if name == "mixed" else 1  # long ones take minutes each
-                found[name] = mixed.measure(setup, fleet, work(setup), rounds, seconds)
+                report[name] = mixed.measure(setup, fleet, work(setup), rounds, seconds)
         if "cache" in wanted:
             setup.tell("cache: seconds for each token by the answer's length")
-            found["cache"] = cache.measure(setup, fleet, looped, base)
-    return found
+            report["cache"] = cache.measure(setup, fleet, looped, base)
 
 
 def kv_bytes(setup: Setup) -> dict[str, float]:
-    """Bytes of K/V and states for each position: at full depth, and at the mean one."""
+    """Bytes of K/V and states for each position: at full depth, and for each depth."""
     config = ReleasedLoopUSConfig.from_pretrained(setup.folder / "looped")
     layout = layout_of(config, setup.itemsize)
     return {

@@ -80,8 +80,8 @@ def bench(
 ) -> None:
     """Measure engines side by side; ratios with their spread, against ideal and simulation.
 
-    Writes report.json, report.html and report.png. With --compare, exit code 1 where spreads of the
-    two runs do not overlap.
+    Writes report.json, report.html and report.png. Exit code 1 where a section failed and, with
+    --compare, where spreads of the two runs do not overlap.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Stopped from outside, engines and servers are to end too.
@@ -103,7 +103,7 @@ def bench(
                 setup = _setup(plan, only, dtype, minutes, seqs, original, original_python, folder)
             try:
                 found = run(setup, ["vllm-loopus", *sys.argv[1:]])
-            except (WorkerError, RuntimeError, TimeoutError) as error:
+            except WorkerError as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(PROBLEM) from error
     report.write(found, out)
@@ -114,7 +114,9 @@ def bench(
         print_json(found)
     else:
         _print(found, rows, out)
-    if any(row[-1] == "no" for row in rows):
+    for name, reason in found["failed"].items():
+        typer.echo(f"failed: {name}: {reason.splitlines()[-1]}", err=True)
+    if found["failed"] or any(row[-1] == "no" for row in rows):
         raise typer.Exit(PROBLEM)
 
 
