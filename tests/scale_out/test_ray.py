@@ -37,7 +37,7 @@ ENGINE = {
         "convergence_epsilon": RULE[2],
     },
 }
-PATIENCE = 400  # seconds that a start may take on a machine with other work
+PATIENCE = 900  # seconds that a start may take on a machine with other work
 TIMES = 6  # each case, so that there is a middle to kill in
 
 

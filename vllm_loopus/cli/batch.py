@@ -84,7 +84,9 @@ def batch(
             typer.echo(f"\ninterrupted; {goes_on}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except RayError as error:
-            typer.echo(f"error: the engine failed: {error}\n{goes_on}", err=True)
+            reason = str(error).strip().splitlines()[-1]
+            logs = "the cause is in Ray's worker logs (/tmp/ray/session_latest/logs)"
+            typer.echo(f"error: the engine failed: {reason}\n{logs}; {goes_on}", err=True)
             raise typer.Exit(PROBLEM) from error
     mean = round(done.depths / done.tokens, 4) if done.tokens else None
     facts = {
