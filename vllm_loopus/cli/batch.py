@@ -84,7 +84,7 @@ def batch(
             typer.echo(f"\ninterrupted; {goes_on}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().rpartition("\n")[2]
             logs = "the cause is in Ray's worker logs (/tmp/ray/session_latest/logs)"
             typer.echo(f"error: the engine failed: {reason}\n{logs}; {goes_on}", err=True)
             raise typer.Exit(PROBLEM) from error
