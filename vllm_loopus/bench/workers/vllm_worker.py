@@ -163,6 +163,7 @@ def main() -> None:
     engine = Engine()
     commands = (engine.start, engine.begin, engine.advance, engine.result, engine.profile)
     serve({command.__name__: command for command in commands})
+    os._exit(0)  # nothing is left to be kept, and vLLM's own end takes seconds
 
 
 if __name__ == "__main__":
