@@ -1,14 +1,15 @@
 """A small looped model on disk, and one tiny run of the benchmark for all tests of its report."""
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from vllm_loopus.bench.models import SIZES, write_looped
+from vllm_loopus.cli.main import app
 
 # What `original_worker.py` needs of a checkout, over the reference model.
 CHECKOUT = """
@@ -72,15 +73,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of `vllm-loopus bench --plan tiny`."""
     out = tmp_path_factory.mktemp("results")
-    command = [
-        *(sys.executable, "-m", "vllm_loopus.cli", "bench", "--plan", "tiny", "--out", str(out)),
-        *("--only", "machine,decode,sweep,mixed,cache,uneven", "--original", str(checkout)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    handler = signal.getsignal(signal.SIGTERM)
+    arguments = ["--plan", "tiny", "--only", "decode,sweep,mixed", "--out", str(out)]
+    done = CliRunner().invoke(app, ["bench", *arguments])
+    signal.signal(signal.SIGTERM, handler)
+    assert done.exit_code == 0, done.stderr[-3000:]
     (out / "printed").write_text(done.stdout)
     return out
 

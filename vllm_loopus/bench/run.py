@@ -10,8 +10,6 @@ from vllm_loopus.bench.fleet import Fleet
 from vllm_loopus.bench.models import write_base, write_looped
 from vllm_loopus.bench.sections import cache, decode, machine, mixed, quality, served, sweep, uneven
 from vllm_loopus.bench.setup import Setup, about
-from vllm_loopus.config import ReleasedLoopUSConfig
-from vllm_loopus.serving.summary import layout_of
 
 FORMAT, VERSION = "vllm-loopus bench", 1
 # Of the plan's time.
@@ -32,7 +30,6 @@ def run(setup: Setup, command: Sequence[str]) -> dict[str, Any]:
     threshold = write_looped(plan.model, looped, setup.dtype, plan.mean, plan.seed)
     write_base(plan.model, base)
     report["threshold"] = threshold
-    report["kv_bytes_a_token"] = kv_bytes(setup)
     report["decode"] = []
     for seqs in plan.seqs:
         with _failures_noted(setup, report, f"engines with {seqs} sequences"):
@@ -88,6 +85,13 @@ def _with_fleet(setup: Setup, seqs: int, looped: Any, base: Any, report: dict[st
                 name: {**spec.to_dict(), **fleet.about[name]} for name, spec in fleet.specs.items()
             },
         }
+        report["kv_bytes_a_token"] = fleet.about[plan.policies[0]]["kv_bytes"] | {
+            "base": 2
+            * plan.model.layers
+            * plan.model.kv_heads
+            * plan.model.head_size
+            * setup.itemsize
+        }
         fleet.warm_up(setup.generator.decode(plan.seed, seqs, plan.prompt, 2))
         if "decode" in wanted:
             setup.tell(f"decode: {seqs} sequences")
@@ -109,19 +113,9 @@ def _with_fleet(setup: Setup, seqs: int, looped: Any, base: Any, report: dict[st
             report["cache"] = cache.measure(setup, fleet, looped, base)
 
 
-def kv_bytes(setup: Setup) -> dict[str, float]:
-    """Bytes of K/V and states for each position: at full depth, and for each depth."""
-    config = ReleasedLoopUSConfig.from_pretrained(setup.folder / "looped")
-    layout = layout_of(config, setup.itemsize)
-    return {
-        "full_depth": layout.allocated(config.max_loops),
-        "each_depth": layout.block_bytes_per_token,
-        "base": setup.plan.model.layers * layout.encoder,
-    }
-
-
 def _off_rate(report: dict[str, Any]) -> float:
     """Tokens a second with early exit off, of the largest batch; a guess where not measured."""
     if not report["decode"]:
         return 10.0
-    return float(median(report["decode"][-1]["rates"]["exact off"]))
+    policies = report["plan"]["policies"]
+    return float(median(report["decode"][-1]["rates"][f"{policies[0]} off"]))

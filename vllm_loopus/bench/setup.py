@@ -37,6 +37,8 @@ class Plan:
     mean: float = 3.0
     seed: int = 0
     rounds: int = 3  # at least
+    policies: tuple[str, ...] = POLICIES
+    eager_base: bool = False  # not compiled, which vLLM does with the base by default
     sweep_batches: tuple[int, ...] = (1, 4, 16)
     sweep_means: tuple[float, ...] = (2.0, 3.0, 5.0, 8.0)
     sweep_tokens: int = 6
@@ -91,6 +93,8 @@ TINY = replace(
     seqs=(4,),
     tokens=4,
     rounds=2,
+    policies=POLICIES[:1],
+    eager_base=True,
     sweep_batches=(1, 4),
     sweep_tokens=2,
     mixed_requests=6,
@@ -104,7 +108,7 @@ TINY = replace(
     quality_items=1,
     served_requests=4,
     served_answer=4,
-    sections=tuple(name for name in ALL if name not in ("long", "served")),
+    sections=("machine", "decode", "sweep", "mixed"),
 )
 PLANS = {plan.name: plan for plan in (FULL, QUICK, TINY)}
 
@@ -154,7 +158,7 @@ class Setup:
         if self.device == "cuda":  # others are there too; the K/V's size is said above
             options["gpu_memory_utilization"] = GPU_SHARE
         if kind == "base":
-            options["load_format"] = "dummy"
+            options |= {"load_format": "dummy", "enforce_eager": self.plan.eager_base}
         return EngineSpec(name, kind, model, loopus, options)
 
     def _kv_bytes(self, kind: str, seqs: int, workloads: Sequence[Workload]) -> int:

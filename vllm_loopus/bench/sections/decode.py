@@ -9,7 +9,7 @@ from vllm_loopus.bench.costs import counts, fit, ideal_rate, shares, simulated, 
 from vllm_loopus.bench.fleet import Cell, Fleet, Timed
 from vllm_loopus.bench.policy import Policy
 from vllm_loopus.bench.ratios import Ratio
-from vllm_loopus.bench.setup import POLICIES, Setup
+from vllm_loopus.bench.setup import Setup
 from vllm_loopus.bench.workloads import Workload
 
 
@@ -24,15 +24,15 @@ def measure(setup: Setup, fleet: Fleet, seqs: int, seconds: float) -> dict[str, 
     work = workload_of(setup, seqs)
     fixed = work.at_depth(setup.plan.model.max_loops)
     # What is compared stands side by side: on and off, off and the plain loop, which are closest.
-    first, second = POLICIES
+    first, *others = setup.plan.policies
     cells = [
         Cell(f"{first} on", first, work),
         Cell(f"{first} off", first, fixed),
         Cell("base", "base", fixed.without_exits()),
         Cell("plain", "plain", fixed),
-        Cell(f"{second} off", second, fixed),
-        Cell(f"{second} on", second, work),
     ]
+    for policy in others:
+        cells += [Cell(f"{policy} off", policy, fixed), Cell(f"{policy} on", policy, work)]
     timed = fleet.rounds(cells, setup.plan.rounds, seconds)
     return {
         "seqs": seqs,
@@ -49,7 +49,7 @@ def measure(setup: Setup, fleet: Fleet, seqs: int, seconds: float) -> dict[str, 
                 ),
                 "profile": shares(fleet.profile(policy, work)),
             }
-            for policy in POLICIES
+            for policy in setup.plan.policies
         ],
         "idle_engines_use": fleet.idle_share,
     }  # fmt: skip
@@ -59,7 +59,7 @@ def _over_base(setup: Setup, timed: Mapping[str, Timed]) -> dict[str, Any]:
     """Early exit off over what the base's throughput makes of the weights that a token meets."""
     model = setup.plan.model
     work = model.looped_weights(model.max_loops) / model.base_weights
-    found = Ratio.over(timed["exact off"].rates, timed["base"].rates)
+    found = Ratio.over(timed[f"{setup.plan.policies[0]} off"].rates, timed["base"].rates)
     return {"work": work, "ratio": found.times(work).to_dict()}
 
 
@@ -130,7 +130,7 @@ def specs(
     """The engines that `measure` and the sections beside it use."""
     ours = [
         setup.engine(policy, "ours", looped, seqs, workloads, kv_policy=policy)
-        for policy in POLICIES
+        for policy in setup.plan.policies
     ]
     own = [workload_of(setup, seqs)]
     return [

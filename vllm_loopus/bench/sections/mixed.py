@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_loopus.bench.fleet import Cell, Fleet, Timed
 from vllm_loopus.bench.ratios import Ratio
-from vllm_loopus.bench.setup import POLICIES, Setup
+from vllm_loopus.bench.setup import Setup
 from vllm_loopus.bench.workloads import Workload
 
 LOAD = 3.0  # arrivals for each request that an engine with early exit off can finish
@@ -37,11 +37,11 @@ def measure(
     fixed = work.at_depth(setup.plan.model.max_loops)
     gap = 0.0
     if any(request.arrival for request in work.requests):
-        alone = fleet.run("exact", fixed)
+        alone = fleet.run(setup.plan.policies[0], fixed)
         gap = alone["seconds"] / len(work.requests)
     cells = [
         Cell(f"{policy} {state}", policy, requests)
-        for policy in POLICIES
+        for policy in setup.plan.policies
         for state, requests in (("off", fixed), ("on", work))
     ]
     timed = fleet.rounds(cells, rounds, seconds, gap=gap)
@@ -60,7 +60,7 @@ def measure(
                 "first_token": _latency(timed, policy, "first_token"),
                 "whole": _latency(timed, policy, "whole"),
             }
-            for policy in POLICIES
+            for policy in setup.plan.policies
         ],
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_loopus.bench.costs import by_rows, pass_at_best
 from vllm_loopus.bench.fleet import Cell, Fleet
-from vllm_loopus.bench.setup import POLICIES, Setup
+from vllm_loopus.bench.setup import Setup
 from vllm_loopus.bench.workloads import Workload
 
 
@@ -29,7 +29,7 @@ def measure(
     plan = setup.plan
     places = [
         (policy, batch, mean)
-        for policy in POLICIES
+        for policy in plan.policies
         for batch in batches(setup, seqs)
         for mean in plan.sweep_means
     ]
@@ -41,7 +41,7 @@ def measure(
     fixed = [
         step
         for (policy, _, mean), cell in zip(places, cells, strict=True)
-        if policy == "exact" and mean >= plan.model.max_loops
+        if policy == plan.policies[0] and mean >= plan.model.max_loops
         for step in timed[cell.name].steps
     ]
     costs = by_rows(fixed)

@@ -48,6 +48,15 @@ class Engine:
             "block_size": config.cache_config.block_size,
             "blocks": config.cache_config.num_gpu_blocks,
             "runner": type(self._probe.runner).__name__,
+            "kv_bytes": self._kv_bytes() if kind == OURS else None,
+        }
+
+    def _kv_bytes(self) -> dict[str, int]:
+        """Of K/V and states of a position: for each depth it reaches, and at the full one."""
+        layout = self._probe.runner.model.planes.layout
+        return {
+            "each_depth": layout.block_bytes_per_token,
+            "full_depth": layout.allocated(layout.max_loops),
         }
 
     def begin(self, requests: list[dict[str, Any]], gap: float = 0.0) -> None:
@@ -154,6 +163,7 @@ def main() -> None:
     engine = Engine()
     commands = (engine.start, engine.begin, engine.advance, engine.result, engine.profile)
     serve({command.__name__: command for command in commands})
+    os._exit(0)  # nothing is left to be kept, and vLLM's own end takes seconds
 
 
 if __name__ == "__main__":
