@@ -36,6 +36,7 @@ from vllm_loopus.bench.setup import (
     default_dtype,
 )
 from vllm_loopus.bench.workers.vllm_worker import OURS, PLAIN
+from vllm_loopus.files import write_text
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def main() -> None:
                 report["runs"].append(row)
                 print(told(row), flush=True)
     if args.write:
-        args.write.write_text(json.dumps(report, indent=1))
+        write_text(args.write, json.dumps(report, indent=1))
 
 
 def measure(setup: Setup, looped: Path, seqs: int, policy: str, args: Any) -> dict[str, Any]:

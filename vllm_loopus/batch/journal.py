@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vllm_loopus.files import complete_file
+
 FORMAT = 1
 SUFFIX = ".partial"
 
@@ -71,8 +73,7 @@ class Journal:
         if missing or len(self) != rows:
             raise RuntimeError(f"{len(missing)} of {rows} rows have no answer: {missing[:10]}")
         self.sync()
-        scratch = self.output.with_name(f".{self.output.name}.new")
-        with scratch.open("wb") as output:
+        with complete_file(self.output) as unfinished, unfinished.open("wb") as output:
             for index in range(rows):
                 offset, length = self._places[index]
                 self._lines.seek(offset)
@@ -80,7 +81,6 @@ class Journal:
                 output.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
             output.flush()
             os.fsync(output.fileno())
-        os.replace(scratch, self.output)
         self.file.unlink()
 
     def _read(self, identity: dict[str, Any]) -> None:

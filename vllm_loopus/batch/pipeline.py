@@ -35,7 +35,6 @@ class Work:
     """
 
     model: str
-    served_name: str
     tokenizer: str
     engine_args: dict[str, Any]
     replicas: int

@@ -97,9 +97,7 @@ def read_rows(file: Path, limits: Limits) -> Iterator[Row]:
                 continue
             try:
                 row = parse(_json_of(raw), index, limits)
-            except VLLMClientError as error:
-                raise RowError(f"{file}, line {line}: {error}") from error
-            except ValueError as error:
+            except (VLLMClientError, ValueError) as error:
                 raise RowError(f"{file}, line {line}: {error}") from error
             name = row.echo.get("custom_id")
             if name is not None and first_line.setdefault(name, line) != line:

@@ -149,7 +149,6 @@ def _results(
     args = options.engine_args
     work = pipeline.Work(
         model=options.target,
-        served_name=options.model,
         tokenizer=limits.model_config.tokenizer,
         engine_args=args,
         replicas=options.replicas,

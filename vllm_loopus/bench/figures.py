@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_loopus.bench.ratios import Ratio
+from vllm_loopus.files import write_text
 
 MARKERS = ("<!-- bench:start -->", "<!-- bench:end -->")
 # Of the published size on two cores, by policy and sequences.
@@ -169,7 +170,7 @@ def write_into(file: Path, report: Mapping[str, Any]) -> None:
     if not 0 <= start < end:
         raise ValueError(f"{file} has no lines {' and '.join(MARKERS)} to put the table between")
     inside = f"{MARKERS[0]}\n{markdown(report)}\n"
-    file.write_text(text[:start] + inside + text[end:])
+    write_text(file, text[:start] + inside + text[end:])
 
 
 def agreement(report: Mapping[str, Any], other: Mapping[str, Any]) -> Sequence[Sequence[str]]:

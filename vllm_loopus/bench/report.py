@@ -12,17 +12,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vllm_loopus.bench.figures import HEADS, STATES, figures, headline
 from vllm_loopus.bench.pictures import draw
 from vllm_loopus.bench.run import FORMAT
+from vllm_loopus.files import complete_file, write_text
 
 JSON, PAGE, PICTURE = "report.json", "report.html", "report.png"
 
 
 def write(report: Mapping[str, Any], folder: Path) -> None:
+    """Each file complete or not at all. Raises `OSError` naming it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(json.dumps(report, indent=1))
+    write_text(folder / JSON, json.dumps(report, indent=1))
     picture = io.BytesIO()
     draw(report).savefig(picture, format="png", dpi=110)
-    (folder / PICTURE).write_bytes(picture.getvalue())
-    (folder / PAGE).write_text(page(report, picture.getvalue()))
+    with complete_file(folder / PICTURE) as unfinished:
+        unfinished.write_bytes(picture.getvalue())
+    write_text(folder / PAGE, page(report, picture.getvalue()))
 
 
 def read(folder: Path) -> dict[str, Any]:

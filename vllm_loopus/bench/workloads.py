@@ -104,14 +104,6 @@ class Generator:
             requests.append(Request(self._prompt(rng, length), tokens, exits))
         return Workload("long", requests)
 
-    def uneven(self, seed: int, count: int, longest_prompt: int, longest_answer: int) -> Workload:
-        """All at once, uneven prompts and answers, no depths: for the head's own choice."""
-        rng = np.random.default_rng(seed)
-        prompts = rng.integers(4, longest_prompt + 1, count)
-        answers = rng.integers(2, longest_answer + 1, count)
-        pairs = zip(prompts, answers, strict=True)
-        return Workload("uneven", [Request(self._prompt(rng, p), int(a)) for p, a in pairs])
-
     def _prompt(self, rng: Any, length: int) -> list[int]:
         tokens: list[int] = rng.integers(FIRST_TOKEN, self._vocabulary, length).tolist()
         return tokens

@@ -41,7 +41,7 @@ class BenchDtype(StrEnum):
 def bench(
     plan: Annotated[
         BenchPlan,
-        typer.Option(help="quick: about 10 minutes on two cores; tiny: a small model, to try it."),
+        typer.Option(help="quick: about 20 minutes on two cores; tiny: a small model, to try it."),
     ] = BenchPlan.FULL,
     only: Annotated[
         str | None, typer.Option(help="Sections with commas: machine, decode, sweep, mixed, ...")

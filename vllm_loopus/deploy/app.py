@@ -10,6 +10,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.files import write_text
 from vllm_loopus.serving.knobs import EngineOptions
 
 APP, GUIDE = "app.yaml", "README.md"
@@ -42,7 +43,6 @@ class Deployment:
     max_ongoing: int = 256
     max_queued: int = -1
     default_tokens: int = 256
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def check(deployment: Deployment) -> None:
@@ -108,8 +108,6 @@ def application(deployment: Deployment, config: LoopUSConfig) -> dict[str, Any]:
         engine["placement_group_config"] = {"bundle_per_worker": {"CPU": deployment.cpus}}
     if deployment.accelerator is not None:
         engine["accelerator_type"] = deployment.accelerator
-    if deployment.environment:
-        engine["runtime_env"] = {"env_vars": deployment.environment}
     return {
         "http_options": {"host": deployment.host, "port": deployment.port},
         "applications": [
@@ -137,5 +135,5 @@ def write(deployment: Deployment, config: LoopUSConfig, out: Path) -> list[Path]
     guide = templates.get_template("README.md.j2").render(deployment=deployment, app=APP)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in ((APP, content), (GUIDE, guide)):
-        (out / name).write_text(text)
+        write_text(out / name, text)
     return [out / APP, out / GUIDE]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+from vllm_loopus.serving.knob_names import TOKEN_LIMITS
 
 
 def loop_budget(

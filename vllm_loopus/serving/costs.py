@@ -64,6 +64,10 @@ class StepClock:
             self._passes.add(rows, taken)
         self._last = None if idle else (sum(seconds), tokens)
 
+    def pause(self) -> None:
+        """The time until the next step is not ours, as after an idle one."""
+        self._last = None
+
     def costs(self) -> StepCosts | None:
         """What has been learned; None while it is not enough."""
         per_pass, per_boundary = self._passes.fixed, self._boundaries.fixed

@@ -15,7 +15,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.serving.answers import DepthRecorder, FailureReason, mark
 from vllm_loopus.serving.depths import exit_depths
-from vllm_loopus.serving.knob_names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS
+from vllm_loopus.serving.knob_names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS, TOKEN_LIMITS
 from vllm_loopus.serving.knobs import EngineOptions, KnobError, check_names, check_request
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ else:
     GenerateBaseServing = object
 
 SHUTTING_DOWN = "the server is shutting down and takes no new requests; send it to another one"
-TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
 DRAINING = "loopus_draining"  # attribute of an engine client: it has been told to shut down
 RECORDER = "_loopus_recorder"  # attribute of a context of the Responses API
 

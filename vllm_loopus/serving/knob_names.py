@@ -25,6 +25,7 @@ OF_THE_CHECKPOINT = (
     "confidence_input",
 )
 OF_THE_ENGINE = ("kv_policy", "prefill_depth", "exit_quorum")
+TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
 SIMILARITY = 0.8
 LOOPISH = re.compile(r"loop|(?<![a-z])exits?(?![a-z])")
 

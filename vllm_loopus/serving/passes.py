@@ -103,9 +103,8 @@ class PagedExecutor:
         ran = self._regions.reasoning(layout, self._previous_states(layout), through)
         state, (update, new_state) = ran.rows, ran.outputs
         self._states.write(ran.slots, new_state)
-        if through is not None:
-            repeated = self._tensor(through.rows)
-            self._states.write(self._tensor(through.slots), new_state[repeated])
+        if ran.repeated is not None and ran.more_slots is not None:
+            self._states.write(ran.more_slots, new_state[ran.repeated])
         self._verdicts.watch(rows, layout.offsets, new_state)
         if not deciding:
             return []

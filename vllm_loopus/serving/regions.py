@@ -34,7 +34,8 @@ PADDED_ROWS = "VLLM_LOOPUS_PADDED_ROWS"  # row counts: pads, but captures nothin
 
 @dataclass
 class Ran:
-    """What a region gave: `outputs` [T, ...] each, the input rows `rows` [T, ...] and their slots.
+    """What a region gave: `outputs` [T, ...] each, the input rows `rows` [T, ...] and their slots;
+    `repeated` [M] and `more_slots` [M] of rows that go to other depths too (`Through`).
 
     With graphs all of it lies in buffers that the next call of any region overwrites.
     """
@@ -42,6 +43,8 @@ class Ran:
     outputs: tuple[torch.Tensor, ...]
     rows: torch.Tensor
     slots: torch.Tensor
+    repeated: torch.Tensor | None = None
+    more_slots: torch.Tensor | None = None
 
 
 class Region:
@@ -86,12 +89,12 @@ class Region:
             batch = self._padding.fill(size, layout, through)
             given = self._padding.write_rows(size, rows)
             outputs = self._padded(size, batch, given, extra)
-            return self._ran(outputs, given[: len(rows)], batch.slots, len(rows))
+            return self._ran(outputs, given[: len(rows)], batch, through)
         batch = RowBatch.of(layout, through, self._device)
         extra = (None if wanted is None else to_device(wanted, self._device),)
         with self._attention.over(batch, self._names):
             outputs = self._run(rows, batch.positions, *(extra if self._selects else ()))
-        return self._ran(outputs, rows, batch.slots, len(rows))
+        return self._ran(outputs, rows, batch, through)
 
     def _padded(
         self,
@@ -105,9 +108,16 @@ class Region:
         with self._attention.over(batch, self._names, size, capturing):
             return self._graph(given, batch.positions, *extra)
 
-    def _ran(self, outputs: Any, rows: torch.Tensor, slots: torch.Tensor, count: int) -> Ran:
+    def _ran(
+        self, outputs: Any, rows: torch.Tensor, batch: RowBatch, through: Through | None
+    ) -> Ran:
         several = outputs if isinstance(outputs, tuple) else (outputs,)
-        return Ran(tuple(output[:count] for output in several), rows, slots[:count])
+        ran = Ran(tuple(output[: len(rows)] for output in several), rows, batch.slots[: len(rows)])
+        if through is not None:
+            assert batch.repeated is not None
+            ran.repeated = batch.repeated[: len(through.rows)]
+            ran.more_slots = batch.slots[len(batch) :][: len(through.slots)]
+        return ran
 
     def capture(self, takes_ids: bool) -> int:
         """Captures all sizes, each after a run without; the number of graphs."""

@@ -62,7 +62,7 @@ class Probe:
     def resume(self) -> None:
         """Time has passed that was not the engine's: its own clock is not to learn from it."""
         if (clock := getattr(self.scheduler, "_clock", None)) is not None:
-            clock._last = None
+            clock.pause()
 
     def _read(self, scheduled: Any, output: Any) -> Any:
         loop = getattr(output, "loop", None)
