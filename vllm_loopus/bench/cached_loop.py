@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache
 
 from vllm_loopus.modeling.blocks import LayerRun, Positions
-from vllm_loopus.modeling.halting import HaltingRule, head_input
-from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.modeling.halting import ExitTracker, HaltingRule
+from vllm_loopus.modeling.model import LoopUSForCausalLM, Pass
 
 
 class CachedLoop:
@@ -36,34 +36,24 @@ class CachedLoop:
     @torch.inference_mode()
     def step(self, *, fixed: bool) -> tuple[torch.Tensor, int]:
         """The next tokens [B], and the depth that all of them went to; `fixed`: the full one."""
-        model, rows = self._model, len(self._next)
+        model = self._model
         end = self._valid.shape[1]
         start = end - self._next.shape[1]
         ids = (self._valid.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
         embedded = model.get_input_embeddings()(self._next)
         state = self._run(model.encoder, embedded, ids, 0, start)
-        left = torch.zeros(rows, dtype=torch.bool, device=self._device)
-        chosen, survival = state, torch.ones(rows, device=self._device)
-        depth = 0
+        exits = ExitTracker(self._rule, len(self._next), self._device)
+        chosen, depth = state, 0
         for depth in range(1, model.config.max_loops + 1):
             update = self._run(model.reasoning, state, ids, depth, start)
-            before, state = state, model.reasoning.gate(update, state)
-            ends = (update[:, -1], before[:, -1], state[:, -1])
-            leaves, survival = self._rule.leaves(
-                depth,
-                confidence=model.confidence(
-                    head_input(model.config.confidence_input, *ends)
-                ).float(),
-                step_length=torch.linalg.vector_norm((ends[2] - ends[1]).float(), dim=-1),
-                survival=survival,
-            )
-            if fixed:
-                leaves = torch.full_like(leaves, depth == model.config.max_loops)
-            first = leaves & ~left
-            chosen = torch.where(first[:, None, None], state, chosen)
-            left |= leaves
-            if left.all():
+            one = Pass(depth, state, update, model.reasoning.gate(update, state))
+            state = one.state
+            now = exits.after(depth, **model.judged(one, (slice(None), -1)))
+            chosen = torch.where(now[:, None, None], state, chosen)
+            if not exits.running.any() and not fixed:
                 break
+        if fixed:
+            chosen = state
         hidden = self._layers(model.decoder, chosen, ids, range(end), start, self._decoder)
         tokens = model.decoder.logits(model.decoder.norm(hidden)[:, -1:])[:, -1].argmax(-1)
         self._next = tokens[:, None]

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from vllm_loopus.aliases import CHECKPOINTS
 from vllm_loopus.config import ReleasedLoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
-from vllm_loopus.modeling.halting import head_input
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 
 FIRST_TOKEN = 10  # prompts hold no token below it: the borrowed tokenizer's special ones
@@ -151,13 +150,11 @@ def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
     )
     embedded = model.get_input_embeddings()(ids)
     positions = model.positions(embedded)
-    state = model.encode(embedded, positions)
-    found = []
-    for _ in range(model.config.max_loops):
-        before = state
-        update, state = model.refine(state, positions)
-        seen = head_input(model.config.confidence_input, update, before, state)
-        found.append(model.confidence(seen).float().flatten().numpy())
+    everywhere = (slice(None), slice(None))
+    found = [
+        model.judged(one, everywhere)["confidence"].flatten().numpy()
+        for one in model.passes(model.encode(embedded, positions), positions)
+    ]
     reached = 1 - np.cumprod(1 - np.stack(found), axis=0)  # [N, positions]
     candidates = np.unique(reached.round(6))
     return float(min(candidates, key=lambda each: abs(_mean(reached, each) - mean)))

@@ -87,3 +87,28 @@ class HaltingRule:
         early, survival = self.satisfied(depth, **values)
         depth = torch.as_tensor(depth, device=early.device)
         return (early & (depth >= self.min_loops)) | (depth >= self.max_loops), survival
+
+
+class ExitTracker:
+    """Where each of n tokens leaves, taken along pass by pass. `depths` [n]: 0 while it runs."""
+
+    def __init__(self, rule: HaltingRule, count: int, device: torch.device | None = None) -> None:
+        self._rule = rule
+        self._survival = torch.ones(count, device=device)
+        self.depths = torch.zeros(count, dtype=torch.long, device=device)
+
+    @property
+    def running(self) -> torch.Tensor:
+        """Mask [n] of those that have not left."""
+        return self.depths == 0
+
+    def after(
+        self, depth: int, confidence: torch.Tensor, step_length: torch.Tensor
+    ) -> torch.Tensor:
+        """Mask [n] of those that leave now; takes what `HaltingRule.satisfied` takes."""
+        leaves, self._survival = self._rule.leaves(
+            depth, confidence=confidence, step_length=step_length, survival=self._survival
+        )
+        now = leaves & self.running
+        self.depths = torch.where(now, depth, self.depths)
+        return now

@@ -1,5 +1,6 @@
 """`LoopUSForCausalLM`: the reference model. Uncached and simple, it defines the right answer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vllm_loopus.modeling.checkpoint import (
     raise_if_wrong,
 )
 from vllm_loopus.modeling.gate import SelectiveGate
-from vllm_loopus.modeling.halting import HaltingRule, build_confidence_head, head_input
+from vllm_loopus.modeling.halting import ExitTracker, HaltingRule, build_confidence_head, head_input
 
 
 @dataclass
@@ -41,6 +42,16 @@ class LoopUSOutput(ModelOutput):
     exit_depths: torch.Tensor | None = None
     states: tuple[torch.Tensor, ...] | None = None
     confidences: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Pass r of the reasoning block: `h^{r-1}`, `u^r`, `h^r` of all positions, [B, T, H] each."""
+
+    depth: int
+    before: torch.Tensor
+    update: torch.Tensor
+    state: torch.Tensor
 
 
 class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
@@ -149,6 +160,23 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         update = self.reasoning.run_layers(state, positions)
         return update, self.reasoning.gate(update, state)
 
+    def passes(self, state: torch.Tensor, positions: Positions) -> Iterator[Pass]:
+        """From `h^0` [B, T, H] a pass at a time, all positions, up to `max_loops`."""
+        for depth in range(1, self.config.max_loops + 1):
+            update, refined = self.refine(state, positions)
+            yield Pass(depth, state, update, refined)
+            state = refined
+
+    def judged(self, one: Pass, where: Any) -> dict[str, torch.Tensor]:
+        """What the halting rule reads after a pass at `where`, an index of [B, T], in float32:
+        `confidence`, that is `q`, and `step_length`, that is `||h^r - h^{r-1}||_2`."""
+        update, before, after = one.update[where], one.before[where], one.state[where]
+        seen = head_input(self.config.confidence_input, update, before, after)
+        return {
+            "confidence": self.confidence(seen).float(),
+            "step_length": torch.linalg.vector_norm((after - before).float(), dim=-1),
+        }
+
     def decode(
         self, state: torch.Tensor, positions: Positions, logits_to_keep: int | torch.Tensor = 0
     ) -> torch.Tensor:
@@ -184,41 +212,29 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         positions = self.positions(embedded, attention_mask, position_ids)
         state = self.encode(embedded, positions)
 
-        rule = HaltingRule.from_config(self.config)
         rows = torch.arange(state.shape[0], device=state.device)
         last = _last_valid(attention_mask, state)
-        running = torch.ones_like(rows, dtype=torch.bool)
-        survival = torch.ones(len(rows), device=state.device)
-        exit_depths = torch.zeros_like(rows)
+        exits = ExitTracker(HaltingRule.from_config(self.config), len(rows), state.device)
+        left_with = state
         states, confidences = [state], []
-        for depth in range(1, self.config.max_loops + 1):
-            update, new_state = self.refine(state, positions)
-            before, after = state[rows, last], new_state[rows, last]
-            seen = head_input(self.config.confidence_input, update[rows, last], before, after)
-            confidence = self.confidence(seen).float()
-            leaves, survival = rule.leaves(
-                depth,
-                confidence=confidence,
-                step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
-                survival=survival,
-            )
-            # A row that has left keeps the state it left with.
-            state = torch.where(running[:, None, None], new_state, state)
-            exit_depths = torch.where(running, depth, exit_depths)
-            running = running & ~leaves
-            states.append(state)
-            confidences.append(confidence)
-            if not running.any():
+        for one in self.passes(state, positions):
+            judged = self.judged(one, (rows, last))
+            now = exits.after(one.depth, **judged)
+            left_with = torch.where(now[:, None, None], one.state, left_with)
+            if output_states:
+                states.append(one.state)
+                confidences.append(judged["confidence"])
+            if not exits.running.any():
                 break
 
-        logits = self.decode(state, positions, logits_to_keep)
+        logits = self.decode(left_with, positions, logits_to_keep)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return LoopUSOutput(
             loss=loss,
             logits=logits,
-            exit_depths=exit_depths,
+            exit_depths=exits.depths,
             states=tuple(states) if output_states else None,
             confidences=tuple(confidences) if output_states else None,
         )

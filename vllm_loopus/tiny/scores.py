@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_loopus.modeling.halting import HaltingRule, head_input
+from vllm_loopus.modeling.halting import ExitTracker, HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.tiny.tasks import Item
 
@@ -35,17 +35,11 @@ class Scores:
 
     def exit_depths(self, rule: HaltingRule) -> torch.Tensor:
         """The depth [M] at which every answer leaves by `rule`."""
-        depths = torch.zeros(len(self.items), dtype=torch.long)
-        survival = torch.ones(len(self.items))
-        for depth in range(1, len(self.right) + 1):
-            leaves, survival = rule.leaves(
-                depth,
-                confidence=self.confidences[depth - 1],
-                step_length=self.step_lengths[depth - 1],
-                survival=survival,
-            )
-            depths = torch.where((depths == 0) & leaves, depth, depths)
-        return depths
+        exits = ExitTracker(rule, len(self.items))
+        read = zip(self.confidences, self.step_lengths, strict=True)
+        for depth, (confidence, step_length) in enumerate(read, start=1):
+            exits.after(depth, confidence, step_length)
+        return exits.depths
 
     def at(self, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rightness and losses [M] at one depth an item [M]."""
@@ -103,12 +97,7 @@ def _depths(
         return
     embedded = model.get_input_embeddings()(ids)
     positions = model.positions(embedded)
-    state = model.encode(embedded, positions)
-    for _ in range(model.config.max_loops):
-        before = state[rows, last]
-        update, state = model.refine(state, positions)
-        after = state[rows, last]
-        read = head_input(model.config.confidence_input, update[rows, last], before, after)
-        step_length = torch.linalg.vector_norm((after - before).float(), dim=-1)
-        logits = model.decode(state, positions)[rows, last]
-        yield logits, model.confidence(read).float(), step_length
+    for one in model.passes(model.encode(embedded, positions), positions):
+        judged = model.judged(one, (rows, last))
+        logits = model.decode(one.state, positions)[rows, last]
+        yield logits, judged["confidence"], judged["step_length"]

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.halting import head_input
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace.tokens import Vocabulary
 
@@ -119,22 +118,19 @@ def depth_values(
     embedded = model.encoder.embed_tokens(sequence)
     positions = model.positions(embedded)
     state = model.encode(embedded, positions)
-    states, decoded, confidence, gate_mean = [state[0, asked]], [], [], []
-    for _ in range(model.config.max_loops):
-        update, new_state = model.refine(state, positions)
-        before, after, moved = state[0, asked], new_state[0, asked], update[0, asked]
+    states, decoded, judged, gate_mean = [state[0, asked]], [], [], []
+    for one in model.passes(state, positions):
+        before, after, moved = (h[0, asked] for h in (one.before, one.state, one.update))
         gate_mean.append(model.reasoning.gate.coefficient(moved, before).float().mean(-1))
-        seen = head_input(model.config.confidence_input, moved, before, after)
-        confidence.append(model.confidence(seen).float())
-        decoded.append(model.decoder.norm(model.decoder.run_layers(new_state, positions))[0, asked])
+        judged.append(model.judged(one, (0, asked)))
+        decoded.append(model.decoder.norm(model.decoder.run_layers(one.state, positions))[0, asked])
         states.append(after)
-        state = new_state
     every = torch.stack(states).float()
     return DepthValues(
         states=every.cpu(),
-        confidence=torch.stack(confidence).cpu(),
+        confidence=torch.stack([one["confidence"] for one in judged]).cpu(),
         gate_mean=torch.stack(gate_mean).cpu(),
-        step_length=torch.linalg.vector_norm(every[1:] - every[:-1], dim=-1).cpu(),
+        step_length=torch.stack([one["step_length"] for one in judged]).cpu(),
         distance_to_last=torch.linalg.vector_norm(every[1:] - every[-1], dim=-1).cpu(),
         **_said(model, torch.stack(decoded), torch.tensor(answer, device=model.device), top),
     )

@@ -13,7 +13,7 @@ import torch
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.blocks import Positions
-from vllm_loopus.modeling.halting import HaltingRule, head_input
+from vllm_loopus.modeling.halting import ExitTracker, HaltingRule, head_input
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.training.objective import (
     Counts,
@@ -189,38 +189,26 @@ def measure_by_depth(
     config's halting rule, decoded at that depth as served: `exit_depth`, `exit_accuracy` and
     `exit_loss`, a number each.
     """
-    rule = HaltingRule.from_config(model.config)
     embedded = model.encoder.embed_tokens(input_ids)
     positions = model.positions(embedded, None, position_ids)
-    state = model.encode(embedded, positions)
     where = labelled.where
-    running = torch.ones_like(where, dtype=torch.bool)
-    survival = torch.ones_like(where, dtype=torch.float32)
+    row, column = where // input_ids.shape[1], where % input_ids.shape[1]
+    exits = ExitTracker(HaltingRule.from_config(model.config), len(where), where.device)
     at_exit = {
-        name: survival.new_zeros(()) for name in ("exit_depth", "exit_accuracy", "exit_loss")
+        name: torch.zeros((), device=where.device)
+        for name in ("exit_depth", "exit_accuracy", "exit_loss")
     }
     by_depth: dict[str, list[torch.Tensor]] = {"loss": [], "accuracy": [], "confidence": []}
-    for depth in range(1, model.config.max_loops + 1):
-        update, new_state = model.refine(state, positions)
-        before, after = (h.flatten(0, 1)[where] for h in (state, new_state))
-        state = new_state
-        logits = logits_at(model, state, positions, where)
+    for one in model.passes(model.encode(embedded, positions), positions):
+        judged = model.judged(one, (row, column))
+        logits = logits_at(model, one.state, positions, where)
         losses = token_losses(logits, labelled.targets)
         right = (logits.argmax(-1) == labelled.targets).float()
-        moved = update.flatten(0, 1)[where]
-        seen = head_input(model.config.confidence_input, moved, before, after)
-        confidence = torch.sigmoid(confidence_logits(model, seen))
-        leaves, survival = rule.leaves(
-            depth,
-            confidence=confidence,
-            step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
-            survival=survival,
-        )
-        now = running & leaves
-        running = running & ~leaves
-        at_exit["exit_depth"] += depth * now.sum()
+        now = exits.after(one.depth, **judged)
+        at_exit["exit_depth"] += one.depth * now.sum()
         at_exit["exit_accuracy"] += (right * now).sum()
         at_exit["exit_loss"] += (losses * now).sum()
-        for name, values in (("loss", losses), ("accuracy", right), ("confidence", confidence)):
+        found = {"loss": losses, "accuracy": right, "confidence": judged["confidence"]}
+        for name, values in found.items():
             by_depth[name].append(values.sum())
     return {**{name: torch.stack(sums) for name, sums in by_depth.items()}, **at_exit}

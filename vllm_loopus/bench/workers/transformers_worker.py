@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from vllm_loopus.bench.cached_loop import generate_cached
 from vllm_loopus.bench.workers.channel import serve
-from vllm_loopus.modeling.halting import HaltingRule, head_input
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.trace.exits import exits
+from vllm_loopus.trace.reference import depth_values
 
 LEAST_MARGIN = 1e-4  # of the best logit and of the halting rule: closer ones may go either way
 
@@ -73,50 +75,21 @@ class Reference:
         told.tolist()
         return {"seconds": time.perf_counter() - started}
 
-    @torch.inference_mode()
     def verify(self, prompt: list[int], answer: list[int], threshold: float) -> Any:
-        """How many tokens of an answer are what the uncached model says after the tokens before.
-
-        One pass of prompt and answer to the full depth has all depths: attention is causal.
-        """
-        model = self._model
-        model.config.exit_threshold = threshold
-        rule = HaltingRule.from_config(model.config)
-        ids = torch.tensor([prompt + answer[:-1]], device=model.device)
-        asked = slice(len(prompt) - 1, None)
-        embedded = model.get_input_embeddings()(ids)
-        positions = model.positions(embedded)
-        state = model.encode(embedded, positions)
-        count = len(answer)
-        depths = torch.zeros(count, dtype=torch.long, device=model.device)
-        said, gaps = torch.zeros_like(depths), torch.zeros(count, device=model.device)
-        margins = torch.full((count,), torch.inf, device=model.device)
-        survival = torch.ones(count, device=model.device)
-        for depth in range(1, model.config.max_loops + 1):
-            before = state
-            update, state = model.refine(state, positions)
-            ends = [x[0, asked] for x in (update, before, state)]
-            confidence = model.confidence(head_input(model.config.confidence_input, *ends)).float()
-            step_length = torch.linalg.vector_norm((ends[2] - ends[1]).float(), dim=-1)
-            leaves, survival = rule.leaves(
-                depth, confidence=confidence, step_length=step_length, survival=survival
-            )
-            here = leaves & (depths == 0)
-            undecided = depths == 0
-            judged = 1 - survival if rule.strategy == "cdf" else confidence
-            margins[undecided] = torch.minimum(margins, (judged - threshold).abs())[undecided]
-            depths[here] = depth
-            if here.any():
-                best = model.decode(state, positions)[0, asked].float().topk(2, dim=-1)
-                said[here] = best.indices[:, 0][here]
-                gaps[here] = (best.values[:, 0] - best.values[:, 1])[here]
-        same = said == torch.tensor(answer, device=model.device)
-        sure = (gaps > LEAST_MARGIN) & (margins > LEAST_MARGIN)
+        """How many tokens of an answer are what the uncached model says after the tokens before."""
+        self._model.config.exit_threshold = threshold
+        values = depth_values(self._model, prompt, answer, top=1)
+        rule = HaltingRule.from_config(self._model.config)
+        found = exits(rule, values.confidence, values.step_length)
+        at = (torch.tensor(found.depths) - 1, torch.arange(len(answer)))
+        same = values.top_ids[..., 0][at] == torch.tensor(answer)
+        margins = torch.tensor(found.margins)
+        sure = (values.logit_gap[at] > LEAST_MARGIN) & (margins > LEAST_MARGIN)
         return {
-            "tokens": count,
+            "tokens": len(answer),
             "same": int(same.sum()),
             "different_and_sure": int((~same & sure).sum()),
-            "exit_depths": depths.tolist(),
+            "exit_depths": found.depths,
         }
 
 
