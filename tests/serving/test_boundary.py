@@ -18,8 +18,7 @@ def in_flight(depth: int, **knobs: int) -> LoopedSequence:
     )
     sequence.begin(1, wants_token=True)
     for _ in range(depth):
-        rows = sequence.next_rows()
-        assert rows is not None
+        (rows,) = sequence.next_rows()
         sequence.advance(rows)
     return sequence
 

@@ -8,12 +8,14 @@ from tests.conftest import BACKBONES, GOLDEN, counter, golden_cases, spy_on_step
 from vllm_loopus import exit_depths
 
 
-def start(make_llm: Any, backbone: str, policy: str = "last_exited", **args: Any) -> Any:
+def start(
+    make_llm: Any, backbone: str, policy: str = "last_exited", prefill: str = "lazy", **args: Any
+) -> Any:
     return make_llm(
         GOLDEN / backbone,
         skip_tokenizer_init=True,
         disable_log_stats=False,
-        additional_config={"loopus": {"kv_policy": policy}},
+        additional_config={"loopus": {"kv_policy": policy, "prefill_depth": prefill}},
         **args,
     )
 
@@ -23,7 +25,12 @@ def generate(llm: Any, prompts: list[list[int]], knobs: list[dict[str, Any]]) ->
 
     sampling = [
         SamplingParams(
-            temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, extra_args=k
+            temperature=0,
+            max_tokens=20,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            extra_args=k,
         )
         for k in knobs
     ]
@@ -55,14 +62,28 @@ def test_alone_as_in_a_batch_and_one_row_a_token(make_llm: Any) -> None:
         steps.clear()
         alone += generate(llm, [case["prompt"]], [knob])
         depths = exit_depths(alone[-1])
-        # The prompt goes as deep as any token; each token after it is one row a depth.
+        # The prompt goes as deep as any token, in passes of theirs; each token after it is one row
+        # a depth.
         assert max(depths[1:]) > depths[0] or case is not cases[0]
         rows = len(case["prompt"]) * max(depths) + sum(depths[1:])
         assert sum(n for step in steps for n in step.passes) == rows
+        assert sum(len(step.passes) for step in steps) == sum(depths)
     together = generate(llm, [c["prompt"] for c in cases], knobs)
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
         assert exit_depths(one) == exit_depths(other)
+
+
+def test_prompts_that_follow_a_token_are_as_if_they_had_gone_first(make_llm: Any) -> None:
+    cases = [c for c in golden_cases("llama") if max(c["depths"][1:]) > c["depths"][0]][:8]
+    knobs = [{"exit_depths": case["depths"]} for case in cases]
+    lazy, full = (
+        generate(start(make_llm, "llama", prefill=prefill), [c["prompt"] for c in cases], knobs)
+        for prefill in ("lazy", "full")
+    )
+    for one, other in zip(lazy, full, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-4)
 
 
 def test_it_is_an_approximation(make_llm: Any) -> None:

@@ -87,14 +87,11 @@ class _Sequence:
 
     def deepen(self) -> int:
         """One pass: the number of rows it takes."""
-        deeper = self.depth + 1
-        if self.takes_over and not self.prefilling:
-            if self.done[deeper] < self.prompt:  # the prompt goes there first, in a pass of its own
-                self.done[deeper] = self.prompt
-                return self.prompt
-            self.depth = deeper
-            return 1
-        self.depth = deeper
+        self.depth = deeper = self.depth + 1
+        if self.takes_over and not self.prefilling:  # the prompt goes along where it has not been
+            rows = max(self.prompt - self.done[deeper], 0) + 1
+            self.done[deeper] = max(self.prompt, self.done[deeper])
+            return rows
         rows = self.end - self.done[deeper]
         self.done[deeper] = self.end
         return rows

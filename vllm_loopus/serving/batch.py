@@ -183,10 +183,14 @@ class LoopedBatch:
 
     def _wanted(self, sequence: LoopedSequence) -> int:
         """Blocks of deeper planes that the sequence is certain to need for its next pass."""
-        rows = sequence.next_rows()
-        if rows is not None:
-            rows.end = min(rows.end, rows.start + self._row_budget)
-            return len(self._tables.missing(rows))
+        if parts := sequence.next_rows():
+            budget, missing = self._row_budget, set()
+            for rows in parts:
+                rows.end = min(rows.end, rows.start + budget)
+                budget -= len(rows)
+                if len(rows):
+                    missing.update(self._tables.missing(rows))
+            return len(missing)
         if sequence.in_flight or not sequence.takes_over or sequence.done[0] < sequence.prefill_end:
             return 0
         # The next token writes to all planes in its first pass.

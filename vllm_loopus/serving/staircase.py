@@ -127,15 +127,16 @@ class LoopedSequence:
             return min(self.knobs.min_loops, self.max_depth)
         return self.max_depth if self.exit_depth is None else self.exit_depth
 
-    def next_rows(self) -> Rows | None:
-        """What the next pass has to compute; None when there is nothing to refine."""
+    def next_rows(self) -> list[Rows]:
+        """What the next pass has to compute, in order; nothing when there is nothing to refine."""
         if not self.in_flight or self.depth >= self.target:
-            return None
-        depth = self.depth + 1
-        end = self.done[0]
+            return []
+        depth, end = self.depth + 1, self.done[0]
         if self.takes_over and self.done[depth] < self.prefill_end < end:
-            end = self.prefill_end
-        return Rows(self, depth, self.done[depth], end)
+            # One pass does for both: a layer writes the K/V of all rows before any of them attends.
+            prompt = Rows(self, depth, self.done[depth], self.prefill_end)
+            return [prompt, Rows(self, depth, end - 1, end)]
+        return [Rows(self, depth, self.done[depth], end)]
 
     def advance(self, rows: Rows) -> None:
         """`rows` have K/V and state at their depth now."""
@@ -170,7 +171,7 @@ class LoopedSequence:
     @property
     def refined(self) -> bool:
         """Whether the positions in flight need no further pass."""
-        return self.in_flight and self.next_rows() is None
+        return self.in_flight and not self.next_rows()
 
     def rows_to_decode(self) -> list[Rows]:
         """What the decoder needs for the newest position's token, in order."""

@@ -4,7 +4,7 @@ Plain control flow over an executor that does the computing; the property tests 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -120,21 +120,17 @@ def _run_pass(
 
     New positions come first and are never put off, for `h^0` is not kept.
     """
-    wanted = [rows for sequence in order if (rows := sequence.next_rows()) is not None]
-    batch = [rows for rows in wanted if rows.depth == 1]
-    deeper = [rows for rows in wanted if rows.depth > 1]
+    wanted = [parts for sequence in order if (parts := sequence.next_rows())]
+    batch = [rows for parts in wanted for rows in parts if rows.depth == 1]
+    deeper = [parts for parts in wanted if parts[0].depth > 1]
     budget -= sum(map(len, batch))
     assert budget >= 0, "new positions exceed the row budget"
     for rows in batch:
         room = executor.make_room(rows)
         assert room == len(rows), "blocks of new positions are promised"
-    for rows, share in zip(deeper, _shares([len(rows) for rows in deeper], budget), strict=True):
-        rows.end = rows.start + share
-        room = executor.make_room(rows) if share else 0
-        rows.sequence.stalled = room < share
-        rows.end = rows.start + room
-        if room:
-            batch.append(rows)
+    shares = _shares([sum(map(len, parts)) for parts in deeper], budget)
+    for parts, share in zip(deeper, shares, strict=True):
+        batch += _with_room(parts, share, executor)
     if not batch:
         return False
     deciding = [i for i, rows in enumerate(batch) if rows.newest and rows.sequence.undecided]
@@ -152,6 +148,21 @@ def _run_pass(
         rows.sequence.decide(rows.depth, leaving)
         rule.observe(rows.sequence, rows.depth)
     return True
+
+
+def _with_room(parts: Sequence[Rows], share: int, executor: StepExecutor) -> Iterator[Rows]:
+    """Of a sequence's rows, from the first, as many as its share and the free blocks hold."""
+    for rows in parts:
+        wanted = rows.end
+        rows.end = min(wanted, rows.start + share)
+        share -= len(rows)
+        room = executor.make_room(rows) if len(rows) else 0
+        rows.sequence.stalled = room < len(rows)
+        rows.end = rows.start + room
+        if room:
+            yield rows
+        if rows.end < wanted:
+            return  # what comes after attends to all of it
 
 
 def _decode(
