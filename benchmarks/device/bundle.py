@@ -3,8 +3,9 @@
     python benchmarks/device/bundle.py pack OUT [--wheels FOLDER] [--piece MIB]
     python OUT/bundle.py unpack OUT TARGET        # there; checks every byte first
 
-The pieces hold the package, the benchmarks, the golden answers, and the wheels given (vLLM and
-what it needs, where the machine has none). `OUT` holds this file too.
+The pieces hold the package with what vLLM finds its plugin by, the benchmarks, the golden answers,
+and the wheels given (vLLM and what it needs, where the machine has none). `OUT` holds this file
+too.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "bundle.json"
+PACKAGE = "vllm-loopus"
 CONTENTS = ("vllm_loopus", "benchmarks", "tests", "pyproject.toml", "README.md", "LICENSE")
 GOLDEN = Path("shared/golden")
 LEFT_OUT = ("__pycache__", ".ruff_cache", ".mypy_cache", ".pytest_cache")
@@ -79,6 +82,10 @@ def pack(out: Path, wheels: "Path | None", piece: int) -> dict:
     with tarfile.open(fileobj=pieces, mode="w|gz") as archive:
         for name in CONTENTS:
             archive.add(ROOT / name, f"repository/{name}", filter=wanted)
+        for name, text in distribution().items():
+            entry = tarfile.TarInfo(f"repository/{name}")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
         archive.add(golden, f"{GOLDEN}", filter=wanted)
         for wheel in sorted(wheels.glob("*.whl")) if wheels else ():
             archive.add(wheel, f"wheels/{wheel.name}")
@@ -90,6 +97,23 @@ def pack(out: Path, wheels: "Path | None", piece: int) -> dict:
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
     shutil.copy(__file__, out / "bundle.py")
     return manifest
+
+
+def distribution() -> "dict[str, bytes]":
+    """The `dist-info` of the installed package, by path: vLLM looks for plugins in entry points,
+    which a folder of sources on `PYTHONPATH` has not. Raises `SystemExit` where it is missing."""
+    try:
+        found = metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError:
+        raise SystemExit(f"{PACKAGE} is not installed here: pip install -e .") from None
+    folder = f"{PACKAGE.replace('-', '_')}-{found.version}.dist-info"
+    files = {}
+    for name in ("METADATA", "entry_points.txt"):
+        text = found.read_text(name)
+        if not text:
+            raise SystemExit(f"{PACKAGE} is installed without {name}: pip install -e .")
+        files[f"{folder}/{name}"] = text.encode()
+    return files
 
 
 def wanted(entry: tarfile.TarInfo) -> "tarfile.TarInfo | None":

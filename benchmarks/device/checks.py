@@ -4,8 +4,9 @@
     python benchmarks/device/checks.py --tiny             # to its last step on a CPU, small
 
 Each check is a process of its own with a time limit; one that fails, or runs out of time, does not
-keep the next from running. The file is written after each, with date and machine. What each check
-measures is in `measures.py`; `README.md` says how to read the numbers.
+keep the next from running. The file is written after each, with date and machine; `--only NAME`
+replaces that check alone in a file that is there. What each check measures is in `measures.py`;
+`README.md` says how to read the numbers.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def speedup(
 
 
 def run(check: Check, limit: float) -> dict[str, Any]:
-    """What came of a check: `status` is passed, failed, timeout or skipped."""
+    """What came of a check: `status` is passed, failed, timeout or skipped. A result that cannot
+    be read fails its check, `why` says how."""
     if limit < 5:
         return {"name": check.name, "status": "skipped", "why": "no time left"}
     with tempfile.TemporaryDirectory() as folder:
@@ -98,9 +100,13 @@ def run(check: Check, limit: float) -> dict[str, Any]:
             "seconds": round(time.monotonic() - started, 1),
             "limit": round(limit, 1),
         }
-        result = json.loads(told.read_text()) if told.is_file() else None
-        if result is not None and is_speedup:
-            result = against_ideal(result)
+        try:
+            result = json.loads(told.read_text()) if told.is_file() else None
+            if result is not None and is_speedup:
+                result = against_ideal(result)
+        except Exception as error:  # of a script that has changed, or was cut off
+            result = None
+            outcome["why"] = f"the result cannot be read: {type(error).__name__}: {error}"
         if code is None:
             return {**outcome, "status": "timeout", "result": result, "log": tail(log)}
         if code != 0 or result is None:
@@ -121,7 +127,10 @@ def environment() -> dict[str, str]:
 
 
 def against_ideal(result: dict[str, Any]) -> dict[str, Any]:
-    """Speed-ups beside the ideal: cost follows the mean exit depth, layer by layer."""
+    """Speed-ups beside the ideal: cost follows the mean exit depth, layer by layer.
+
+    `result`: of `early_exit.py`; its ratios are medians over rounds.
+    """
     encoder, reasoning, decoder = LAYERS
     ideal = (encoder + LOOPS * reasoning + decoder) / (encoder + MEAN * reasoning + decoder)
     return {
@@ -130,9 +139,9 @@ def against_ideal(result: dict[str, Any]) -> dict[str, Any]:
             {
                 "policy": row["policy"],
                 "sequences": row["seqs"],
-                "speedup": round(row["ratio"], 3),
-                "of_ideal": round(row["ratio"] / ideal, 3),
-                "of_simulated": round(row["of_simulated"], 3),
+                "speedup": round(row["on_over_off"]["median"], 3),
+                "of_ideal": round(row["on_over_off"]["median"] / ideal, 3),
+                "of_simulated": round(row["of_simulated"]["median"], 3),
                 "costs_ms": row["costs"],
             }
             for row in result["runs"]
@@ -144,28 +153,62 @@ def tail(log: Path) -> str:
     return log.read_text(errors="replace")[-2000:]
 
 
+def earlier(file: Path, tiny: bool, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks that `file` holds, none where there is no file. Raises `ValueError` for a file
+    that is no report, or of another kind or machine."""
+    if not file.exists():
+        return []
+    try:
+        report = json.loads(file.read_text())
+        checks = {check["name"]: check for check in report["checks"]}
+        same = report["tiny"] == tiny and report["machine"]["gpus"] == machine["gpus"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report of checks; name another file") from error
+    if not same:
+        raise ValueError(f"{file} is of another machine, or of --tiny; name another file")
+    return list(checks.values())
+
+
+def merged(
+    before: list[dict[str, Any]], new: list[dict[str, Any]], names: list[str]
+) -> list[dict[str, Any]]:
+    """Checks by name, the newer of two, in the order of the plan."""
+    found = {check["name"]: check for check in (*before, *new)}
+    return [found[name] for name in dict.fromkeys((*names, *found)) if name in found]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small models; any machine")
-    parser.add_argument("--only", nargs="+", help="names of checks")
+    parser.add_argument("--only", nargs="+", help="names of checks to repeat")
     parser.add_argument("--seconds", type=float, default=580, help="for all checks together")
     parser.add_argument("--write", type=Path, default=Path("device-checks.json"))
     given = parser.parse_args()
+    plan = planned(given.tiny)
+    names = [check.name for check in plan]
+    if unknown := [name for name in given.only or () if name not in names]:
+        parser.error(f"--only {unknown[0]} is no check; there are {', '.join(names)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the check in progress ends too
     machine = probe()
     if not given.tiny and not machine["gpus"]:
         print("no GPU here: nothing would be shown; --tiny runs on a CPU", file=sys.stderr)
         return 2
-    checks = [c for c in planned(given.tiny) if not given.only or c.name in given.only]
-    report: dict[str, Any] = {"tiny": given.tiny, "machine": machine, "checks": []}
+    try:
+        before = earlier(given.write, given.tiny, machine) if given.only else []
+    except ValueError as error:
+        parser.error(str(error))
+    checks = [check for check in plan if not given.only or check.name in given.only]
+    outcomes: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"tiny": given.tiny, "machine": machine}
     deadline = time.monotonic() + given.seconds
     for check in checks:
         outcome = run(check, min(check.seconds, deadline - time.monotonic()))
-        report["checks"].append(outcome)
+        outcomes.append({**outcome, "date": machine["date"]})
+        report["checks"] = merged(before, outcomes, names)
         given.write.write_text(json.dumps(report, indent=1))
         print(f"{outcome['name']:<16} {outcome['status']:<8} {outcome.get('seconds', 0):6.1f} s")
         print(f"    {json.dumps(outcome.get('result'))}"[:600], flush=True)
-    failed = [o["name"] for o in report["checks"] if o["status"] != "passed"]
+    failed = [outcome["name"] for outcome in outcomes if outcome["status"] != "passed"]
     print(f"{given.write}: {len(checks) - len(failed)} of {len(checks)} passed")
     return 1 if failed else 0
 

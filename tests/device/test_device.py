@@ -8,10 +8,15 @@ import os
 import subprocess
 import sys
 import time
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from vllm_loopus.bench.fleet import Timed
+from vllm_loopus.bench.sections.decode import compared
+from vllm_loopus.bench.workloads import Generator
 
 DEVICE = Path(__file__).parents[2] / "benchmarks" / "device"
 sys.path.insert(0, str(DEVICE))  # its programs stand beside one another, as for a bare machine
@@ -31,10 +36,29 @@ def test_the_plan_fits_into_ten_minutes() -> None:
 
 
 def test_the_ideal_counts_layers() -> None:
-    run = {"policy": "last_exited", "seqs": 64, "ratio": 2.05, "of_simulated": 0.97, "costs": {}}
-    told = checks.against_ideal({"runs": [run]})
+    told = checks.against_ideal({"runs": [{"seqs": 2, **speedup_row()}]})
     assert told["ideal"] == 2.562
-    assert told["rows"][0]["of_ideal"] == pytest.approx(0.8)
+    (row,) = told["rows"]
+    assert (row["policy"], row["sequences"], row["speedup"]) == ("last_exited", 2, 2.05)
+    assert row["of_ideal"] == pytest.approx(0.8)
+    assert row["of_simulated"] > 0 and row["costs_ms"]["c0"] > 0
+
+
+def speedup_row() -> dict[str, Any]:
+    """As `benchmarks/early_exit.py` makes it, where exits make it 2.05 times as fast."""
+    work = Generator(vocabulary=100, max_loops=8, mean=3.0).decode(0, 2, 4, 4)
+
+    def timed(passes: int, seconds: float) -> Timed:
+        step = {
+            "rows": [2] * passes, "pass_seconds": [0.01] * passes, "seconds": 0.01 * passes + 0.005,
+            "tokens": 2, "decoder_rows": 0, "running": 2,
+        }  # fmt: skip
+        steps = [step, {**step, "rows": [1] * passes, "tokens": 1, "running": 1}]
+        return Timed([{"tokens": 8, "seconds": seconds, "steps": steps, "peak_blocks": 1}])
+
+    return compared(
+        work, "last_exited", 2, 8, timed(3, 1.0), timed(8, 2.05), None, lazy=False
+    )  # fmt: skip
 
 
 def test_a_failing_check_does_not_stop_the_next(
@@ -42,6 +66,11 @@ def test_a_failing_check_does_not_stop_the_next(
 ) -> None:
     here = tmp_path / "device"
     here.mkdir()
+    (tmp_path / "early_exit.py").write_text(
+        "import json, sys\n"
+        "told = {'runs': json.loads(sys.argv[1])}\n"
+        "open(sys.argv[sys.argv.index('--write') + 1], 'w').write(json.dumps(told))\n"
+    )
     (here / "measures.py").write_text(
         "import json, sys, time\n"
         "what, told = sys.argv[1], sys.argv[sys.argv.index('--write') + 1]\n"
@@ -55,6 +84,10 @@ def test_a_failing_check_does_not_stop_the_next(
     plan = [
         checks.Check(n, [n], 5 if n == "slow" else 60) for n in ("broken", "wrong", "slow", "ok")
     ]
+    plan += [
+        checks.Check("speedup_1", [json.dumps([{"seqs": 1, **speedup_row()}])], 60),
+        checks.Check("speedup_2", ['[{"policy": "of another time"}]'], 60),
+    ]
     monkeypatch.setattr(checks, "planned", lambda tiny: plan)
     written = tmp_path / "results.json"
     monkeypatch.setattr(sys, "argv", ["checks.py", "--tiny", "--write", str(written)])
@@ -65,12 +98,35 @@ def test_a_failing_check_does_not_stop_the_next(
         ("wrong", "failed"),
         ("slow", "timeout"),
         ("ok", "passed"),
+        ("speedup_1", "passed"),
+        ("speedup_2", "failed"),
     ]
+    assert "KeyError: 'seqs'" in report["checks"][5]["why"]
     assert report["checks"][1]["result"] == {"said": "wrong"}
     assert "a word in the log" in report["checks"][0]["log"]
     assert report["machine"]["date"] and report["machine"]["packages"]["torch"]
-    assert "1 of 4 passed" in capsys.readouterr().out
+    assert "2 of 6 passed" in capsys.readouterr().out
     assert checks.run(plan[3], limit=1)["status"] == "skipped"
+
+    def repeat(name: str, *options: str) -> int:
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:4], *options, "--only", name])
+        return int(checks.main())
+
+    # One repeated takes its place among the others.
+    plan[0] = checks.Check("broken", ["mended"], 60)
+    assert repeat("broken") == 0
+    again = json.loads(written.read_text())["checks"]
+    assert again[0]["result"] == {"said": "mended"} and again[1:] == report["checks"][1:]
+    assert "1 of 1 passed" in capsys.readouterr().out
+    for told in ("[]", "{", json.dumps({**report, "machine": {"gpus": ["another"]}})):
+        written.write_text(told)
+        with pytest.raises(SystemExit, match="2"):
+            repeat("broken")
+        assert written.read_text() == told
+        assert f"{written} is" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        repeat("brocken")
+    assert "--only brocken is no check; there are broken, wrong" in capsys.readouterr().err
 
 
 def test_cut_off_it_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -126,7 +182,11 @@ def test_bundle_there_and_back(tmp_path: Path) -> None:
         [sys.executable, str(out / "bundle.py"), "unpack", str(out), str(target)], check=True
     )
     assert (target / "wheels" / "big-1-py3-none-any.whl").stat().st_size == 2**21
-    assert (target / "repository" / "vllm_loopus" / "plugin.py").is_file()
+    repository = target / "repository"
+    assert (repository / "vllm_loopus" / "plugin.py").is_file()
+    (found,) = metadata.distributions(path=[str(repository)])
+    (plugin,) = found.entry_points.select(group="vllm.general_plugins")
+    assert (found.metadata["Name"], plugin.value) == ("vllm-loopus", "vllm_loopus.plugin:register")
     assert (target / "shared" / "golden" / "qwen3" / "expected.json").is_file()
     assert not list(target.rglob("__pycache__"))
     with pytest.raises(SystemExit, match="not empty"):
