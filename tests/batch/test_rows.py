@@ -94,6 +94,16 @@ def test_parameters_build_the_same_sampling_params(rows_of: Any) -> None:
         ({"prompt": [True]}, "list of token ids from 0 to"),
         ({"messages": []}, "messages=[] must be a list with a message in it"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "messages[0].content has {'type': 'text', 'text': 5}, whose text must be a text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]},
+            "messages[0].tool_calls=5 must be a list",
+        ),
+        ({"prompt": "a", "structured_outputs": [1]}, "structured_outputs=[1] must be an object"),
         ({"messages": [3]}, "messages[0]=3 must have a role"),
         ({"messages": "hello"}, "messages='hello' must be a list"),
         ({"prompt": "a", "max_loops": 99}, "max_loops=99 must be a whole number from 1 to"),
@@ -114,6 +124,16 @@ def test_parameters_build_the_same_sampling_params(rows_of: Any) -> None:
         ({**openai(), "method": "GET"}, "method='GET' must be POST"),
         ({**openai(), "custom_id": None}, "custom_id=None must be a text"),
         ({**openai(), "body": 3}, "body=3 must be an object"),
+        ({**openai(), "body": {}}, "messages=None must be a list with a message in it"),
+        ({**openai(), "url": []}, "url=[] is not answered"),
+        *(
+            ({"messages": CHAT, "chat_template_kwargs": {name: 1}}, f"has {name}=1, which is no")
+            for name in ("chat_template", "tokenize", "return_dict")
+        ),
+        ({"prompt": "a\ud800"}, r"prompt='a\ud800' has '\ud800', half of a surrogate pair"),
+        ({"prompt": "a", "custom_id": "\udc00"}, r"custom_id='\udc00' has '\udc00', half of a"),
+        ({"prompt": "a", "metadata": {"b": ["", "\ud800"]}}, r"metadata.b[1]='\ud800' has"),
+        ({"prompt": "a", "metadata": {"\ud800": 1}}, r"the name '\ud800' has"),
         ({**openai(), "max_loops": 2}, "put it into body"),
         (openai(max_loops=2), "max_loops is no field of the body; put it into vllm_xargs"),
     ],
@@ -129,7 +149,26 @@ def test_an_id_that_comes_twice(rows_of: Any) -> None:
         rows_of(openai(), {"prompt": "a"}, {"prompt": "b", "custom_id": "a"})
 
 
-@pytest.mark.parametrize("args", [{"max_model_lem": 3}, {"model": "x"}, {"served_model_name": "x"}])
-def test_engine_arguments_that_cannot_be(args: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"engine_args.*{next(iter(args))}"):
+def test_a_whole_surrogate_pair_is_a_character(rows_of: Any) -> None:
+    (row,) = rows_of('{"prompt": "a", "custom_id": "\\ud83d\\ude00"}')
+    assert row.echo["custom_id"] == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"max_model_lem": 3}, ""),
+        ({"model": "x"}, "leave it out"),
+        ({"served_model_name": "x"}, "leave it out"),
+        ({"tensor_parallel_size": "2"}, "='2', which must be a whole number of 1 or more"),
+        ({"tensor_parallel_size": None}, "=None, which must be a whole number"),
+        ({"tensor_parallel_size": True}, "=True, which must be a whole number"),
+        ({"tensor_parallel_size": 0}, "=0, which must be a whole number"),
+        ({"data_parallel_size": 2}, "=2, which must be 1; give --replicas"),
+        ({"data_parallel_size": None}, "=None, which must be a whole number"),
+        ({"pipeline_parallel_size": 2}, "=2, which must be 1; .* give tensor_parallel_size"),
+    ],
+)
+def test_engine_arguments_that_cannot_be(args: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=f"engine_args.*{next(iter(args))}.*{told}"):
         limits_of(Options("loopus-tiny", "loopus-tiny", args))

@@ -1,5 +1,6 @@
 """What a row of the output holds: the answer of its request, or why there is none."""
 
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,7 @@ def answer(index: int, echo: Mapping[str, Any], result: Mapping[str, Any]) -> di
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
         "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
         "model": result["model"],
         "choices": [{"index": 0, **said, "finish_reason": result["finish_reason"], **depths}],
         "usage": {

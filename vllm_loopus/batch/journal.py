@@ -6,10 +6,13 @@ in the order of the input and renamed into its place, and the journal goes.
 """
 
 import fcntl
+import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vllm_loopus.files import complete_file
 
@@ -17,19 +20,26 @@ FORMAT = 1
 SUFFIX = ".partial"
 
 
+class JournalError(OSError):
+    """The journal or the output cannot be written, a full disk for example; names the file. What
+    the journal holds stays."""
+
+
 class Journal:
     """Use as a context manager; one process at a time has it."""
 
-    def __init__(self, output: Path, identity: dict[str, Any]) -> None:
-        """Opens the journal of `output`, or begins one.
+    def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False) -> None:
+        """Opens the journal of `output`, or begins one; with `restart` it forgets what is there.
 
-        Raises `ValueError` when there is one of other work, or another process has it.
+        Raises `ValueError` when there is one of other work, or another process has it, and
+        `JournalError` when its first line cannot be written.
         """
         self.output, self.file = output, output.with_name(output.name + SUFFIX)
         self._places: dict[int, tuple[int, int]] = {}  # index -> offset and length
         self.failed = 0
         try:
-            self._lines: BinaryIO = self.file.open("a+b")
+            # Without a buffer: what could not be written is not tried again when it is closed.
+            self._lines = io.FileIO(self.file, "a+")
         except OSError as error:
             raise ValueError(f"{self.file} cannot be written: {error.strerror}") from error
         try:
@@ -38,6 +48,8 @@ class Journal:
             self._lines.close()
             raise ValueError(f"{self.file} is in use by another run; wait for it") from error
         try:
+            if restart:
+                self._lines.truncate(0)
             self._read(json.loads(json.dumps({"format": FORMAT, **identity})))
         except BaseException:
             self._lines.close()
@@ -56,7 +68,8 @@ class Journal:
         return len(self._places)
 
     def add(self, index: int, answer: dict[str, Any]) -> bool:
-        """Keeps the answer of a row; False, and nothing kept, if the row has one already."""
+        """Keeps the answer of a row; False, and nothing kept, if the row has one already. Raises
+        `JournalError`."""
         if index in self._places:
             return False
         self._append(index, {"index": index, "answer": answer})
@@ -64,43 +77,51 @@ class Journal:
         return True
 
     def sync(self) -> None:
-        """What was added is on the disk when this returns."""
-        os.fsync(self._lines.fileno())
+        """What was added is on the disk when this returns. Raises `JournalError`."""
+        with _naming(self.file):
+            os.fsync(self._lines.fileno())
 
     def finish(self, rows: int) -> None:
-        """Writes the output: `rows` lines, in order. Raises `RuntimeError` when one is missing."""
+        """Writes the output: `rows` lines, in order. Raises `RuntimeError` when one is missing, and
+        `JournalError`."""
         missing = [index for index in range(rows) if index not in self._places]
         if missing or len(self) != rows:
             raise RuntimeError(f"{len(missing)} of {rows} rows have no answer: {missing[:10]}")
         self.sync()
+        try:
+            self._write(rows)
+        except OSError as error:  # which names the output
+            raise JournalError(error.strerror or str(error)) from error
+        self.file.unlink()
+
+    def _write(self, rows: int) -> None:
         with complete_file(self.output) as unfinished, unfinished.open("wb") as output:
             for index in range(rows):
                 offset, length = self._places[index]
-                self._lines.seek(offset)
-                answer = json.loads(self._lines.read(length))["answer"]
+                answer = json.loads(os.pread(self._lines.fileno(), length, offset))["answer"]
                 output.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
             output.flush()
             os.fsync(output.fileno())
-        self.file.unlink()
 
     def _read(self, identity: dict[str, Any]) -> None:
         self._lines.seek(0)
         offset, first = 0, True
-        for line in self._lines:
-            if not line.endswith(b"\n"):
-                break
-            entry = _entry(line)
-            if first and entry != identity:
-                raise ValueError(
-                    f"{self.file} belongs to another {_differing(entry, identity)}; give the "
-                    "same again, or --restart"
-                )
-            if not first:
-                if entry is None:
+        with open(self._lines.fileno(), "rb", closefd=False) as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
                     break
-                self._places[entry["index"]] = offset, len(line)
-                self.failed += entry["answer"]["error"] is not None
-            offset, first = offset + len(line), False
+                entry = _entry(line)
+                if first and entry != identity:
+                    raise ValueError(
+                        f"{self.file} belongs to another {_differing(entry, identity)}; give the "
+                        "same again, or --restart"
+                    )
+                if not first:
+                    if entry is None:
+                        break
+                    self._places[entry["index"]] = offset, len(line)
+                    self.failed += entry["answer"]["error"] is not None
+                offset, first = offset + len(line), False
         self._lines.truncate(offset)
         if first:
             self._append(None, identity)
@@ -108,10 +129,25 @@ class Journal:
     def _append(self, index: int | None, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
         offset = self._lines.seek(0, os.SEEK_END)
-        self._lines.write(line)
-        self._lines.flush()  # outlives the process; `sync` lets it outlive the machine
+        with _naming(self.file):
+            try:
+                left = memoryview(line)
+                while left:  # written outlives the process; `sync` lets it outlive the machine
+                    left = left[self._lines.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    self._lines.truncate(offset)
+                raise
         if index is not None:
             self._places[index] = offset, len(line)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -42,6 +42,9 @@ OF_CHAT = (
     *("add_generation_prompt", "continue_final_message"),
 )
 FIELDS = {COMPLETIONS: ("prompt", *SAMPLING), CHAT: (*OF_CHAT, *SAMPLING)}
+# Arguments of the tokenizer's function that are no variables of the template: vLLM refuses the
+# first two; the batch gives the others itself, or would get something else back.
+NOT_OF_THE_TEMPLATE = ("chat_template", "tokenize", "conversation", "return_dict", "return_tensors")
 ONLY: dict[str, Any] = {"n": 1, "stream": False}  # what a row of the output has room for
 
 
@@ -130,6 +133,9 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
     for name, only in ONLY.items():
         if body.get(name) not in (None, only):
             raise ValueError(f"{name}={_shown(body[name])} must be {json.dumps(only)} here")
+    structured = body.get("structured_outputs")
+    if not isinstance(structured, dict | None):  # vLLM's own check stumbles over it
+        raise ValueError(f"structured_outputs={_shown(structured)} must be an object")
     if body.get("model") not in (None, *limits.served_names):
         raise ValueError(
             f"model={_shown(body['model'])} is not served; leave it out or say "
@@ -142,7 +148,7 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
         knobs["max_loops"] = budgets[effort]
     prompt, messages = None, None
     if url == CHAT:
-        messages = _messages(body["messages"], limits)
+        messages = _messages(body.get("messages"), limits)
     else:
         prompt = _prompt(body.get("prompt"), limits)
     request = _parsed(url, {**body, "vllm_xargs": knobs or None})
@@ -152,12 +158,16 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
         most = fields["max_completion_tokens"]
     if most is not None and most < 1:
         raise ValueError(f"max_tokens={most} must be 1 or more")
+    template = dict(body.get("chat_template_kwargs") or {})
+    if theirs := [name for name in NOT_OF_THE_TEMPLATE if name in template]:
+        raise ValueError(
+            f"chat_template_kwargs has {theirs[0]}={_shown(template[theirs[0]])}, which is no "
+            "variable of the template; leave it out"
+        )
     check_request(knobs, limits.loopus_config, most, limits.model_config.max_model_len)
     params = request.to_sampling_params(most, limits.sampling_defaults)
     params.extra_args = knobs or None
-    template: dict[str, Any] = {}
     if url == CHAT:
-        template = dict(body.get("chat_template_kwargs") or {})
         if effort is not None:
             template["reasoning_effort"] = effort
         for name in ("add_generation_prompt", "continue_final_message"):
@@ -167,9 +177,36 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
 
 def _json_of(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
+        row = json.loads(raw)
+        whole = json.dumps(row, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{_shown(raw.decode(errors='replace').strip())} is no JSON") from error
+    try:
+        whole.encode()
+    except UnicodeEncodeError as error:
+        # JSON may escape half of a pair, for which UTF-8 has no bytes: the answer could not repeat
+        # it, nor vLLM read it.
+        half = error.object[error.start]
+        raise ValueError(
+            f"{_place_of(half, row)} has {half!r}, half of a surrogate pair and no character; "
+            "leave it out or give the pair"
+        ) from None
+    return row
+
+
+def _place_of(text: str, value: Any, name: str = "") -> str | None:
+    """The field of a row that has `text` in it, and its value."""
+    if isinstance(value, str):
+        return f"{name}={_shown(value)}" if text in value else None
+    if isinstance(value, dict):
+        parts = [(f"{name}.{key}" if name else key, key, part) for key, part in value.items()]
+        if named := next((key for _, key, _ in parts if text in key), None):
+            return f"the name {named!r}"
+        return next(filter(None, (_place_of(text, part, path) for path, _, part in parts)), None)
+    if isinstance(value, list):
+        places = (_place_of(text, part, f"{name}[{place}]") for place, part in enumerate(value))
+        return next(filter(None, places), None)
+    return None
 
 
 def _form_of(given: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -178,7 +215,7 @@ def _form_of(given: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]
         for name in given:
             if name not in OPENAI_FIELDS:
                 raise ValueError(f"{name} is no field beside body; put it into body")
-        if given.get("url") not in FIELDS:
+        if not isinstance(given.get("url"), str) or given["url"] not in FIELDS:
             raise ValueError(
                 f"url={_shown(given.get('url'))} is not answered; there are {', '.join(FIELDS)}"
             )
@@ -237,10 +274,19 @@ def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     for place, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{place}]={_shown(message)} must have a role and a content")
+        if not isinstance(message.get("tool_calls"), list | None):
+            raise ValueError(
+                f"messages[{place}].tool_calls={_shown(message['tool_calls'])} must be a list"
+            )
         content = message.get("content")
         if isinstance(content, list):
             if not all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
                 raise ValueError(f"messages[{place}].content={_shown(content)} must be text alone")
+            for part in content:
+                if not isinstance(part.get("text"), str):
+                    raise ValueError(
+                        f"messages[{place}].content has {_shown(part)}, whose text must be a text"
+                    )
             content = "\n".join(part["text"] for part in content)
         plain.append({**message, "content": content})
     return plain

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_loopus.batch.answers import answer, failure
-from vllm_loopus.batch.journal import SUFFIX, Journal
+from vllm_loopus.batch.journal import Journal
 from vllm_loopus.batch.rows import Limits, Row, read_rows
 
 SYNC_SECONDS = 1.0
 # Ray Data LLM sets these itself.
 NOT_HERE = ("model", "distributed_executor_backend", "disable_log_stats", "served_model_name")
+PARALLEL = {  # sizes that must be 1, and what to do instead
+    "data_parallel_size": "give --replicas",
+    "pipeline_parallel_size": "a loop cannot be cut into stages; give tensor_parallel_size",
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Progress:
     depths: int
 
 
-def check_files(source: Path, output: Path, force: bool, restart: bool) -> None:
-    """Raises `ValueError` for files that cannot be read or written; removes what is given up."""
+def check_files(source: Path, output: Path, force: bool) -> None:
+    """Raises `ValueError` for files that cannot be read or written."""
     if not source.is_file():
         raise ValueError(f"{source} is no file; name a file of JSON lines")
     if not output.absolute().parent.is_dir() or output.is_dir():
@@ -53,14 +57,24 @@ def check_files(source: Path, output: Path, force: bool, restart: bool) -> None:
         raise ValueError(f"{output} is the input; name another file")
     if output.exists() and not force:
         raise ValueError(f"{output} exists; name another file or give --force")
-    if restart:
-        output.with_name(output.name + SUFFIX).unlink(missing_ok=True)
 
 
 def model_named(source: Path) -> str | None:
     """The model that the rows name first, if any does. What is wrong with them is told later."""
     with source.open("rb") as lines:
         return next(filter(None, map(_model_of, lines)), None)
+
+
+def check_parallel_sizes(args: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for sizes of the engine that cannot be: Ray starts as many workers."""
+    for name in ("tensor_parallel_size", *PARALLEL):
+        size = args.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(
+                f"engine_args has {name}={size!r}, which must be a whole number of 1 or more"
+            )
+        if name in PARALLEL and size != 1:
+            raise ValueError(f"engine_args has {name}={size}, which must be 1; {PARALLEL[name]}")
 
 
 def limits_of(options: Options) -> Limits:
@@ -73,6 +87,7 @@ def limits_of(options: Options) -> Limits:
 
     if given := [name for name in NOT_HERE if name in options.engine_args]:
         raise ValueError(f"engine_args has {given[0]!r}, which is set by the batch; leave it out")
+    check_parallel_sizes(options.engine_args)
     try:
         args = AsyncEngineArgs(model=options.target, **options.engine_args)
     except TypeError as error:
@@ -98,16 +113,24 @@ def identity(source: Path, options: Options) -> dict[str, Any]:
     return {"input": digest, "model": options.target, "engine_args": options.engine_args}
 
 
-def run(source: Path, output: Path, options: Options, tell: Callable[[Progress], None]) -> Progress:
-    """Answers every row of `source` into `output`, going on with a journal of the same work.
+def run(
+    source: Path,
+    output: Path,
+    options: Options,
+    tell: Callable[[Progress], None],
+    restart: bool = False,
+) -> Progress:
+    """Answers every row of `source` into `output`, going on with a journal of the same work, or
+    with `restart` forgetting what there is.
 
-    Raises `ValueError` before an engine starts for rows, options or files that cannot be.
+    Raises `ValueError` before an engine starts for rows, options or files that cannot be, and
+    `JournalError` when the disk is full.
     """
     limits = limits_of(options)
     rows = list(read_rows(source, limits))
     if not rows:
         raise ValueError(f"{source} has no rows; give a JSON object a line")
-    with Journal(output, identity(source, options)) as journal:
+    with Journal(output, identity(source, options), restart) as journal:
         resumed = len(journal)
         tokens = depths = 0
 

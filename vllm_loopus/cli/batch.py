@@ -62,9 +62,10 @@ def batch(
         if find_spec("ray") is None:
             raise ValueError("Ray is missing: pip install 'vllm-loopus[ray]'")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm_loopus.batch.journal import JournalError
         from vllm_loopus.batch.run import Options, check_files, model_named
 
-        check_files(source, output, force, restart)
+        check_files(source, output, force)
         model = model or model_named(source) or DEFAULT_MODEL
         load_config(model)
         options = Options(
@@ -79,10 +80,12 @@ def batch(
 
         goes_on = f"the same command goes on with what is in {output}.partial"
         try:
-            done = _run(source, output, options)
+            done = _run(source, output, options, restart)
         except KeyboardInterrupt:
             typer.echo(f"\ninterrupted; {goes_on}", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except JournalError as error:
+            raise JournalError(f"{error}; make room, and {goes_on}") from error
         except RayError as error:
             reason = str(error).strip().rpartition("\n")[2]
             logs = "the cause is in Ray's worker logs (/tmp/ray/session_latest/logs)"
@@ -104,7 +107,7 @@ def batch(
         raise typer.Exit(PROBLEM)
 
 
-def _run(source: Path, output: Path, options: Any) -> Any:
+def _run(source: Path, output: Path, options: Any, restart: bool) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -136,4 +139,4 @@ def _run(source: Path, output: Path, options: Any) -> Any:
                 typer.echo(f"{progress.done}/{progress.rows} rows, {told}", err=True)
                 printed[0] = tenth
 
-        return run(source, output, options, tell)
+        return run(source, output, options, tell, restart)
