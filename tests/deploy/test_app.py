@@ -69,6 +69,7 @@ def test_accepted_by_ray_serve(tmp_path: Path) -> None:
         (["--engine-args", '{"additional_config": {"loopus": {"x": 1}}}'], "has no option 'x'"),
         (["--accelerator-type", "H100"], "excludes --device cpu"),
         (["--replicas", "0"], "replicas"),
+        (["--max-queued-requests", "0"], "max_queued_requests=0 must be -1 (no limit) or 1 or"),
     ],
 )
 def test_refused(tmp_path: Path, options: list[str], told: str) -> None:

@@ -24,6 +24,8 @@ def body(**fields: Any) -> SimpleNamespace:
         (body(reasoning_effort="low", max_tokens=10, vllm_xargs={"max_loops": 4}), 40),
         (body(max_tokens=4, vllm_xargs={"exit_depths": [1, 3]}), 1 + 3 + 2 * 8),
         (body(max_tokens=1, vllm_xargs={"exit_depths": [1, 3]}), 1),
+        (body(max_tokens=4, n=2, vllm_xargs={"exit_depths": [1, 1, 1, 1]}), 2 * 4),
+        (body(max_tokens=4, n=3, vllm_xargs={"exit_depths": [1, 3]}), 3 * (1 + 3 + 2 * 8)),
         # Refused by the engine, and no reason for the router to fall over:
         (body(max_tokens=10, vllm_xargs={"max_loops": 999}), 80),
         (body(max_tokens=True, vllm_xargs={"max_loops": "4", "exit_depths": 3}), 800),
@@ -43,14 +45,24 @@ def pending(name: str, **fields: Any) -> Any:
     )
 
 
-def test_router_sends_where_the_least_is_outstanding() -> None:
+@pytest.fixture
+def queues() -> dict[str, int]:
+    return {}
+
+
+@pytest.fixture
+def router(queues: dict[str, int]) -> Any:
     pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
     from vllm_loopus.deploy.router import LoopBudgetRouter
 
     router = LoopBudgetRouter.__new__(LoopBudgetRouter)  # Serve's own state is not needed
-    queues: dict[str, int] = {}
     router._replica_queue_len_cache = SimpleNamespace(get=queues.get)
     router.initialize_state(max_loops=8, default_tokens=100)
+    return router
+
+
+def test_router_sends_where_the_least_is_outstanding(router: Any, queues: dict[str, int]) -> None:
+    sent: dict[str, str] = {}
     replicas = [SimpleNamespace(replica_id=name) for name in "abc"]
 
     def send(name: str, **fields: Any) -> str:
@@ -60,6 +72,7 @@ def test_router_sends_where_the_least_is_outstanding() -> None:
         assert request.routing_context.should_backoff
         chosen: str = ranks[0][0].replica_id
         router.on_request_routed(request, chosen, None)
+        sent[name] = chosen
         return chosen
 
     deep = send("deep", max_tokens=100)
@@ -72,7 +85,27 @@ def test_router_sends_where_the_least_is_outstanding() -> None:
         [deep] * 3
     )
     for name in [f"s{i}" for i in range(6)] + [f"t{i}" for i in range(3)]:
-        router.on_request_completed("", name)
+        router.on_request_completed(sent[name], name)
     assert not router._outstanding and not router._sent
     queues.update(a=3, b=0, c=2)  # sent by other processes
     assert send("again", max_tokens=1) == "b"
+
+
+def test_an_attempt_that_was_refused_leaves_the_next_one_alone(router: Any) -> None:
+    """Its end comes with the same name, while another replica has the request."""
+    router.on_request_routed(pending("x", max_tokens=10), "b", None)
+    router.on_request_completed("a", "x")
+    assert router._outstanding == {"b": 80}
+    router.on_request_completed("b", "x")
+    assert not router._outstanding and not router._sent
+
+
+def test_an_end_before_the_router_hears_of_the_request(router: Any) -> None:
+    from vllm_loopus.deploy.router import MOST_ENDED
+
+    router.on_request_completed("a", "x")
+    router.on_request_routed(pending("x", max_tokens=10), "a", None)
+    assert not router._outstanding and not router._sent and not router._ended
+    for number in range(MOST_ENDED + 9):  # refused, and never routed
+        router.on_request_completed("a", f"{number}")
+    assert len(router._ended) == MOST_ENDED and ("a", "8") not in router._ended

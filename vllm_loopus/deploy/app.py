@@ -64,6 +64,10 @@ def check(deployment: Deployment) -> None:
         raise ValueError(
             f"engine_args has data_parallel_size={args['data_parallel_size']!r}; give --replicas"
         )
+    if deployment.max_queued != -1 and deployment.max_queued < 1:
+        raise ValueError(
+            f"max_queued_requests={deployment.max_queued} must be -1 (no limit) or 1 or more"
+        )
     if deployment.accelerator is not None and deployment.on_cpus:
         raise ValueError(f"accelerator_type={deployment.accelerator!r} excludes --device cpu")
 

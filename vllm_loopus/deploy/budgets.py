@@ -12,7 +12,7 @@ def loop_budget(
     default_tokens: int,
     efforts: Mapping[str, int] | None = None,
 ) -> int:
-    """The most passes that a request's tokens may take: loops a token times tokens.
+    """The most passes that a request's tokens may take: loops a token times tokens, `n` times.
 
     `request`: a parsed body of the OpenAI API. `max_loops`: the served budget; `default_tokens`:
     for a request without a limit; `efforts`: the engine's `reasoning_effort`. Depths that the
@@ -25,12 +25,11 @@ def loop_budget(
     loops = _whole(knobs.get("max_loops")) or effort
     limits = (_whole(getattr(request, name, None)) for name in TOKEN_LIMITS)
     tokens = next((limit for limit in limits if limit), default_tokens)
-    tokens *= _whole(getattr(request, "n", None)) or 1
     depths = knobs.get("exit_depths")
     given = [_whole(depth) for depth in depths[:tokens]] if isinstance(depths, list) else []
-    return sum(min(depth, max_loops) for depth in given) + min(loops, max_loops) * (
-        tokens - len(given)
-    )
+    of_depths = sum(min(depth, max_loops) for depth in given)
+    of_a_choice = of_depths + min(loops, max_loops) * (tokens - len(given))
+    return of_a_choice * (_whole(getattr(request, "n", None)) or 1)
 
 
 def _whole(value: Any) -> int:

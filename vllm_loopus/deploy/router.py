@@ -18,6 +18,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from vllm_loopus.deploy.budgets import loop_budget
 
+MOST_ENDED = 4096  # ends remembered of requests that were not routed, or not yet
+
 
 class LoopBudgetRouter(RequestRouter):
     """Least outstanding loop budget first."""
@@ -31,7 +33,8 @@ class LoopBudgetRouter(RequestRouter):
         """Called by Serve with `request_router_kwargs`; see `loop_budget`."""
         self._max_loops, self._default_tokens, self._efforts = max_loops, default_tokens, efforts
         self._outstanding: defaultdict[ReplicaID, int] = defaultdict(int)
-        self._sent: dict[str, tuple[ReplicaID, int]] = {}
+        self._sent: dict[tuple[ReplicaID, str], int] = {}
+        self._ended: dict[tuple[ReplicaID, str], None] = {}  # in the order in which they ended
 
     async def choose_replicas(
         self,
@@ -48,20 +51,34 @@ class LoopBudgetRouter(RequestRouter):
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Serve calls this once the replica has taken the request."""
+        """Serve calls this once the replica has taken the request, which may have ended by then."""
+        key = replica_id, pending_request.metadata.internal_request_id
+        if key in self._ended:
+            del self._ended[key]
+            return
         body = pending_request.args[0] if pending_request.args else None
         budget = loop_budget(body, self._max_loops, self._default_tokens, self._efforts)
-        self._sent[pending_request.metadata.internal_request_id] = replica_id, budget
+        self._sent[key] = budget
         self._outstanding[replica_id] += budget
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Serve calls this once for each request sent, also for one that failed or was refused."""
-        replica, budget = self._sent.pop(internal_request_id, (None, 0))
-        if replica is None:
+        """Serve calls this once for each attempt, also for one that failed or that the replica
+        refused, and then perhaps while another replica has the request.
+
+        An attempt that was not routed looks like one that ends before Serve says that it was. A
+        replica that refuses a request and takes it later may thus have it uncounted: better than
+        counted for ever.
+        """
+        key = replica_id, internal_request_id
+        budget = self._sent.pop(key, None)
+        if budget is None:
+            self._ended[key] = None
+            if len(self._ended) > MOST_ENDED:
+                del self._ended[next(iter(self._ended))]
             return
-        self._outstanding[replica] -= budget
-        if not self._outstanding[replica]:
-            del self._outstanding[replica]
+        self._outstanding[replica_id] -= budget
+        if not self._outstanding[replica_id]:
+            del self._outstanding[replica_id]
 
     def _load(self, replica_id: ReplicaID) -> tuple[int, int]:
         return self._outstanding.get(replica_id, 0), self.replica_queue_len_cache.get(
