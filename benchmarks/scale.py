@@ -11,9 +11,9 @@ A replica serves up to M requests at once. A pass moves each of them one depth o
 
 with `policy.Costs` and D the mean depth of a token: of n rows in a pass, n / D end a token. A
 request of T tokens that leave at depth d needs T d passes, and all in flight advance together: a
-processor-sharing queue whose speed depends on n. Prompts take their share of the machine,
-rate x tokens x D x c1, and slow the passes by as much. Above M requests wait, first come first
-served. The parts are in `docs/scale.md`.
+processor-sharing queue whose speed depends on n. Prompts of p tokens take their share of the
+machine, rate x E[p d] x c1 / 1000 with the mean over requests, and slow the passes by as much.
+Above M requests wait, first come first served. The parts are in `docs/scale.md`.
 """
 
 import argparse

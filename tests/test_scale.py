@@ -130,3 +130,19 @@ def test_plan_and_costs(scale: Any, tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(ValueError, match="has no costs"):
         scale.read_costs(file)
+
+
+def test_the_numbers_on_paper(scale: Any) -> None:
+    """`docs/scale.md`: prompts go by the mean depth of requests, not of tokens."""
+    load = scale.MIXED
+    assert (round(load.depth, 2), round(load.mean(lambda kind: kind.depth), 2)) == (3.08, 2.25)
+    costs, prompt = scale.ASSUMED, load.kinds[0].prompt
+    for seqs, told in ((64, 31), (256, 54)):
+        replica = scale.Replica(costs, seqs)
+        rate = replica.capacity(load)
+        assert round(rate) == told
+        share = rate * prompt * 2.25 * costs.c1 / 1000
+        alone = 1000 * seqs / (load.passes * replica.pass_ms(seqs, load, 0.0))
+        assert rate == pytest.approx(alone * (1 - share))
+    page = (FILE.parents[1] / "docs" / "scale.md").read_text()
+    assert "D = 3.08 and E[d] = 2.25" in page and "from 64 to 256 requests at once" in page
