@@ -1,6 +1,8 @@
 """One tiny run through the command line: what it prints and writes."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,10 @@ from typer.testing import CliRunner
 
 from vllm_loopus.bench import figures
 from vllm_loopus.bench import report as written
+from vllm_loopus.bench import run as bench_run
+from vllm_loopus.bench.figures import Figure
+from vllm_loopus.bench.ratios import Ratio
+from vllm_loopus.bench.setup import TINY, Setup
 from vllm_loopus.cli.main import app
 
 
@@ -67,12 +73,16 @@ def test_the_table_is_printed_and_written_between_markers(
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith(f"{figures.MARKERS[1]}\nafter\n")
     assert "old" not in text and figures.markdown(report) in text
+    before = sorted(file.stat().st_mtime_ns for file in results.iterdir())
     assert run("--from", str(results), "--into", str(results / "printed")).exit_code == 2
+    assert run("--from", str(results)).exit_code == 0
+    assert before == sorted(file.stat().st_mtime_ns for file in results.iterdir())
 
 
 def test_a_run_agrees_with_itself_and_not_with_another(results: Path, tmp_path: Path) -> None:
     done = run("--from", str(results), "--out", str(tmp_path), "--compare", str(results))
     assert done.exit_code == 0, done.stdout
+    assert "one round" in done.stdout
     other = json.loads((results / "report.json").read_text())
     ratio = other["decode"][0]["policies"][0]["on_over_off"]
     ratio.update(median=99.0, low=98.0, high=100.0)
@@ -81,6 +91,46 @@ def test_a_run_agrees_with_itself_and_not_with_another(results: Path, tmp_path: 
         "--from", str(results), "--out", str(tmp_path), "--compare", str(tmp_path / "other.json")
     )
     assert done.exit_code == 1
+    other["dtype"] = "float8"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    done = run("--from", str(results), "--compare", str(tmp_path / "other.json"))
+    assert done.exit_code == 2 and "dtype is 'float32' here and 'float8'" in done.stderr
+
+
+def test_the_spread_is_that_of_the_mean() -> None:
+    """Student's t of two and three rounds, worked out by hand; equal rounds have none."""
+    two = Ratio.of([1.0, math.e])
+    assert (two.low, two.high) == pytest.approx(
+        [two.median * math.exp(sign * 12.71 * math.sqrt(0.5) / math.sqrt(2)) for sign in (-1, 1)]
+    )
+    three = Ratio.of([1 / math.e, 1.0, math.e])
+    assert three.median == 1.0 and three.high == pytest.approx(math.exp(4.30 / math.sqrt(3)))
+    same = Ratio.of([2.0] * 20)
+    assert (same.low, same.high) == (2.0, 2.0)
+    assert same.agrees(Ratio.of([2.0, 2.0])) and not same.agrees(Ratio.of([2.1, 2.1]))
+    assert same.agrees(Ratio.of([2.0])) is None
+
+
+def test_a_figure_with_other_answers_is_not_reached() -> None:
+    assert Figure("a", Ratio.of([5.0]), 4.0).reached
+    assert not Figure("a", Ratio.of([5.0]), 4.0, valid=False).reached
+
+
+def test_a_section_that_fails_spoils_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(_: Any) -> dict[str, Any]:
+        raise OSError("no such sensor")
+
+    monkeypatch.setattr(bench_run.machine, "measure", measure)
+    monkeypatch.setattr(bench_run.quality, "measure", lambda _: {"about": "this"})
+    plan = replace(TINY, sections=("machine", "quality"))
+    kept: list[dict[str, Any]] = []
+    setup = Setup(plan, tmp_path, "float32", "cpu", lambda line: None)
+    found = bench_run.run(setup, ["bench"], lambda part: kept.append(dict(part)))
+    assert found["failed"] == {"machine": "OSError: no such sensor"}
+    assert found["quality"] == {"about": "this"}
+    assert "quality" not in kept[0] and "quality" in kept[-1]
 
 
 def test_the_page_needs_nothing_and_escapes(results: Path, report: dict[str, Any]) -> None:
@@ -98,6 +148,8 @@ def test_the_page_needs_nothing_and_escapes(results: Path, report: dict[str, Any
         (("--seqs", "4,none"), "seqs='4,none' must be"),
         (("--original", "."), "no checkout of the original"),
         (("--from", "README.md"), "README.md is no report"),
+        (("--only", "served"), "only='served': the rate that served asks at follows from decode"),
+        (("--out", "README.md"), "is a file"),
     ],
 )
 def test_what_cannot_be(arguments: tuple[str, ...], message: str) -> None:

@@ -92,6 +92,8 @@ def kill(
     role: Annotated[str, typer.Argument(help="engine or worker")], clients: Clients = 8
 ) -> None:
     """SIGKILL of the engine core, or of one of two ranks."""
+    if role not in ("engine", "worker"):
+        raise typer.BadParameter(f"role={role!r} is unknown; choose engine or worker")
     if role == "engine":
         run(Server(), lambda s: faults.killed(s, "engine", clients))
         return

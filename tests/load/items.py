@@ -26,11 +26,12 @@ class Item:
         return Item(self.endpoint, json.dumps({**self.fields, **more}))
 
 
-def mixed(count: int, seed: int) -> list[Item]:
+def mixed(count: int, seed: int, new_tokens: int = NEW_TOKENS) -> list[Item]:
     """Chats and completions, streamed and whole, greedy and seeded, with `n`, logprobs and knobs;
-    prompts share their beginnings and have lengths with a long tail."""
+    prompts share their beginnings and have lengths with a long tail. Half of the answers have
+    `new_tokens` tokens, the others fewer."""
     rng = random.Random(seed)
-    return [_one(rng, number) for number in range(count)]
+    return [_one(rng, number, new_tokens) for number in range(count)]
 
 
 def tiny(count: int, seed: int) -> list[Item]:
@@ -59,7 +60,7 @@ def long_one(tokens: int = 200, **more: Any) -> Item:
     return Item("completions", json.dumps({**body, "ignore_eos": True, "stream": True, **more}))
 
 
-def _one(rng: random.Random, number: int) -> Item:
+def _one(rng: random.Random, number: int, new_tokens: int) -> Item:
     task = rng.choice(["swaps", "arithmetic"])
     earlier = conversation(task, rng.choice([1, 1, 1, 2, 6]), random.Random(rng.randrange(8)))
     prompt = "".join(f"{item.question}{item.answer};" for item in earlier[:-1])
@@ -67,13 +68,13 @@ def _one(rng: random.Random, number: int) -> Item:
     most = rng.choice([2, 4, 8, 8])
     knobs: dict[str, Any] = {"max_loops": most, "return_exit_depths": 1}
     if rng.random() < 0.2:
-        knobs["exit_depths"] = [rng.randint(1, most) for _ in range(NEW_TOKENS)]
+        knobs["exit_depths"] = [rng.randint(1, most) for _ in range(new_tokens)]
     else:
         knobs["exit_threshold"] = rng.choice([0.5, 0.7, 0.9, 2.0])
         knobs["min_loops"] = rng.choice([1, min(2, most)])
     body: dict[str, Any] = {
         "model": MODEL,
-        "max_tokens": rng.choice([2, 8, NEW_TOKENS, NEW_TOKENS]),
+        "max_tokens": rng.choice([2, new_tokens // 3, new_tokens, new_tokens]),
         "ignore_eos": True,
         "skip_special_tokens": False,
         "stream": rng.random() < 0.5,

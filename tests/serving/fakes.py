@@ -147,7 +147,8 @@ class FakeExecutor:
             for position in range(row.start, row.end):
                 self.write("state", row.sequence, row.depth, position)
                 self.write("reasoning", row.sequence, row.depth, position)
-            if row.newest and row.sequence.writes_through:
+            through = row.newest and row.sequence.writes_through
+            if through and row.sequence.may_leave_at(row.depth):
                 for kind in ("state", "reasoning"):
                     self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
         for row in rows:

@@ -98,12 +98,17 @@ def _replayed(workload: Workload) -> tuple[list[list[int]], int]:
     return [request.exits or [] for request in workload.requests], prompt
 
 
-def pass_at_best(size: ModelSize, itemsize: int, rows: int, machine: Mapping[str, Any]) -> float:
-    """Milliseconds that a pass takes at least: the time of its weights through memory, or of its
-    products at the best matrix rate that was measured."""
+def add_limits(
+    passes: Sequence[dict[str, float]], size: ModelSize, itemsize: int, machine: Mapping[str, Any]
+) -> None:
+    """Adds `ms_at_best` to passes by rows: the time of their weights through memory, or of their
+    products at the best matrix rate that torch alone or any of these passes reached."""
     memory = size.reasoning_weights * itemsize / machine["bandwidth"]
-    products = 2 * rows * size.reasoning_weights / max(machine["matrix"].values())
-    return 1e3 * max(memory, products)
+    reached = [2 * row["size"] * size.reasoning_weights / (row["ms"] / 1e3) for row in passes]
+    rate = max(*machine["matrix"].values(), *reached)
+    for row in passes:
+        products = 2 * row["size"] * size.reasoning_weights / rate
+        row["ms_at_best"] = 1e3 * max(memory, products)
 
 
 def shares(profile: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The figures of a run, each beside what is wanted of it: the table, as text and Markdown."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,28 +21,29 @@ STATES = {True: "reached", False: "missed", None: ""}
 
 @dataclass(frozen=True)
 class Figure:
-    """`wanted`: at least, or with `at_most` at most; None where nothing is asked."""
+    """`wanted`: at least, or with `at_most` at most; None where nothing is asked. `valid`: whether
+    what was compared gave the same answers."""
 
     name: str
     value: Ratio
     wanted: float | None = None
     at_most: bool = False
     note: str = ""
+    valid: bool = True
 
     @property
     def reached(self) -> bool | None:
         if self.wanted is None:
             return None
-        if self.at_most:
-            return self.value.median <= self.wanted
-        return self.value.median >= self.wanted
+        measured = self.value.median
+        return self.valid and (measured <= self.wanted if self.at_most else measured >= self.wanted)
 
     def cells(self) -> tuple[str, str, str, str]:
         wanted = "" if self.wanted is None else f"{'≤' if self.at_most else '≥'} {self.wanted:g}"
         return self.name, str(self.value), wanted, STATES[self.reached]
 
 
-HEADS = ("figure", "measured: median (least to greatest)", "wanted", "")
+HEADS = ("figure", "measured: median (95 % interval)", "wanted", "")
 
 
 def figures(report: Mapping[str, Any]) -> list[Figure]:
@@ -106,7 +108,8 @@ def _uneven(report: Mapping[str, Any]) -> Iterator[Figure]:
     answers = part["answers"]
     note = (
         f"{answers['same_as_uncached']} of {answers['tokens']} tokens as the uncached model says"
-        f", {answers['different_and_sure']} others beyond a margin of 1e-4"
+        f", {answers['different_and_sure']} others beyond a margin of 1e-4; exit depths "
+        f"{'equal' if answers['same_depths'] else 'differ'}"
     )
     if (by_original := answers["same_as_originals_uncached"]) is not None:
         note += (
@@ -118,13 +121,14 @@ def _uneven(report: Mapping[str, Any]) -> Iterator[Figure]:
         _r(part["ours_over_theirs"]),
         UNEVEN if is_original else None,
         note=note,
+        valid=not answers["different_and_sure"],
     )
 
 
 def _others(report: Mapping[str, Any]) -> Iterator[Figure]:
     if "cache" in report:
         row = report["cache"]["lengths"][-1]
-        where = f"{row['length']} tokens, full depth, one sequence: seconds a token"
+        where = f"the tokens up to the {row['length']}th, full depth, one sequence"
         name = f"without a K/V cache over with one (transformers), {where}"
         yield Figure(name, Ratio.of([row["uncached"] / row["cached"]]))
         yield Figure(f"cached loop over ours, {where}", Ratio.of([row["cached"] / row["ours"]]))
@@ -152,12 +156,32 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def headline(report: Mapping[str, Any]) -> str:
     """What a reader of the table has to know."""
-    model = report["model"]
-    return (
+    model, plan = report["model"], report["plan"]
+    text = (
         f"{report['date'][:10]}, {report['machine']}, {report['dtype']}; `{report['command']}`; "
         f"{model['layers']} layers of {model['hidden']}, {model['max_loops']} loops, mean exit "
-        f"depth {report['plan']['mean']:g}, replayed from a geometric law where not said otherwise."
+        f"depth {plan['mean']:g}, replayed from a geometric law where not said otherwise."
     )
+    for part in report.get("decode", ()):
+        reach = ", ".join(
+            f"{r['simulated']['ratio']:.2f} in `{r['policy']}`" for r in part["policies"]
+        )
+        text += (
+            f" {part['requests']} requests of {plan['tokens']} tokens, {part['seqs']} at a time: "
+            f"by simulation the most of on over off is {reach}."
+        )
+    return text
+
+
+def place_in(file: Path) -> tuple[int, int]:
+    """Where the markers of a Markdown file are. Raises `ValueError` where it has none."""
+    text = file.read_text()
+    start, end = (text.find(marker) for marker in MARKERS)
+    if not 0 <= start < end:
+        raise ValueError(
+            f"into={file} has no lines {' and '.join(MARKERS)} to put the table between; add them"
+        )
+    return start, end
 
 
 def write_into(file: Path, report: Mapping[str, Any]) -> None:
@@ -166,23 +190,47 @@ def write_into(file: Path, report: Mapping[str, Any]) -> None:
     Raises `ValueError` where the file has none.
     """
     text = file.read_text()
-    start, end = (text.find(marker) for marker in MARKERS)
-    if not 0 <= start < end:
-        raise ValueError(f"{file} has no lines {' and '.join(MARKERS)} to put the table between")
+    start, end = place_in(file)
     inside = f"{MARKERS[0]}\n{markdown(report)}\n"
     write_text(file, text[:start] + inside + text[end:])
 
 
+SAME = ("dtype", "device", "machine", "model")
+AGREES = {True: "yes", False: "no", None: "one round"}
+
+
+def raise_if_incomparable(about: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """`about` is a report, or what is known of one before it is measured.
+
+    Raises `ValueError` naming what differs from the `other` run.
+    """
+    pairs = [(name, about[name], other[name]) for name in SAME]
+    plan, earlier = ({**one["plan"], "sections": None} for one in (about, other))
+    pairs += [(f"plan, {name}", plan[name], earlier.get(name)) for name in plan]
+    for name, value, before in pairs:
+        if _plain(value) != _plain(before):
+            raise ValueError(
+                f"compare: {name} is {value!r} here and {before!r} in the earlier run; "
+                "measure again with the same options on the same machine"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
 def agreement(report: Mapping[str, Any], other: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    """Figures of two runs beside each other, and whether their spreads overlap."""
+    """Figures of two runs beside each other, and whether their spreads overlap.
+
+    Raises `ValueError` where they have no figure in common.
+    """
     earlier = {figure.name: figure.value for figure in figures(other)}
-    return [
-        (
-            f.name,
-            str(f.value),
-            str(earlier[f.name]),
-            "yes" if f.value.agrees(earlier[f.name]) else "no",
+    both = [figure for figure in figures(report) if figure.name in earlier]
+    if not both:
+        raise ValueError(
+            "compare: the two runs have no figure in common; measure the same sections"
         )
-        for f in figures(report)
-        if f.name in earlier
+    return [
+        (f.name, str(f.value), str(earlier[f.name]), AGREES[f.value.agrees(earlier[f.name])])
+        for f in both
     ]

@@ -17,10 +17,14 @@ from vllm_loopus.files import complete_file, write_text
 JSON, PAGE, PICTURE = "report.json", "report.html", "report.png"
 
 
+def keep(report: Mapping[str, Any], folder: Path) -> None:
+    """What there is of a report, as JSON. Raises `OSError` naming the file."""
+    write_text(folder / JSON, json.dumps(report, indent=1))
+
+
 def write(report: Mapping[str, Any], folder: Path) -> None:
     """Each file complete or not at all. Raises `OSError` naming it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / JSON, json.dumps(report, indent=1))
+    keep(report, folder)
     picture = io.BytesIO()
     draw(report).savefig(picture, format="png", dpi=110)
     with complete_file(folder / PICTURE) as unfinished:

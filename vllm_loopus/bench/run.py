@@ -1,8 +1,8 @@
 """A run: models written, engines started, sections measured, one JSON in the end."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from statistics import median
 from typing import Any
 
@@ -14,53 +14,60 @@ from vllm_loopus.bench.setup import Setup, about
 FORMAT, VERSION = "vllm-loopus bench", 1
 # Of the plan's time.
 SHARES = {"decode": 0.5, "sweep": 0.15, "mixed": 0.25, "long": 0.1}
+Section = Callable[[str, str], AbstractContextManager[None]]
 WITH_FLEET = ("decode", "sweep", "mixed", "long", "cache")
 
 
-def run(setup: Setup, command: Sequence[str]) -> dict[str, Any]:
-    """The report as JSON. A section that fails is in `failed` with the reason; others go on."""
+def run(
+    setup: Setup, command: Sequence[str], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The report as JSON. A section that fails is in `failed` with the reason; others go on. What
+    there is after a section is given to `keep`."""
     plan = setup.plan
     report: dict[str, Any] = {"format": FORMAT, "version": VERSION, **about(setup, command)}
     report["failed"] = {}
+
+    @contextmanager
+    def section(name: str, told: str) -> Iterator[None]:
+        """One that fails spoils itself alone."""
+        setup.tell(f"{name}: {told}")
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            report["failed"][name] = reason
+            setup.tell(f"failed: {name}: {reason}")
+        keep(report)
+
     begun = time.monotonic()
     setup.tell(f"{report['date']}  {report['machine']}  {setup.dtype}, plan {plan.name}")
     if "machine" in plan.sections:
-        report["machine_limits"] = machine.measure(setup)
+        with section("machine", "memory bandwidth and matrix rate"):
+            report["machine_limits"] = machine.measure(setup)
     looped, base = setup.folder / "looped", setup.folder / "base"
     threshold = write_looped(plan.model, looped, setup.dtype, plan.mean, plan.seed)
     write_base(plan.model, base)
     report["threshold"] = threshold
     report["decode"] = []
     for seqs in plan.seqs:
-        with _failures_noted(setup, report, f"engines with {seqs} sequences"):
-            _with_fleet(setup, seqs, looped, base, report)
+        with section(f"engines with {seqs} sequences", "start"):
+            _with_fleet(setup, seqs, looped, base, report, section)
     if "served" in plan.sections:
-        setup.tell("served: vllm serve, and vllm bench serve as its client")
-        with _failures_noted(setup, report, "served"):
+        with section("served", "vllm serve, and vllm bench serve as its client"):
             report["served"] = served.measure(setup, looped, threshold, _off_rate(report))
     if "uneven" in plan.sections:
-        setup.tell("uneven: the head's own exits against cached generation")
-        with _failures_noted(setup, report, "uneven"):
+        with section("uneven", "the head's own exits against cached generation"):
             report["uneven"] = uneven.measure(setup)
     if "quality" in plan.sections:
-        setup.tell("quality: loopus-tiny by threshold")
-        with _failures_noted(setup, report, "quality"):
+        with section("quality", "loopus-tiny by threshold"):
             report["quality"] = quality.measure(setup)
     report["seconds"] = time.monotonic() - begun
     return report
 
 
-@contextmanager
-def _failures_noted(setup: Setup, report: dict[str, Any], name: str) -> Iterator[None]:
-    """An engine, server or client that fails spoils its own section alone."""
-    try:
-        yield
-    except (RuntimeError, TimeoutError) as error:
-        report["failed"][name] = str(error)
-        setup.tell(f"failed: {name}: {error}")
-
-
-def _with_fleet(setup: Setup, seqs: int, looped: Any, base: Any, report: dict[str, Any]) -> None:
+def _with_fleet(
+    setup: Setup, seqs: int, looped: Any, base: Any, report: dict[str, Any], section: Section
+) -> None:
     """The sections that run on engines of `seqs` sequences; those beside `decode` do so once, on
     the engines with the most sequences not above the sweep's greatest batch."""
     plan = setup.plan
@@ -77,7 +84,6 @@ def _with_fleet(setup: Setup, seqs: int, looped: Any, base: Any, report: dict[st
         works.append(mixed.long_workload(setup))
     if "cache" in wanted:
         works.append(cache.workload_of(setup, max(plan.cache_lengths) + 2))
-    setup.tell(f"engines with {seqs} sequences start")
     with Fleet(decode.specs(setup, looped, base, seqs, works), setup.folder) as fleet:
         report["engines"] = {
             **report.get("engines", {}),
@@ -94,28 +100,27 @@ def _with_fleet(setup: Setup, seqs: int, looped: Any, base: Any, report: dict[st
         }
         fleet.warm_up(setup.generator.decode(plan.seed, seqs, plan.prompt, 2))
         if "decode" in wanted:
-            setup.tell(f"decode: {seqs} sequences")
-            seconds = setup.seconds(SHARES["decode"]) / len(plan.seqs)
-            report["decode"].append(decode.measure(setup, fleet, seqs, seconds))
+            with section("decode", f"{seqs} sequences"):
+                seconds = setup.seconds(SHARES["decode"]) / len(plan.seqs)
+                report["decode"].append(decode.measure(setup, fleet, seqs, seconds))
         if "sweep" in wanted:
-            setup.tell("sweep: batches and mean depths")
-            report["sweep"] = sweep.measure(
-                setup, fleet, seqs, setup.seconds(SHARES["sweep"]), report.get("machine_limits")
-            )
+            with section("sweep", "batches and mean depths"):
+                seconds, limits = setup.seconds(SHARES["sweep"]), report.get("machine_limits")
+                report["sweep"] = sweep.measure(setup, fleet, seqs, seconds, limits)
         for name, work in (("mixed", mixed.mixed_workload), ("long", mixed.long_workload)):
             if name in wanted:
-                setup.tell(f"{name}: prefill included")
-                seconds = setup.seconds(SHARES[name])
-                rounds = plan.rounds if name == "mixed" else 1  # long ones take minutes each
-                report[name] = mixed.measure(setup, fleet, work(setup), rounds, seconds)
+                with section(name, "prefill included"):
+                    seconds = setup.seconds(SHARES[name])
+                    rounds = plan.rounds if name == "mixed" else 1  # long ones take minutes each
+                    report[name] = mixed.measure(setup, fleet, work(setup), rounds, seconds)
         if "cache" in wanted:
-            setup.tell("cache: seconds for each token by the answer's length")
-            report["cache"] = cache.measure(setup, fleet, looped, base)
+            with section("cache", "seconds of a token by how many came before"):
+                report["cache"] = cache.measure(setup, fleet, looped, base)
 
 
 def _off_rate(report: dict[str, Any]) -> float:
-    """Tokens a second with early exit off, of the largest batch; a guess where not measured."""
+    """Tokens a second with early exit off, of the largest batch."""
     if not report["decode"]:
-        return 10.0
+        raise RuntimeError("the rate of requests follows from decode, which was not measured")
     policies = report["plan"]["policies"]
     return float(median(report["decode"][-1]["rates"][f"{policies[0]} off"]))

@@ -80,6 +80,7 @@ QUICK = Plan(
     cache_lengths=(8, 32, 128),
     cache_counted=2,
     uneven_size="small",
+    uneven_answer=24,
     served_requests=12,
     served_answer=12,
     quality_items=5,

@@ -44,8 +44,15 @@ class Workload:
         return float(np.mean(exits)) if exits else None
 
     def at_depth(self, depth: int) -> "Workload":
-        """The same requests, every token at one depth: early exit off at the deepest (`fixed`)."""
-        return self.with_exits([[depth] * request.tokens for request in self.requests])
+        """The same requests, every token at one depth, and known to go there: early exit off at the
+        deepest (`fixed`)."""
+        return Workload(
+            self.name,
+            [
+                replace(r, exits=[depth] * r.tokens, knobs={**r.knobs, "min_loops": depth})
+                for r in self.requests
+            ],
+        )
 
     def with_exits(self, exits: Sequence[list[int]]) -> "Workload":
         """The same requests with other depths, such as a recorded trace's."""
@@ -109,5 +116,9 @@ class Generator:
         return tokens
 
     def _exits(self, rng: Any, shape: Any, mean: float | None) -> Any:
+        """Depths of the law in random order, each as often as the law says: their mean is its."""
         law = geometric(self._mean if mean is None else mean, self._max_loops)
-        return rng.choice(np.arange(1, self._max_loops + 1), shape, p=law)
+        count = int(np.prod(shape))
+        ranks = (np.arange(count) + 0.5) / count
+        depths = np.searchsorted(np.cumsum(law), ranks).clip(max=self._max_loops - 1) + 1
+        return rng.permutation(depths).reshape(shape)

@@ -1,6 +1,7 @@
 """`vllm-loopus bench`: engines side by side on this machine."""
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 TERMINATED = 128 + signal.SIGTERM
 SCRATCH = "VLLM_LOOPUS_BENCH_SCRATCH"
+OUT = Path("bench-results")
 
 
 class BenchPlan(StrEnum):
@@ -46,7 +48,12 @@ def bench(
     only: Annotated[
         str | None, typer.Option(help="Sections with commas: machine, decode, sweep, mixed, ...")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("bench-results"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help=f"Folder for the report; {OUT} where something is measured."
+        ),
+    ] = None,
     dtype: Annotated[
         BenchDtype,
         typer.Option(
@@ -89,34 +96,50 @@ def bench(
     from vllm_loopus.bench import figures, report
     from vllm_loopus.bench.process import WorkerError
     from vllm_loopus.bench.run import run
+    from vllm_loopus.bench.setup import about
 
+    folder_of_run = out or OUT
+    if saved is None:
+        out = folder_of_run
     with errors_told(ValueError, OSError):
         earlier = report.read(compare) if compare else None
-        if into is not None and figures.MARKERS[0] not in into.read_text():
-            raise ValueError(f"{into} has no line {figures.MARKERS[0]}; add it, and the one after")
+        if into is not None:
+            figures.place_in(into)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
     if saved is not None:
         with errors_told(ValueError):
             found = report.read(saved)
+            if earlier is not None:
+                figures.raise_if_incomparable(found, earlier)
     else:
         with tempfile.TemporaryDirectory(dir=os.environ.get(SCRATCH)) as folder:
             with errors_told(ValueError, OSError):
                 setup = _setup(plan, only, dtype, minutes, seqs, original, original_python, folder)
+                if earlier is not None:
+                    figures.raise_if_incomparable(about(setup, ()), earlier)
             try:
-                found = run(setup, ["vllm-loopus", *sys.argv[1:]])
+                found = run(
+                    setup,
+                    ["vllm-loopus", *sys.argv[1:]],
+                    lambda part: report.keep(part, folder_of_run),
+                )
             except WorkerError as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(PROBLEM) from error
-    report.write(found, out)
-    if into is not None:
-        figures.write_into(into, found)
-    rows = figures.agreement(found, earlier) if earlier is not None else []
+    with errors_told(ValueError, OSError):
+        if out is not None:
+            report.write(found, out)
+        if into is not None:
+            figures.write_into(into, found)
+        rows = figures.agreement(found, earlier) if earlier is not None else []
     if as_json:
         print_json(found)
     else:
         _print(found, rows, out)
     for name, reason in found["failed"].items():
         typer.echo(f"failed: {name}: {reason.splitlines()[-1]}", err=True)
-    if found["failed"] or any(row[-1] == "no" for row in rows):
+    if found["failed"] or any(row[-1] == figures.AGREES[False] for row in rows):
         raise typer.Exit(PROBLEM)
 
 
@@ -138,6 +161,10 @@ def _setup(
         wanted = [name.strip() for name in only.split(",") if name.strip()]
         if unknown := [name for name in wanted if name not in ALL] or not wanted:
             raise ValueError(f"only={only!r} names {unknown}; sections are {', '.join(ALL)}")
+        if "served" in wanted and "decode" not in wanted:
+            raise ValueError(
+                f"only={only!r}: the rate that served asks at follows from decode; add it"
+            )
         chosen = replace(chosen, sections=tuple(wanted))
     if seqs is not None:
         numbers = seqs.split(",")
@@ -151,6 +178,8 @@ def _setup(
             f"original={original} is no checkout of the original implementation: it has no "
             "models/modeling_lds.py"
         )
+    if original is not None and shutil.which(original_python) is None:
+        raise ValueError(f"original_python={original_python!r} is no program; name a Python")
     device = default_device()
     return Setup(
         plan=chosen,
@@ -162,7 +191,7 @@ def _setup(
     )
 
 
-def _print(found: dict[str, Any], agreement: Sequence[Sequence[str]], out: Path) -> None:
+def _print(found: dict[str, Any], agreement: Sequence[Sequence[str]], out: Path | None) -> None:
     from vllm_loopus.bench import figures
 
     told = figures.figures(found)
@@ -170,6 +199,8 @@ def _print(found: dict[str, Any], agreement: Sequence[Sequence[str]], out: Path)
     for figure in told:
         if figure.note:
             typer.echo(f"{figure.name}: {figure.note}")
-    typer.echo(f"\n{figures.headline(found)}\n{out / 'report.html'}")
+    typer.echo(f"\n{figures.headline(found)}")
+    if out is not None:
+        typer.echo(str(out / "report.html"))
     if agreement:
         print_table(("figure", "this run", "the earlier one", "spreads overlap"), agreement)

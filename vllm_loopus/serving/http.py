@@ -82,7 +82,11 @@ class LoopedHandler(GenerateBaseServing):
         super()._raise_if_error(finish_reason, request_id, *more)
 
     def _refuse_combinations(self, request: Any, given: Mapping[str, Any]) -> None:
-        knobs = [name for name in REQUEST_KNOBS if given.get(name)]
+        knobs = [
+            name
+            for name in REQUEST_KNOBS
+            if given.get(name) is not None and (given[name] or name != RETURN_EXIT_DEPTHS)
+        ]
         if knobs and getattr(request, "use_beam_search", False):
             raise KnobError(
                 f"{knobs[0]} has no effect with use_beam_search; remove one", parameter=knobs[0]

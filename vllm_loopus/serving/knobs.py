@@ -47,10 +47,17 @@ class EngineOptions:
     @classmethod
     def of(cls, additional_config: Any) -> "EngineOptions":
         """Raises `ValueError` naming the option, its value and the fix."""
-        given = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+        outer = additional_config if isinstance(additional_config, Mapping) else {}
+        known = [field.name for field in fields(cls)]
+        for name in known:
+            if name in outer:
+                raise ValueError(
+                    f"additional_config[{name!r}]={outer[name]!r} has no effect there; "
+                    f"put it into additional_config[{SECTION!r}]"
+                )
+        given = outer.get(SECTION)
         if given is None:
             return cls()
-        known = [field.name for field in fields(cls)]
         if not isinstance(given, Mapping):
             raise ValueError(
                 f"additional_config[{SECTION!r}]={given!r} must be a mapping of {', '.join(known)}"

@@ -3,7 +3,7 @@
 Knows no model runner: it is given the model, block tables and a metadata builder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,8 @@ class PagedExecutor:
 
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
         layout = self._tables.layout(rows)
-        through = self._through(rows, layout, deeper_only=True)
+        leaving = [i for i, row in enumerate(rows) if row.sequence.may_leave_at(row.depth)]
+        through = self._through(rows, leaving, layout, deeper_only=True)
         ran = self._regions.reasoning(layout, self._previous_states(layout), through)
         state, (update, new_state) = ran.rows, ran.outputs
         self._states.write(ran.slots, new_state)
@@ -173,7 +174,7 @@ class PagedExecutor:
         (hidden,) = self._regions.decoder(
             layout,
             states,
-            self._through(rows, layout, deeper_only=False),
+            self._through(rows, range(len(rows)), layout, deeper_only=False),
             wanted=self._wanted(rows, layout),
             keeps=any(entry.sequence.request_id in self._prompt_parts for entry in rows),
         ).outputs
@@ -210,8 +211,10 @@ class PagedExecutor:
             return None
         return wanted if len(wanted) else np.array([0])
 
-    def _through(self, rows: list[Rows], layout: BatchLayout, deeper_only: bool) -> Through | None:
-        entries = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
+    def _through(
+        self, rows: list[Rows], among: Iterable[int], layout: BatchLayout, deeper_only: bool
+    ) -> Through | None:
+        entries = [i for i in among if rows[i].newest and rows[i].sequence.writes_through]
         if not entries:
             return None
         deepest = np.array([rows[i].sequence.max_depth for i in entries])

@@ -158,6 +158,10 @@ class LoopedSequence:
         depths = self.knobs.exit_depths
         return depths[self.num_generated] if self.num_generated < len(depths) else None
 
+    def may_leave_at(self, depth: int) -> bool:
+        """Whether the newest position may leave at `depth`, for all that is known before a pass."""
+        return depth >= self.knobs.min_loops or depth == self.forced_depth
+
     def decide(self, depth: int, leaves: bool) -> None:
         """The newest position reached `depth`; `leaves` is the halting rule's word."""
         forced = self.forced_depth

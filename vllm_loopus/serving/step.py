@@ -15,8 +15,8 @@ from vllm_loopus.serving.staircase import LoopedSequence, Rows
 class StepExecutor(Protocol):
     """What a step needs done. Rows of one call may stand at different depths.
 
-    K/V and states of rows whose sequence `writes_through` go to all deeper depths as well, the
-    decoder's K/V to all depths.
+    K/V and states of a newest row whose sequence `writes_through` go to all deeper depths as well
+    where it may leave, the decoder's K/V to all depths.
     """
 
     def make_room(self, rows: Rows) -> int:

@@ -1,5 +1,5 @@
-"""Seconds for each generated token at the full depth, with and without K/V caches, one sequence, by
-the length of the answer (the paper's figure 3)."""
+"""Seconds of a generated token at the full depth, with and without K/V caches, one sequence, by how
+many tokens came before (the paper's figure 3 has them by the length of the answer)."""
 
 from collections.abc import Callable
 from statistics import mean
@@ -60,12 +60,10 @@ def _row(setup: Setup, fleet: Fleet, sides: dict[str, Worker], length: int) -> d
             looped.call("cached", prompts=[prompt], tokens=[counted + 1])["seconds"][1:]
         ),
         "ours": lambda: _after_first(fleet.run(setup.plan.policies[0], ours)),
-        "base": lambda: (
-            base.call("base", prompts=[request.prompt], tokens=counted)["seconds"] / counted
-        ),
+        "base": lambda: base.call("base", prompts=[prompt], tokens=counted)["seconds"] / counted,
     }
-    for name in ("cached", "ours"):  # a first call of a shape is slow
-        engines[name]()
+    for measured in engines.values():  # a first call of a shape is slow
+        measured()
     return {"length": length, **{name: measured() for name, measured in engines.items()}}
 
 

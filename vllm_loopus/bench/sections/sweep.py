@@ -4,7 +4,7 @@ machine's limit a pass is."""
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_loopus.bench.costs import by_rows, pass_at_best
+from vllm_loopus.bench.costs import add_limits, by_rows
 from vllm_loopus.bench.fleet import Cell, Fleet
 from vllm_loopus.bench.setup import Setup
 from vllm_loopus.bench.workloads import Workload
@@ -46,8 +46,7 @@ def measure(
     ]
     costs = by_rows(fixed)
     if machine is not None:
-        for row in costs["passes"]:
-            row["ms_at_best"] = pass_at_best(plan.model, setup.itemsize, int(row["size"]), machine)
+        add_limits(costs["passes"], plan.model, setup.itemsize, machine)
     rows = [
         {
             "policy": policy,
