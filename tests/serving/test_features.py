@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import GOLDEN, golden_cases
 from vllm_loopus import LoopUSForCausalLM, exit_depths
+from vllm_loopus.serving.knobs import EngineOptions
 
 KNOBS = {"exit_threshold": 0.6214}
 PROMPTS = [case["prompt"] for case in golden_cases("qwen3")[:4]]
@@ -248,6 +249,12 @@ def test_prompt_logprobs_in_chunks(make_llm: Any, reference: Any) -> None:
 def test_bad_engine_options(make_llm: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_llm(GOLDEN / "qwen3", skip_tokenizer_init=True, additional_config={"loopus": options})
+
+
+def test_engine_options_outside_their_section() -> None:
+    with pytest.raises(ValueError, match=r"\['kv_policy'\]='last_exited' has no effect there"):
+        EngineOptions.of({"kv_policy": "last_exited"})
+    assert EngineOptions.of({"of_others": 1}) == EngineOptions()
 
 
 def test_structured_output(make_llm: Any) -> None:

@@ -264,3 +264,5 @@ def test_beam_search_has_no_knobs(address: str) -> None:
     status, answer = send(address, "completions", {**body, "vllm_xargs": {"max_loops": 3}})
     assert (status, answer["error"]["param"]) == (400, "max_loops")
     assert "use_beam_search" in answer["error"]["message"]
+    status, answer = send(address, "completions", {**body, "vllm_xargs": {"exit_threshold": 0}})
+    assert (status, answer["error"]["param"]) == (400, "exit_threshold")
