@@ -385,8 +385,8 @@ def test_a_waiting_session_holds_no_blocks() -> None:
     """A request that needs the whole pool finishes beside a session that waits for input."""
     engine = Engine(num_blocks=41, max_num_batched_tokens=64)
     first = list(range(20))
-    engine.add("session", first, 2, min_loops=4, resumable=True)
-    while len(engine.outputs["session"]) < 2:
+    engine.add("session", first, 3, min_loops=4, resumable=True)
+    while len(engine.outputs["session"]) < 3:
         engine.step()
     assert engine.free_blocks == 40
     prompt = [9, *range(25)]
