@@ -22,6 +22,17 @@ GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 BACKBONES = ("qwen3", "llama", "phi3")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def standard_streams_of_a_cli_runner_have_descriptors() -> Iterator[None]:
+    """vLLM up to 0.29 asks `sys.stdout` for its descriptor, which a runner's own stream lacks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "typer.testing._NamedTextIOWrapper.fileno",
+            lambda self: 2 if "err" in self.name else 1,
+        )
+        yield
+
+
 def golden_cases(backbone: str) -> list[dict[str, Any]]:
     """The original implementation's answers for one backbone."""
     expected = json.loads((GOLDEN / backbone / "expected.json").read_text())
