@@ -46,7 +46,7 @@ browser:
 pictures: .venv browser
 	$(BIN)/python docs/pictures.py $(TRACE_OPTIONS)
 
-# About twenty minutes on two cores with AVX2 that nobody else uses; the table is printed, the report is in
+# About fifteen minutes on two cores with AVX2 that nobody else uses; the table is printed, the report is in
 # bench-results. Everything, in an hour or more: vllm-loopus bench.
 BENCH_OUT ?= bench-results
 bench: .venv

@@ -43,7 +43,7 @@ class BenchDtype(StrEnum):
 def bench(
     plan: Annotated[
         BenchPlan,
-        typer.Option(help="quick: about 20 minutes on two cores; tiny: a small model, to try it."),
+        typer.Option(help="quick: about 15 minutes on two cores; tiny: a small model, to try it."),
     ] = BenchPlan.FULL,
     only: Annotated[
         str | None, typer.Option(help="Sections with commas: machine, decode, sweep, mixed, ...")
