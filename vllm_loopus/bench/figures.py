@@ -173,15 +173,16 @@ def headline(report: Mapping[str, Any]) -> str:
     return text
 
 
-def place_in(file: Path) -> tuple[int, int]:
-    """Where the markers of a Markdown file are. Raises `ValueError` where it has none."""
+def place_in(file: Path) -> tuple[str, int, int]:
+    """The text of a Markdown file, and where its markers are. Raises `ValueError` where it has
+    none."""
     text = file.read_text()
     start, end = (text.find(marker) for marker in MARKERS)
     if not 0 <= start < end:
         raise ValueError(
             f"into={file} has no lines {' and '.join(MARKERS)} to put the table between; add them"
         )
-    return start, end
+    return text, start, end
 
 
 def write_into(file: Path, report: Mapping[str, Any]) -> None:
@@ -189,8 +190,7 @@ def write_into(file: Path, report: Mapping[str, Any]) -> None:
 
     Raises `ValueError` where the file has none.
     """
-    text = file.read_text()
-    start, end = place_in(file)
+    text, start, end = place_in(file)
     inside = f"{MARKERS[0]}\n{markdown(report)}\n"
     write_text(file, text[:start] + inside + text[end:])
 

@@ -3,7 +3,7 @@
 Knows no model runner: it is given the model, block tables and a metadata builder.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,8 +99,7 @@ class PagedExecutor:
 
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
         layout = self._tables.layout(rows)
-        leaving = [i for i, row in enumerate(rows) if row.sequence.may_leave_at(row.depth)]
-        through = self._through(rows, leaving, layout, deeper_only=True)
+        through = self._through(rows, layout, deeper_only=True)
         ran = self._regions.reasoning(layout, self._previous_states(layout), through)
         state, (update, new_state) = ran.rows, ran.outputs
         self._states.write(ran.slots, new_state)
@@ -174,7 +173,7 @@ class PagedExecutor:
         (hidden,) = self._regions.decoder(
             layout,
             states,
-            self._through(rows, range(len(rows)), layout, deeper_only=False),
+            self._through(rows, layout, deeper_only=False),
             wanted=self._wanted(rows, layout),
             keeps=any(entry.sequence.request_id in self._prompt_parts for entry in rows),
         ).outputs
@@ -211,10 +210,15 @@ class PagedExecutor:
             return None
         return wanted if len(wanted) else np.array([0])
 
-    def _through(
-        self, rows: list[Rows], among: Iterable[int], layout: BatchLayout, deeper_only: bool
-    ) -> Through | None:
-        entries = [i for i in among if rows[i].newest and rows[i].sequence.writes_through]
+    def _through(self, rows: list[Rows], layout: BatchLayout, deeper_only: bool) -> Through | None:
+        """Newest rows that go to all other depths too, or to deeper ones where they may leave."""
+        entries = [
+            i
+            for i, row in enumerate(rows)
+            if row.newest
+            and row.sequence.writes_through
+            and (not deeper_only or row.sequence.may_leave_at(row.depth))
+        ]
         if not entries:
             return None
         deepest = np.array([rows[i].sequence.max_depth for i in entries])
