@@ -41,14 +41,15 @@ class RowBatch:
     block_table: torch.Tensor  # [E, blocks]
     max_query_len: int
     max_seq_len: int
-    repeated: torch.Tensor | None = None  # [M]
+    slot_rows: torch.Tensor | None = None  # [T + M] the row that each slot is for
 
     @classmethod
     def of(cls, layout: BatchLayout, through: Through | None, device: torch.device) -> "RowBatch":
         """The rows as they are."""
-        slots = layout.own_slots
+        slots, slot_rows = layout.own_slots, None
         if through is not None:
             slots = np.concatenate([slots, through.slots])
+            slot_rows = np.concatenate([np.arange(len(layout.positions)), through.rows])
         query_start, seq_lens = layout.offsets.astype(np.int32), layout.ends.astype(np.int32)
         return cls(
             positions=to_device(layout.positions, device),
@@ -60,7 +61,7 @@ class RowBatch:
             block_table=to_device(layout.block_table(), device),
             max_query_len=int(np.diff(layout.offsets).max()),
             max_seq_len=int(layout.ends.max()),
-            repeated=None if through is None else to_device(through.rows, device),
+            slot_rows=None if slot_rows is None else to_device(slot_rows, device),
         )
 
     def __len__(self) -> int:
@@ -110,7 +111,7 @@ class RowAttention:
             # sequences; a decoder batch may have two for one (`LoopedSequence.rows_to_decode`).
             crowded = len(batch.seq_lens) > self._vllm_config.scheduler_config.max_num_seqs
             metadata = builder.build(0, common, fast_build=crowded)
-        self._planes.repeated = batch.repeated
+        self._planes.slot_rows = batch.slot_rows
         try:
             with set_forward_context(
                 dict.fromkeys(layer_names, metadata),
@@ -122,4 +123,4 @@ class RowAttention:
             ):
                 yield
         finally:
-            self._planes.repeated = None
+            self._planes.slot_rows = None

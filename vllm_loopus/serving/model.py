@@ -160,7 +160,7 @@ class Decoder(LayerRun):
         return normed
 
     def _select(self, mlp: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return args if self._wanted is None else (args[0][self._wanted],)
+        return args if self._wanted is None else (args[0].index_select(0, self._wanted),)
 
     def _spread(
         self, mlp: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor

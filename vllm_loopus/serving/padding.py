@@ -57,7 +57,7 @@ class Padding:
         self._positions = torch.zeros(limits.rows, dtype=torch.int64, device=device)
         through = limits.entries * limits.copies
         self._slots = torch.full((limits.rows + through,), PAD_SLOT_ID, device=device)
-        self._repeated = torch.zeros(through, dtype=torch.int64, device=device)
+        self._slot_rows = torch.zeros(limits.rows + through, dtype=torch.int64, device=device)
         self._query_start = torch.zeros(limits.entries + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros(limits.entries, dtype=torch.int32, device=device)
         self._tables = torch.zeros(limits.entries, limits.blocks, dtype=torch.int32, device=device)
@@ -83,17 +83,13 @@ class Padding:
         offsets = _padded(offsets, entries + 1, int(offsets[-1]))
         ends = _padded(ends, entries, 0)
         slots = _padded(layout.own_slots, size.num_tokens + copies, PAD_SLOT_ID)
-        repeated = None
         if through is not None:
             slots[size.num_tokens : size.num_tokens + len(through.slots)] = through.slots
-        if copies:
-            rows = np.zeros(0, dtype=np.int64) if through is None else through.rows
-            repeated = self._write(self._repeated, rows, copies, 0)
         table = layout.block_table()
         self._tables[: len(table), : table.shape[1]].copy_(
             to_device(table, self._device), non_blocking=True
         )
-        return self._batch(size, positions, slots, offsets, ends, repeated)
+        return self._batch(size, positions, slots, offsets, ends, through)
 
     def dummy(self, size: BatchDescriptor) -> RowBatch:
         """A batch to capture with: as many entries as the size allows, and nothing is written."""
@@ -106,7 +102,6 @@ class Padding:
             np.full(rows + copies, PAD_SLOT_ID),
             offsets,
             np.diff(offsets),
-            self._write(self._repeated, np.zeros(0, dtype=np.int64), copies, 0) if copies else None,
         )
 
     def _batch(
@@ -116,8 +111,11 @@ class Padding:
         slots: NDArray[np.int64],
         offsets: NDArray[np.int32],
         ends: NDArray[np.int32],
-        repeated: torch.Tensor | None,
+        through: Through | None = None,
     ) -> RowBatch:
+        rows = np.arange(size.num_tokens)
+        if through is not None:
+            rows = np.concatenate([rows, through.rows])
         return RowBatch(
             positions=positions,
             slots=self._write(self._slots, slots, len(slots), PAD_SLOT_ID),
@@ -129,7 +127,9 @@ class Padding:
             # A graph keeps what these were when it was captured: bounds that hold for all batches.
             max_query_len=1 if size.uniform else size.num_tokens,
             max_seq_len=self._limits.max_seq_len,
-            repeated=repeated,
+            slot_rows=self._write(self._slot_rows, rows, len(slots), 0)
+            if len(slots) > size.num_tokens
+            else None,
         )
 
     def write_rows(self, size: BatchDescriptor, rows: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Decoded:
         order = [row[request_id] for request_id in request_ids]
         if order == list(range(len(self.request_ids))):
             return self.hidden
-        return self.hidden[to_device(order, self.hidden.device)]
+        return self.hidden.index_select(0, to_device(order, self.hidden.device))
 
 
 class PagedExecutor:
@@ -104,14 +104,16 @@ class PagedExecutor:
         state, (update, new_state) = ran.rows, ran.outputs
         self._states.write(ran.slots, new_state)
         if ran.repeated is not None and ran.more_slots is not None:
-            self._states.write(ran.more_slots, new_state[ran.repeated])
+            self._states.write(ran.more_slots, new_state.index_select(0, ran.repeated))
         self._verdicts.watch(rows, layout.offsets, new_state)
         if not deciding:
             return []
         sequences = [rows[index].sequence for index in deciding]
         last = self._tensor(layout.last_rows[deciding])
         return self._leaves(
-            sequences, layout.depth[deciding], update[last], state[last], new_state[last]
+            sequences,
+            layout.depth[deciding],
+            *(rows.index_select(0, last) for rows in (update, state, new_state)),
         )
 
     def _previous_states(self, layout: BatchLayout) -> torch.Tensor:
@@ -191,7 +193,7 @@ class PagedExecutor:
                     self.decoded.prompts[name] = torch.cat(self._prompt_parts.pop(name))
         newest = [i for i, entry in enumerate(rows) if entry.newest and not entry.sequence.failure]
         if newest:
-            self.decoded.hidden = hidden[self._tensor(layout.last_rows[newest])]
+            self.decoded.hidden = hidden.index_select(0, self._tensor(layout.last_rows[newest]))
             self.decoded.request_ids = [rows[index].sequence.request_id for index in newest]
 
     def _wanted(self, rows: list[Rows], layout: BatchLayout) -> NDArray[np.int64] | None:

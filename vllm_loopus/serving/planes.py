@@ -90,7 +90,7 @@ class Planes:
         vllm_config: VllmConfig,
     ) -> None:
         """The three blocks, built; `state_bytes` is a state's size."""
-        self.repeated: torch.Tensor | None = None
+        self.slot_rows: torch.Tensor | None = None
         self._context = vllm_config.compilation_config.static_forward_context
         layers = attention_layers(reasoning) + attention_layers(decoder)
         like = layers[0]
@@ -125,8 +125,8 @@ class Planes:
         return [self._context[name].kv_cache for name in names]
 
     def write_through(self) -> None:
-        """Lets K/V of a row go to more slots than one (policy `last_exited`): `repeated` names the
-        rows that the slot mapping goes on with after the batch's own."""
+        """Lets K/V of a row go to more slots than one (policy `last_exited`): `slot_rows` names
+        the row of each slot in the slot mapping."""
         for name in self.layer_names:
             self._context[name].impl.do_kv_cache_update = self._repeating(self._context[name].impl)
 
@@ -136,8 +136,8 @@ class Planes:
         def do_kv_cache_update(
             layer: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any
         ) -> None:
-            if (rows := self.repeated) is not None:
-                key, value = torch.cat([key, key[rows]]), torch.cat([value, value[rows]])
+            if (rows := self.slot_rows) is not None:
+                key, value = key.index_select(0, rows), value.index_select(0, rows)
             update(layer, key, value, *rest)
 
         return do_kv_cache_update

@@ -114,8 +114,8 @@ class Region:
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         ran = Ran(tuple(output[: len(rows)] for output in several), rows, batch.slots[: len(rows)])
         if through is not None:
-            assert batch.repeated is not None
-            ran.repeated = batch.repeated[: len(through.rows)]
+            assert batch.slot_rows is not None
+            ran.repeated = batch.slot_rows[len(batch) :][: len(through.rows)]
             ran.more_slots = batch.slots[len(batch) :][: len(through.slots)]
         return ran
 
