@@ -147,10 +147,6 @@ class FakeExecutor:
             for position in range(row.start, row.end):
                 self.write("state", row.sequence, row.depth, position)
                 self.write("reasoning", row.sequence, row.depth, position)
-            through = row.newest and row.sequence.writes_through
-            if through and row.sequence.may_leave_at(row.depth):
-                for kind in ("state", "reasoning"):
-                    self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
         for row in rows:
             for position in range(row.start):
                 self.read("reasoning", row.sequence, row.depth, position)
@@ -166,6 +162,9 @@ class FakeExecutor:
                 (row.depth >= wanted and row.depth >= knobs.min_loops)
                 or row.depth >= knobs.max_loops
             )
+            if row.sequence.writes_through and row.sequence.leaves_at(row.depth, leaves[-1]):
+                for kind in ("state", "reasoning"):
+                    self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
         return leaves
 
     def settle(self) -> None:

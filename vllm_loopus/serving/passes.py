@@ -17,6 +17,7 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.attention import Through
 from vllm_loopus.serving.pages import BatchLayout, PageTables, StatePages
+from vllm_loopus.serving.planes import KeptRows
 from vllm_loopus.serving.regions import Regions
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
 from vllm_loopus.serving.transfer import to_device
@@ -99,8 +100,14 @@ class PagedExecutor:
 
     def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
         layout = self._tables.layout(rows)
-        through = self._through(rows, layout, deeper_only=True)
-        ran = self._regions.reasoning(layout, self._previous_states(layout), through)
+        region = self._regions.reasoning
+        may_leave = self._may_leave(rows, deciding)
+        # Written once they have left; a graph holds nothing back and writes for all that may.
+        late = may_leave if may_leave and not region.replays(layout) else []
+        through = None if late else self._through(may_leave, rows, layout, deeper_only=True)
+        kept_rows = self._tensor(layout.last_rows[late]) if late else None
+        with self._model.planes.keeping(kept_rows) as kept:
+            ran = region(layout, self._previous_states(layout), through)
         state, (update, new_state) = ran.rows, ran.outputs
         self._states.write(ran.slots, new_state)
         if ran.repeated is not None and ran.more_slots is not None:
@@ -110,11 +117,44 @@ class PagedExecutor:
             return []
         sequences = [rows[index].sequence for index in deciding]
         last = self._tensor(layout.last_rows[deciding])
-        return self._leaves(
+        leaves = self._leaves(
             sequences,
             layout.depth[deciding],
-            *(rows.index_select(0, last) for rows in (update, state, new_state)),
+            *(values.index_select(0, last) for values in (update, state, new_state)),
         )
+        if kept is not None:
+            word = dict(zip(deciding, leaves, strict=True))
+            left = [i for i in late if rows[i].sequence.leaves_at(rows[i].depth, word[i])]
+            self._write_through(left, rows, layout, new_state, kept, layout.last_rows[late])
+        return leaves
+
+    @staticmethod
+    def _may_leave(rows: list[Rows], deciding: list[int]) -> list[int]:
+        """Entries whose newest row gives its K/V to deeper depths if it leaves, and may leave."""
+        return [
+            index
+            for index in deciding
+            if rows[index].sequence.writes_through
+            and rows[index].sequence.may_leave_at(rows[index].depth)
+        ]
+
+    def _write_through(
+        self,
+        left: list[int],
+        rows: list[Rows],
+        layout: BatchLayout,
+        states: torch.Tensor,
+        kept: KeptRows,
+        kept_rows: NDArray[np.int64],
+    ) -> None:
+        """K/V, `kept` of the rows `kept_rows` [M], and states go to deeper depths for the entries
+        that have left."""
+        through = self._through(left, rows, layout, deeper_only=True)
+        if through is None:
+            return
+        slots = self._tensor(through.slots)
+        self._states.write(slots, states.index_select(0, self._tensor(through.rows)))
+        kept.write(self._tensor(np.searchsorted(kept_rows, through.rows)), slots)
 
     def _previous_states(self, layout: BatchLayout) -> torch.Tensor:
         """`h^{r-1}` of all rows: fresh from the encoder, or from the pages of the depth below."""
@@ -175,7 +215,7 @@ class PagedExecutor:
         (hidden,) = self._regions.decoder(
             layout,
             states,
-            self._through(rows, layout, deeper_only=False),
+            self._through(self._newest(rows), rows, layout, deeper_only=False),
             wanted=self._wanted(rows, layout),
             keeps=any(entry.sequence.request_id in self._prompt_parts for entry in rows),
         ).outputs
@@ -212,15 +252,14 @@ class PagedExecutor:
             return None
         return wanted if len(wanted) else np.array([0])
 
-    def _through(self, rows: list[Rows], layout: BatchLayout, deeper_only: bool) -> Through | None:
-        """Newest rows that go to all other depths too, or to deeper ones where they may leave."""
-        entries = [
-            i
-            for i, row in enumerate(rows)
-            if row.newest
-            and row.sequence.writes_through
-            and (not deeper_only or row.sequence.may_leave_at(row.depth))
-        ]
+    def _newest(self, rows: list[Rows]) -> list[int]:
+        """Entries with a newest row that goes to all depths."""
+        return [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
+
+    def _through(
+        self, entries: list[int], rows: list[Rows], layout: BatchLayout, deeper_only: bool
+    ) -> Through | None:
+        """The last rows of `entries` go to all other depths too, or to all deeper ones."""
         if not entries:
             return None
         deepest = np.array([rows[i].sequence.max_depth for i in entries])

@@ -78,6 +78,27 @@ class PagedRows(AttentionLayerBase):
         return spec
 
 
+class KeptRows:
+    """K/V of some rows of a pass, layer by layer: memory for as many as there are sequences."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+        self._layers: list[tuple[Any, ...]] = []
+
+    def add(
+        self, update: Any, layer: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor
+    ) -> None:
+        """What a layer is about to write to its `cache`, by the backend's `update`."""
+        rows = self._rows
+        kept = key.index_select(0, rows), value.index_select(0, rows)
+        self._layers.append((update, layer, *kept, cache))
+
+    def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """K/V of `rows` [K], numbers among those kept, to `slots` [K] of every layer."""
+        for update, layer, key, value, cache in self._layers:
+            update(layer, key.index_select(0, rows), value.index_select(0, rows), cache, slots)
+
+
 class Planes:
     """The planes of one model: reserves them, and selects one for a pass."""
 
@@ -91,6 +112,7 @@ class Planes:
     ) -> None:
         """The three blocks, built; `state_bytes` is a state's size."""
         self.slot_rows: torch.Tensor | None = None
+        self._kept: KeptRows | None = None
         self._context = vllm_config.compilation_config.static_forward_context
         layers = attention_layers(reasoning) + attention_layers(decoder)
         like = layers[0]
@@ -136,11 +158,22 @@ class Planes:
         def do_kv_cache_update(
             layer: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any
         ) -> None:
+            if self._kept is not None:
+                self._kept.add(update, layer, key, value, rest[0])
             if (rows := self.slot_rows) is not None:
                 key, value = key.index_select(0, rows), value.index_select(0, rows)
             update(layer, key, value, *rest)
 
         return do_kv_cache_update
+
+    @contextmanager
+    def keeping(self, rows: torch.Tensor | None) -> Iterator["KeptRows | None"]:
+        """Inside, K/V of `rows` [M] is kept for slots that are known later; None for none."""
+        self._kept = None if rows is None else KeptRows(rows)
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:

@@ -69,6 +69,10 @@ class Region:
         self._graph = graph
         self._selects = selects
 
+    def replays(self, layout: BatchLayout) -> bool:
+        """Whether the rows would run padded, as a graph that fixes what is written where."""
+        return self._padding is not None and self._padding.fit(layout) is not None
+
     def __call__(
         self,
         layout: BatchLayout,

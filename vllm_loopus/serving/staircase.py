@@ -162,10 +162,13 @@ class LoopedSequence:
         """Whether the newest position may leave at `depth`, for all that is known before a pass."""
         return depth >= self.knobs.min_loops or depth == self.forced_depth
 
+    def leaves_at(self, depth: int, leaves: bool) -> bool:
+        """Whether the newest position leaves at `depth`; `leaves` is the halting rule's word."""
+        return leaves if self.forced_depth is None else depth == self.forced_depth
+
     def decide(self, depth: int, leaves: bool) -> None:
         """The newest position reached `depth`; `leaves` is the halting rule's word."""
-        forced = self.forced_depth
-        if depth == forced if forced is not None else leaves:
+        if self.leaves_at(depth, leaves):
             self.exit_depth = depth
             if self.writes_through:
                 for deeper in range(depth + 1, self.max_depth + 1):
