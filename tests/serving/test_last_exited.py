@@ -74,6 +74,36 @@ def test_alone_as_in_a_batch_and_one_row_a_token(make_llm: Any) -> None:
         assert exit_depths(one) == exit_depths(other)
 
 
+def test_deeper_planes_are_written_once_a_token_has_left(
+    make_llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the head's word or by given depths; not in every pass in which it might have."""
+    from vllm_loopus.serving.planes import KeptRows
+
+    slots: list[int] = []
+    write = KeptRows.write
+
+    def counted(kept: Any, rows: Any, to: Any) -> None:
+        slots.append(len(to))
+        write(kept, rows, to)
+
+    monkeypatch.setattr(KeptRows, "write", counted)
+    llm = start(make_llm, "phi3", enable_prefix_caching=False)
+    cases = [c for c in golden_cases("phi3") if len(set(c["depths"])) > 2][:6]
+    heads = [{"max_loops": c["N"], "exit_threshold": c["q_threshold"]} for c in cases]
+    given = [{"max_loops": c["N"], "exit_depths": c["depths"]} for c in cases]
+    for knobs in (heads, given):
+        slots.clear()
+        outputs = generate(llm, [c["prompt"] for c in cases], knobs)
+        # The first token is the prompt's own.
+        assert sum(slots) == sum(
+            case["N"] - depth
+            for case, output in zip(cases, outputs, strict=True)
+            for depth in exit_depths(output)[1:]
+        )
+        assert sum(slots) > 0
+
+
 def test_prompts_that_follow_a_token_are_as_if_they_had_gone_first(make_llm: Any) -> None:
     cases = [c for c in golden_cases("llama") if max(c["depths"][1:]) > c["depths"][0]][:8]
     knobs = [{"exit_depths": case["depths"]} for case in cases]
