@@ -125,7 +125,7 @@ class PagedExecutor:
         if kept is not None:
             word = dict(zip(deciding, leaves, strict=True))
             left = [i for i in late if rows[i].sequence.leaves_at(rows[i].depth, word[i])]
-            self._write_through(left, rows, layout, new_state, kept, layout.last_rows[late])
+            self._write_deeper(left, rows, layout, new_state, kept, layout.last_rows[late])
         return leaves
 
     @staticmethod
@@ -138,7 +138,7 @@ class PagedExecutor:
             and rows[index].sequence.may_leave_at(rows[index].depth)
         ]
 
-    def _write_through(
+    def _write_deeper(
         self,
         left: list[int],
         rows: list[Rows],
@@ -212,10 +212,11 @@ class PagedExecutor:
     def decode(self, rows: list[Rows]) -> None:
         layout = self._tables.layout(rows)
         states = self._states.read(self._tensor(layout.own_slots))
+        through = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
         (hidden,) = self._regions.decoder(
             layout,
             states,
-            self._through(self._newest(rows), rows, layout, deeper_only=False),
+            self._through(through, rows, layout, deeper_only=False),
             wanted=self._wanted(rows, layout),
             keeps=any(entry.sequence.request_id in self._prompt_parts for entry in rows),
         ).outputs
@@ -251,10 +252,6 @@ class PagedExecutor:
         if len(wanted) == len(layout.positions):
             return None
         return wanted if len(wanted) else np.array([0])
-
-    def _newest(self, rows: list[Rows]) -> list[int]:
-        """Entries with a newest row that goes to all depths."""
-        return [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
 
     def _through(
         self, entries: list[int], rows: list[Rows], layout: BatchLayout, deeper_only: bool

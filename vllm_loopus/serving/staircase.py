@@ -159,7 +159,8 @@ class LoopedSequence:
         return depths[self.num_generated] if self.num_generated < len(depths) else None
 
     def may_leave_at(self, depth: int) -> bool:
-        """Whether the newest position may leave at `depth`, for all that is known before a pass."""
+        """Whether the newest position may leave at `depth`. Given depths spare nothing: they stand
+        for what a model would decide."""
         return depth >= self.knobs.min_loops or depth == self.forced_depth
 
     def leaves_at(self, depth: int, leaves: bool) -> bool:
