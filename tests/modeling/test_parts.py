@@ -1,5 +1,7 @@
 """Gate, confidence head and halting rule on their own."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -113,6 +115,66 @@ def test_halting_bounds(
     depth = exit_depth(halting, confidences, [1.0] * 6)
     assert minimum <= depth <= 6
     assert depth == 6 or (depth % interval == 0 and threshold < 1)
+
+
+@given(
+    confidences=st.lists(st.floats(0, 1), min_size=6, max_size=6),
+    lengths=st.lists(st.floats(0, 1), min_size=6, max_size=6),
+    threshold=st.floats(0, 2),
+    interval=st.integers(1, 7),
+    budgets=st.tuples(st.integers(1, 6), st.integers(1, 6)).map(sorted),
+    strategy=st.sampled_from(["threshold", "cdf", "convergence"]),
+)
+def test_what_is_foregone_is_what_the_rule_says(
+    confidences: list[float],
+    lengths: list[float],
+    threshold: float,
+    interval: int,
+    budgets: list[int],
+    strategy: str,
+) -> None:
+    """Nobody need look at what was computed, nor add it up, where the word is known before."""
+    knobs: Any = {
+        "exit_threshold": threshold,
+        "min_loops": budgets[0],
+        "max_loops": budgets[1],
+    }
+    halting = rule(strategy, exit_interval=interval, **knobs)
+    depth = exit_depth(halting, confidences, lengths)
+    survival = torch.ones(1)
+    for at in range(1, 7):
+        word = halting.foregone(at, **knobs)
+        if word is None:
+            leaves, survival = halting.leaves(
+                at,
+                confidence=torch.tensor([confidences[at - 1]]),
+                step_length=torch.tensor([lengths[at - 1]]),
+                survival=survival,
+            )
+            word = bool(leaves.item())
+        if word:
+            assert at == depth
+            return
+    raise AssertionError("never left")
+
+
+@pytest.mark.parametrize(
+    ("halting", "words"),
+    [
+        (rule(), [None, None, None, True]),
+        (rule(min_loops=3), [False, False, None, True]),
+        (rule("cdf", min_loops=3), [None, None, None, True]),  # adds up from the first depth on
+        (rule("cdf", min_loops=4), [False, False, False, True]),
+        (rule("cdf", exit_interval=2), [False, None, False, True]),
+        (rule(exit_threshold=1.0), [False, False, False, True]),
+        (rule("convergence", exit_interval=4, min_loops=2), [False, None, None, True]),
+    ],
+)
+def test_foregone(halting: HaltingRule, words: list[bool | None]) -> None:
+    knobs: Any = {
+        name: getattr(halting, name) for name in ("exit_threshold", "min_loops", "max_loops")
+    }
+    assert [halting.foregone(depth, **knobs) for depth in range(1, 5)] == words
 
 
 def test_rows_with_their_own_depth_and_knobs() -> None:

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from tests.conftest import GOLDEN
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.batch import LoopedBatch
 from vllm_loopus.serving.boundary import boundary_rule
 from vllm_loopus.serving.depths import received
@@ -57,12 +58,18 @@ def wanted_depth(tokens: Iterable[int], max_depth: int) -> int:
 
 
 def answer(
-    prompt: list[int], count: int, max_depth: int, max_loops: int, min_loops: int = 1
+    prompt: list[int],
+    count: int,
+    max_depth: int,
+    max_loops: int,
+    min_loops: int = 1,
+    interval: int = 1,
 ) -> tuple[list[int], list[int]]:
     """Tokens and exit depths of a request that runs alone."""
     tokens, depths = list(prompt), []
     for _ in range(count):
-        depths.append(max(min(wanted_depth(tokens, max_depth), max_loops), min_loops))
+        wanted = max(wanted_depth(tokens, max_depth), min_loops)
+        depths.append(min(-(-wanted // interval) * interval, max_loops))
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :], depths
 
@@ -70,13 +77,15 @@ def answer(
 class FakeExecutor:
     """`StepExecutor` over names. `batch` is to be set to the batch it works for."""
 
-    def __init__(self, tables: PageTables, max_depth: int, budget: int) -> None:
+    def __init__(self, tables: PageTables, max_depth: int, budget: int, interval: int = 1) -> None:
         self.tables, self.max_depth, self.budget = tables, max_depth, budget
+        self.interval = interval
         self.batch: Any = None
         self.memory: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
         self.decoded = Decoded()
         self.encoded: list[tuple[str, int]] = []
         self.passes = 0
+        self.longest_run = 0  # passes without a decision in between
 
     def begin_step(self, tokens: list[int]) -> None:
         self.decoded = Decoded()
@@ -84,11 +93,14 @@ class FakeExecutor:
 
     def make_room(self, rows: Rows) -> int:
         room = self.tables.make_room(rows)
-        for taken in self.tables.taken.get(rows.sequence.request_id, ()):
+        self.wipe_taken(rows.sequence)
+        return room
+
+    def wipe_taken(self, sequence: LoopedSequence) -> None:
+        for taken in self.tables.taken.get(sequence.request_id, ()):
             if taken not in self.wiped:
                 self.wiped.append(taken)
                 self.wipe(taken.block_id)
-        return room
 
     def wipe(self, block: int) -> None:
         """A block that is given out again holds nothing."""
@@ -130,7 +142,27 @@ class FakeExecutor:
                 if position % BLOCK == 0:
                     self.wipe(self.slot(row.sequence, 1, position) // BLOCK)
 
-    def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
+    def make_room_below(self, rows: list[Rows], passes: int) -> int:
+        found = self.tables.make_room_below(rows, passes)
+        for row in rows:
+            self.wipe_taken(row.sequence)
+        return found
+
+    def run_passes(self, rows: list[Rows], passes: int, deciding: list[int]) -> list[bool]:
+        for above in range(passes - 1, -1, -1):
+            at = [Rows(r.sequence, r.depth - above, r.start, r.end) for r in rows]
+            self.run_pass(at)
+            leaves = [self.leaves(at[index]) for index in deciding]
+            assert not (above and any(leaves)), "nobody leaves before the last pass"
+        self.longest_run = max(self.longest_run, passes)
+        for index, word in zip(deciding, leaves, strict=True):
+            row = rows[index]
+            if row.sequence.writes_through and row.sequence.leaves_at(row.depth, word):
+                for kind in ("state", "reasoning"):
+                    self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
+        return leaves
+
+    def run_pass(self, rows: list[Rows]) -> None:
         assert 0 < sum(map(len, rows)) <= self.budget
         self.passes += 1
         fresh = [
@@ -150,22 +182,16 @@ class FakeExecutor:
         for row in rows:
             for position in range(row.start):
                 self.read("reasoning", row.sequence, row.depth, position)
-        leaves = []
-        for index in deciding:
-            row = rows[index]
-            knobs, prefix = row.sequence.knobs, self.prefix(row.sequence, row.end - 1)
-            assert (
-                len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
-            )
-            wanted = wanted_depth(prefix, self.max_depth)
-            leaves.append(
-                (row.depth >= wanted and row.depth >= knobs.min_loops)
-                or row.depth >= knobs.max_loops
-            )
-            if row.sequence.writes_through and row.sequence.leaves_at(row.depth, leaves[-1]):
-                for kind in ("state", "reasoning"):
-                    self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
-        return leaves
+
+    def leaves(self, row: Rows) -> bool:
+        """The halting rule's word for the newest position."""
+        knobs, prefix = row.sequence.knobs, self.prefix(row.sequence, row.end - 1)
+        assert len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
+        if row.depth >= knobs.max_loops:
+            return True
+        if row.depth < knobs.min_loops or row.depth % self.interval:
+            return False
+        return row.depth >= wanted_depth(prefix, self.max_depth)
 
     def settle(self) -> None:
         for running in self.batch._running.values():
@@ -278,7 +304,9 @@ def sampled(names: list[str], tokens: list[int]) -> ModelRunnerOutput:
 class FakeLoop:
     """The loop over the fakes, mixed in before an adapter and its fake runner."""
 
-    def __init__(self, vllm_config: Any, num_blocks: int, quorum: float | str) -> None:
+    def __init__(
+        self, vllm_config: Any, num_blocks: int, quorum: float | str, exit_interval: int
+    ) -> None:
         self.vllm_config = vllm_config
         self.requests: dict[str, Any] = {}
         self.model_state = LoopUSModelState.__new__(LoopUSModelState)
@@ -288,10 +316,11 @@ class FakeLoop:
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         tables = PageTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
-        self.executor = FakeExecutor(tables, depth, budget)
-        rule = boundary_rule(quorum, depth, 1)
+        self.executor = FakeExecutor(tables, depth, budget, exit_interval)
+        rule = boundary_rule(quorum, depth, exit_interval)
+        halting = HaltingRule("threshold", 0.9, exit_interval, 1, depth, 0.0)
         options = EngineOptions.of(vllm_config.additional_config)
-        self._batch = LoopedBatch(self.executor, tables, rule, depth, budget, options)
+        self._batch = LoopedBatch(self.executor, tables, rule, halting, depth, budget, options)
         self.executor.batch = self._batch
         self.described: list[StepInput] = []
 
@@ -341,6 +370,7 @@ class Engine:
     kv_policy: str = "exact"
     prefill_depth: str = "lazy"
     prefix_caching: bool = True
+    exit_interval: int = 1
     runner_kind: str = "v1"
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
@@ -368,7 +398,9 @@ class Engine:
             log_stats=True,
         )
         self.scheduler.use_v2_model_runner = self.runner_kind == "v2"
-        self.runner = RUNNERS[self.runner_kind](config, self.num_blocks, self.quorum)
+        self.runner = RUNNERS[self.runner_kind](
+            config, self.num_blocks, self.quorum, self.exit_interval
+        )
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self.hasher = get_request_block_hasher(BLOCK, hash_function)

@@ -16,6 +16,7 @@ from vllm_loopus import exit_depths
 from vllm_loopus.serving.answers import explain
 from vllm_loopus.serving.http import LoopedHandler
 from vllm_loopus.serving.knobs import RequestKnobs
+from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
 from vllm_loopus.serving.verdicts import Verdicts
 
@@ -158,14 +159,14 @@ def test_the_server_says_why() -> None:
 
 
 class FirstRank:
-    """A group in which the first rank has said `flags`."""
+    """A group in which the first rank has said `said`."""
 
-    def __init__(self, flags: list[int]) -> None:
-        self.flags = torch.tensor(flags, dtype=torch.uint8)
+    def __init__(self, said: list[int]) -> None:
+        self.said = torch.tensor(said, dtype=torch.uint8)
 
     def broadcast(self, mine: torch.Tensor, src: int) -> torch.Tensor:
-        assert src == 0 and mine.shape == self.flags.shape and mine.dtype == torch.uint8
-        return self.flags
+        assert src == 0 and mine.shape == self.said.shape and mine.dtype == torch.uint8
+        return self.said
 
 
 def test_the_first_rank_decides() -> None:
@@ -174,13 +175,18 @@ def test_the_first_rank_decides() -> None:
     first, second = (LoopedSequence(name, knobs, 4, prefill_end=3) for name in "ab")
     for sequence in (first, second):
         sequence.begin(3, wants_token=True)
+    sums = np.array([[1, 2, 3, np.nan, 0, np.inf], [1, 2, 3, 4, 5, 6]], dtype=np.float32)
     said = np.array([0.75, 0.5], dtype=np.float32)
-    group: Any = FirstRank([0, 0, 0, 1, 0, 1, 0, 1, *said.view(np.uint8)])
+    group: Any = FirstRank([*sums.view(np.uint8).ravel(), 0, 1, *said.view(np.uint8)])
     verdicts = Verdicts(group)
     states = torch.zeros(6, 4)
     states[0] = torch.nan
     rows = [Rows(first, 1, 0, 3), Rows(second, 1, 0, 3)]
-    verdicts.watch(rows, np.array([0, 3, 6]), states)
+    tables = PageTables(num_depths=4, max_blocks=1, num_blocks=3, block_size=4)
+    for name, block in (("a", 1), ("b", 2)):
+        tables.add(name, [[block], [], [], []], cached=0)
+    for layout in tables.layouts([Rows(r.sequence, 2, 0, 3) for r in rows], 2):
+        verdicts.watch(rows, layout, states)
     survival = torch.tensor([0.25, 0.5])
     leaving, survived = verdicts.read(torch.tensor([True, False]), survival)
     assert leaving == [False, True] and survived == [0.75, 0.5]

@@ -52,6 +52,7 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[LoopedSequence, list[
     kv_policy=st.sampled_from(["exact", "exact", "last_exited"]),
     prefill_depth=st.sampled_from(["lazy", "lazy", "full"]),
     policy=st.sampled_from(["fcfs", "priority"]),
+    exit_interval=st.sampled_from([1, 1, 2, 3]),
 )
 def test_everything_finishes_right(
     items: list[dict[str, Any]],
@@ -62,6 +63,7 @@ def test_everything_finishes_right(
     kv_policy: str,
     prefill_depth: str,
     policy: str,
+    exit_interval: int,
 ) -> None:
     max_len, depth = 40, 4
     blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
@@ -75,6 +77,7 @@ def test_everything_finishes_right(
         kv_policy=kv_policy,
         prefill_depth=prefill_depth,
         policy=policy,
+        exit_interval=exit_interval,
     )
     seen: dict[str, tuple[LoopedSequence, list[int]]] = {}
     aborted = set()
@@ -107,7 +110,12 @@ def test_everything_finishes_right(
     for index, item in enumerate(items):
         name = f"r{index}"
         tokens, depths = answer(
-            item["prompt"], item["max_tokens"], depth, item["max_loops"], item["min_loops"]
+            item["prompt"],
+            item["max_tokens"],
+            depth,
+            item["max_loops"],
+            item["min_loops"],
+            exit_interval,
         )
         count = len(engine.outputs[name])
         assert engine.outputs[name] == tokens[:count]

@@ -152,7 +152,7 @@ def test_states_in_every_layout_of_a_block(order: str) -> None:
     """vLLM's default on GPUs, LBNHC, is not that of CPUs."""
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
-    from vllm_loopus.serving.pages import StatePages
+    from vllm_loopus.serving.states import StatePages
 
     shape = (3, 5, 2, 4, 6)  # layers, blocks, heads, tokens, numbers
     permutation = KVCacheLayout[order].stride_order
@@ -168,7 +168,7 @@ def test_states_in_every_layout_of_a_block(order: str) -> None:
 
 
 def test_a_layout_that_scatters_a_block_is_refused() -> None:
-    from vllm_loopus.serving.pages import StatePages
+    from vllm_loopus.serving.states import StatePages
 
     page = torch.zeros(2, 5, 4, 6).transpose(0, 1)  # LHBNC
     with pytest.raises(ValueError, match="VLLM_KV_CACHE_LAYOUT"):

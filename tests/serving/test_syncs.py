@@ -1,4 +1,5 @@
-"""How often the host waits for the device in a step: once a pass that decides, once a decoding.
+"""How often the host waits for the device in a step: once a pass in which the head has a say, once
+a decoding.
 
 On a CPU nothing waits; what is counted is whatever would on a GPU.
 """
@@ -93,14 +94,17 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
                         torch.Tensor, method, counted(method, getattr(torch.Tensor, method))
                     )
                 result = original(self, rows, *rest)
-            calls.append((name, bool(rest and rest[0]), Counter(waits)))
+            deciding = [rows[index] for index in rest[1]] if rest else []
+            # At the full depth a token leaves, whatever the head says.
+            asks = any(entry.depth < entry.sequence.knobs.max_loops for entry in deciding)
+            calls.append((name, asks, Counter(waits)))
             return result
 
         return call
 
     original_to_host = verdicts.to_host
     monkeypatch.setattr(verdicts, "to_host", to_host)
-    for name in ("encode", "run_pass", "decode"):
+    for name in ("encode", "run_passes", "decode"):
         monkeypatch.setattr(PagedExecutor, name, watched(name, getattr(PagedExecutor, name)))
     outputs = llm.generate(
         [{"prompt_token_ids": c["prompt"]} for c in cases],
@@ -109,7 +113,7 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
     )
     for case, output in zip(cases, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == case["tokens"]
-    assert {name for name, *_ in calls} == {"encode", "run_pass", "decode"}
+    assert {name for name, *_ in calls} == {"encode", "run_passes", "decode"}
     for name, decides, seen in calls:
-        waiting = name == "decode" or (name == "run_pass" and decides)
+        waiting = name == "decode" or (name == "run_passes" and decides)
         assert seen == ({"to_host": 1} if waiting else {}), (name, decides)

@@ -88,6 +88,23 @@ class HaltingRule:
         depth = torch.as_tensor(depth, device=early.device)
         return (early & (depth >= self.min_loops)) | (depth >= self.max_loops), survival
 
+    def foregone(
+        self, depth: int, *, exit_threshold: float, min_loops: int, max_loops: int
+    ) -> bool | None:
+        """Whether a row with these knobs leaves at `depth`, where nothing computed has a say in it.
+
+        None where the criterion has: there, or later by what it adds up there (`cdf`).
+        """
+        if depth >= max_loops:
+            return True
+        if min_loops >= max_loops:
+            return False
+        if self.strategy == "convergence":
+            return False if depth < min_loops else None
+        if exit_threshold >= 1 or depth % self.exit_interval:  # `q` is at most 1
+            return False
+        return False if depth < min_loops and self.strategy != "cdf" else None
+
 
 class ExitTracker:
     """Where each of n tokens leaves, taken along pass by pass. `depths` [n]: 0 while it runs."""

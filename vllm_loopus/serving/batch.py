@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.blocks import BlockOffer, TakenBlock
 from vllm_loopus.serving.boundary import BoundaryRule, StepCosts
-from vllm_loopus.serving.knobs import EngineOptions
+from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
 from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.passes import Decoded, PagedExecutor
 from vllm_loopus.serving.runner_interface import NewSequence, StepInput
@@ -58,11 +59,13 @@ class LoopedBatch:
         executor: PagedExecutor,
         tables: PageTables,
         rule: BoundaryRule,
+        halting: HaltingRule,
         max_depth: int,
         row_budget: int,
         options: EngineOptions,
     ) -> None:
         self.rule = rule
+        self._halting = halting
         self._executor = executor
         self._tables = tables
         self._max_depth = max_depth
@@ -90,19 +93,29 @@ class LoopedBatch:
         found, decoded = self._tables.add(request_id, new.block_ids, new.cached)
         if new.wants_prompt:
             self._executor.want_prompt(request_id)
+        planes = self._options.planes(new.knobs.max_loops, self._max_depth)
         self._running[request_id] = _Running(
             LoopedSequence(
                 request_id,
                 new.knobs,
-                self._options.planes(new.knobs.max_loops, self._max_depth),
+                planes,
                 prefill_end=len(new.tokens),
                 cached=found,
                 decoded=None if new.wants_prompt else decoded,
                 takes_over=self._options.takes_over,
                 num_generated=new.num_generated,
                 full_prefill=self._options.full_prefill,
+                foregone=[self._foregone(new.knobs, depth) for depth in range(1, planes + 1)],
             ),
             list(new.tokens),
+        )
+
+    def _foregone(self, knobs: RequestKnobs, depth: int) -> bool | None:
+        return self._halting.foregone(
+            depth,
+            exit_threshold=knobs.exit_threshold,
+            min_loops=knobs.min_loops,
+            max_loops=knobs.max_loops,
         )
 
     def grow(self, request_id: str, block_ids: Sequence[int]) -> None:

@@ -20,8 +20,8 @@ from vllm.forward_context import BatchDescriptor
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-from vllm_loopus.serving.attention import RowBatch, Through
-from vllm_loopus.serving.pages import BatchLayout
+from vllm_loopus.serving.attention import Extents, RowBatch, Through
+from vllm_loopus.serving.batch_layout import BatchLayout, Spans
 from vllm_loopus.serving.transfer import to_device
 
 
@@ -69,7 +69,7 @@ class Padding:
 
     def fit(self, layout: BatchLayout) -> BatchDescriptor | None:
         """The smallest size that holds the batch; None where it has to run as it is."""
-        rows, entries = len(layout.positions), len(layout.ends)
+        rows, entries = len(layout.spans), len(layout.spans.ends)
         mode, descriptor = self._dispatcher.dispatch(rows, uniform_decode=rows == entries)
         if mode != CUDAGraphMode.FULL or entries > _entries(descriptor):
             return None
@@ -77,19 +77,20 @@ class Padding:
 
     def fill(self, size: BatchDescriptor, layout: BatchLayout, through: Through | None) -> RowBatch:
         """Writes a batch into the buffers."""
-        positions = self._write(self._positions, layout.positions, size.num_tokens, 0)
+        spans = layout.spans
+        positions = self._write(self._positions, spans.positions, size.num_tokens, 0)
         entries, copies = _entries(size), _entries(size) * self._limits.copies
-        offsets, ends = layout.offsets.astype(np.int32), layout.ends.astype(np.int32)
+        offsets, ends = spans.offsets.astype(np.int32), spans.ends.astype(np.int32)
         offsets = _padded(offsets, entries + 1, int(offsets[-1]))
         ends = _padded(ends, entries, 0)
         slots = _padded(layout.own_slots, size.num_tokens + copies, PAD_SLOT_ID)
         if through is not None:
             slots[size.num_tokens : size.num_tokens + len(through.slots)] = through.slots
-        table = layout.block_table()
+        table = layout.block_table
         self._tables[: len(table), : table.shape[1]].copy_(
             to_device(table, self._device), non_blocking=True
         )
-        return self._batch(size, positions, slots, offsets, ends, through)
+        return self._batch(size, positions, slots, offsets, ends, spans, through)
 
     def dummy(self, size: BatchDescriptor) -> RowBatch:
         """A batch to capture with: as many entries as the size allows, and nothing is written."""
@@ -111,22 +112,27 @@ class Padding:
         slots: NDArray[np.int64],
         offsets: NDArray[np.int32],
         ends: NDArray[np.int32],
+        spans: Spans | None = None,
         through: Through | None = None,
     ) -> RowBatch:
         rows = np.arange(size.num_tokens)
         if through is not None:
             rows = np.concatenate([rows, through.rows])
-        return RowBatch(
+        extents = Extents(
             positions=positions,
-            slots=self._write(self._slots, slots, len(slots), PAD_SLOT_ID),
             query_start=self._write(self._query_start, offsets, len(offsets), 0),
             query_start_cpu=torch.from_numpy(offsets),
             seq_lens=self._write(self._seq_lens, ends, len(ends), 0),
             seq_lens_cpu=torch.from_numpy(ends),
-            block_table=self._tables[: _entries(size)],
             # A graph keeps what these were when it was captured: bounds that hold for all batches.
             max_query_len=1 if size.uniform else size.num_tokens,
             max_seq_len=self._limits.max_seq_len,
+        )
+        return RowBatch(
+            spans,
+            extents,
+            slots=self._write(self._slots, slots, len(slots), PAD_SLOT_ID),
+            block_table=self._tables[: _entries(size)],
             slot_rows=self._write(self._slot_rows, rows, len(slots), 0)
             if len(slots) > size.num_tokens
             else None,

@@ -1,19 +1,11 @@
-"""Block tables and slots of running sequences, by depth; states in paged memory.
-
-A slot is `block id * block size + offset`, the same number for K/V of every layer and for the
-state of a position at a depth: planes differ in their blocks alone (see `planes.py`).
-"""
+"""Block tables of running sequences, by depth."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from vllm.utils.math_utils import cdiv
 
+from vllm_loopus.serving.batch_layout import BatchLayout, Spans, slots_of
 from vllm_loopus.serving.blocks import BlockOffer, StepBlocks, TakenBlock
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
 
@@ -37,6 +29,7 @@ class PageTables:
         self._decoded = np.zeros(num_blocks, dtype=bool)
         self._blocks = StepBlocks(BlockOffer())
         self._taken: dict[str, list[TakenBlock]] = {}
+        self._spans: Spans | None = None  # of the last layout
 
     def begin_step(self, offer: BlockOffer) -> None:
         """`offer`: blocks that may be taken until the next call."""
@@ -79,9 +72,12 @@ class PageTables:
         """Depth and column of the blocks that `rows` have yet to get, in the order of positions."""
         table = self._tables[self._index[rows.sequence.request_id]]
         first, last = rows.start // self.block_size, (rows.end - 1) // self.block_size
-        depths = [rows.depth]
         if rows.newest and rows.sequence.writes_through:
             depths = list(range(rows.depth, rows.sequence.max_depth + 1))
+        elif first == last:
+            return [] if table[rows.depth - 1, first] else [(rows.depth, first)]
+        else:
+            depths = [rows.depth]
         return [
             (depth, column)
             for column in range(first, last + 1)
@@ -97,8 +93,10 @@ class PageTables:
 
     def make_room(self, rows: Rows) -> int:
         """See `StepExecutor`."""
-        name = rows.sequence.request_id
         missing = self.missing(rows)
+        if not missing:
+            return len(rows)
+        name = rows.sequence.request_id
         available = self._blocks.available(name)
         end = rows.end
         if len(missing) > available:
@@ -111,6 +109,22 @@ class PageTables:
             self._decoded[block_id] = False
             self._taken.setdefault(name, []).append(TakenBlock(depth, column, block_id))
         return end - rows.start
+
+    def make_room_below(self, batch: Sequence[Rows], passes: int) -> int:
+        """See `StepExecutor`."""
+        if all(self._has_blocks_below(rows, passes) for rows in batch):
+            return passes
+        for deeper in range(1, passes):
+            for rows in batch:
+                below = Rows(rows.sequence, rows.depth + deeper, rows.start, rows.end)
+                if self.make_room(below) < len(below):
+                    return deeper
+        return passes
+
+    def _has_blocks_below(self, rows: Rows, passes: int) -> bool:
+        table = self._tables[self._index[rows.sequence.request_id]]
+        first, last = rows.start // self.block_size, (rows.end - 1) // self.block_size
+        return bool(table[rows.depth : rows.depth + passes - 1, first : last + 1].all())
 
     def remove(self, request_id: str) -> None:
         """Forgets a sequence; unknown ones are ignored."""
@@ -132,131 +146,20 @@ class PageTables:
         table = self._tables[self._index[request_id]]
         return table[table > 0].astype(np.int64)
 
-    def layout(self, batch: Sequence[Rows]) -> "BatchLayout":
+    def layout(self, batch: Sequence[Rows]) -> BatchLayout:
         """Positions and tables of a batch of rows."""
-        sequence = np.array([self._index[rows.sequence.request_id] for rows in batch])
-        starts = np.array([rows.start for rows in batch])
-        ends = np.array([rows.end for rows in batch])
-        lengths = ends - starts
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        entry = np.repeat(np.arange(len(batch)), lengths)
-        positions = np.arange(offsets[-1]) - offsets[:-1][entry] + starts[entry]
-        return BatchLayout(
-            tables=self._tables,
-            block_size=self.block_size,
-            sequence=sequence,
-            depth=np.array([rows.depth for rows in batch]),
-            ends=ends,
-            offsets=offsets,
-            entry=entry,
-            positions=positions,
-        )
+        return self.layouts(batch, 1)[0]
 
-
-@dataclass
-class BatchLayout:
-    """Where the rows of a batch lie. E entries (chunks), T rows."""
-
-    tables: NDArray[np.int32]  # of all sequences [S, N, blocks]
-    block_size: int
-    sequence: NDArray[np.int64]  # [E]
-    depth: NDArray[np.int64]  # [E], from 1
-    ends: NDArray[np.int64]  # [E]: sequence length as the entry sees it
-    offsets: NDArray[np.int64]  # [E + 1]: first row of each entry
-    entry: NDArray[np.int64]  # [T]
-    positions: NDArray[np.int64]  # [T]
-
-    @cached_property
-    def own_slots(self) -> NDArray[np.int64]:
-        """Slot of every row [T] at its own depth."""
-        return self.slots(self.depth)
-
-    def slots(self, depth: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Slot of every row [T] in the plane of its entry's `depth` [E]."""
-        return self._slots(self.sequence[self.entry], depth[self.entry], self.positions)
-
-    def _slots(
-        self, sequence: NDArray[Any], depth: NDArray[Any], positions: NDArray[Any]
-    ) -> NDArray[np.int64]:
-        blocks = self.tables[sequence, depth - 1, positions // self.block_size]
-        return blocks.astype(np.int64) * self.block_size + positions % self.block_size
-
-    def through(
-        self, entries: NDArray[np.int64], deepest: NDArray[np.int64], deeper_only: bool
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Last rows of `entries`, and slots of their positions at deeper depths, or at all others,
-        down to the `deepest` of each: a row for each slot [M]."""
-        depths = np.arange(1, self.tables.shape[1] + 1)
-        own = self.depth[entries][:, None]
-        others = depths > own if deeper_only else depths != own
-        entry, column = np.nonzero(others & (depths <= deepest[:, None]))
-        chosen = entries[entry]
-        rows = self.last_rows[chosen]
-        return rows, self._slots(self.sequence[chosen], depths[column], self.positions[rows])
-
-    def block_table(self) -> NDArray[np.int32]:
-        """Block ids [E, blocks] of each entry at its depth, as many as the longest needs."""
-        width = cdiv(int(self.ends.max()), self.block_size)
-        return np.ascontiguousarray(self.tables[self.sequence, self.depth - 1, :width])
-
-    @property
-    def last_rows(self) -> NDArray[np.int64]:
-        """Index of each entry's last row [E]."""
-        return self.offsets[1:] - 1
-
-
-class StatePages:
-    """States `h^r` in K/V-sized pages: reads and writes them by slot.
-
-    `pages`: [num_blocks, kv_heads, block_size, 2 * head_size] each, in whatever order the attention
-    backend has the inside of a block. The memory of a block is taken as `block_size` rows of
-    `kv_heads * 2 * head_size` numbers; a state is cut into pieces, one a page.
-    """
-
-    def __init__(self, pages: list[torch.Tensor], hidden_size: int) -> None:
-        """Raises `ValueError` for a layout that scatters a block over memory."""
-        self._rows: list[torch.Tensor] = []
-        self._widths: list[int] = []
-        left = hidden_size
-        for page in pages:
-            rows = _rows_of_blocks(page)
-            self._widths.append(min(left, rows.shape[-1]))
-            self._rows.append(rows.narrow(-1, 0, self._widths[-1]))
-            left -= self._widths[-1]
-        assert left == 0, "the pages do not hold a state"
-
-    def read(self, slots: torch.Tensor) -> torch.Tensor:
-        """Slots [T] -> states [T, H]."""
-        pieces = [
-            rows.index_select(0, slots) if rows.dim() == 2 else rows[_split(slots, rows)]
-            for rows in self._rows
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-    def write(self, slots: torch.Tensor, states: torch.Tensor) -> None:
-        """States [T, H] to slots [T]."""
-        for rows, piece in zip(self._rows, states.split(self._widths, dim=1), strict=True):
-            if rows.dim() == 2:
-                rows.index_copy_(0, slots, piece.to(rows.dtype))
-            else:
-                rows[_split(slots, rows)] = piece.to(rows.dtype)
-
-
-def _rows_of_blocks(page: torch.Tensor) -> torch.Tensor:
-    """The memory of a layer's blocks as rows: [slots, numbers], or [num_blocks, block_size,
-    numbers] where other layers' blocks lie between them."""
-    blocks, heads, size, width = page.shape
-    numbers = heads * width
-    reach = sum((n - 1) * step for n, step in zip(page.shape[1:], page.stride()[1:], strict=True))
-    if reach != size * numbers - 1:
-        raise ValueError(
-            "VLLM_KV_CACHE_LAYOUT must keep the K/V of a block together for LoopUS models "
-            f"(LBNHC, LBHNC, BLNHC or BLHNC); strides are {page.stride()}"
-        )
-    if page.stride(0) == size * numbers:
-        return page.as_strided((blocks * size, numbers), (numbers, 1))
-    return page.as_strided((blocks, size, numbers), (page.stride(0), numbers, 1))
-
-
-def _split(slots: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return slots // rows.shape[1], slots % rows.shape[1]
+    def layouts(self, batch: Sequence[Rows], passes: int) -> list[BatchLayout]:
+        """Of passes over the same positions, a depth deeper each; `batch` is at the depths of the
+        last."""
+        chunks = [(self._index[rows.sequence.request_id], rows.start, rows.end) for rows in batch]
+        # While nobody leaves or joins, a pass has the chunks of the one before.
+        if self._spans is None or self._spans.chunks != chunks:
+            self._spans = Spans.of(chunks, self.block_size)
+        spans = self._spans
+        depths = np.array([rows.depth for rows in batch]) + np.arange(1 - passes, 1)[:, None]
+        blocks = self._tables[spans.sequence, depths - 1, : spans.max_blocks]
+        slots = slots_of(blocks[:, spans.entry, spans.column], spans.within, self.block_size)
+        places = zip(depths, blocks, slots, strict=True)
+        return [BatchLayout(self._tables, spans, *of_pass) for of_pass in places]

@@ -16,10 +16,13 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.attention import Through
-from vllm_loopus.serving.pages import BatchLayout, PageTables, StatePages
+from vllm_loopus.serving.batch_layout import BatchLayout
+from vllm_loopus.serving.exits import Exits
+from vllm_loopus.serving.pages import PageTables
 from vllm_loopus.serving.planes import KeptRows
-from vllm_loopus.serving.regions import Regions
-from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.regions import Ran, Regions
+from vllm_loopus.serving.staircase import Rows
+from vllm_loopus.serving.states import StatePages
 from vllm_loopus.serving.transfer import to_device
 from vllm_loopus.serving.verdicts import Verdicts, cleanse
 
@@ -63,18 +66,20 @@ class PagedExecutor:
         self._model = model
         self._tables = tables
         self._device = device
-        self._rule = HaltingRule.from_config(config)
         self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
         self._verdicts = Verdicts(get_tp_group())
+        self._exits = Exits(model, HaltingRule.from_config(config), self._verdicts, device)
         self._states = StatePages(model.planes.state_pages(), config.hidden_size)
         self._tokens: list[int] = []
         self._encoded: torch.Tensor | None = None
+        self._last_pass: tuple[BatchLayout, torch.Tensor] | None = None  # and its states, of a step
         self._prompt_parts: dict[str, list[torch.Tensor]] = {}
         self.decoded = Decoded()
 
     def begin_step(self, tokens: list[int]) -> None:
         """`tokens`: ids of the new positions, in order."""
         self._tokens = tokens
+        self._last_pass = None
         self.decoded = Decoded()
 
     def want_prompt(self, request_id: str) -> None:
@@ -98,35 +103,50 @@ class PagedExecutor:
         ids = self._tensor(np.array(self._tokens, dtype=np.int32))
         (self._encoded,) = self._regions.encoder(layout, ids).outputs
 
-    def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
-        layout = self._tables.layout(rows)
+    def make_room_below(self, rows: list[Rows], passes: int) -> int:
+        return self._tables.make_room_below(rows, passes)
+
+    def run_passes(self, rows: list[Rows], passes: int, deciding: list[int]) -> list[bool]:
+        *ahead, layout = self._tables.layouts(rows, passes)
+        before = None
+        for foregone in ahead:
+            ran = self._run_pass(rows, foregone, before)
+            before = self._states.as_read(ran.outputs[1])
         region = self._regions.reasoning
         may_leave = self._may_leave(rows, deciding)
         # Written once they have left; a graph holds nothing back and writes for all that may.
         late = may_leave if may_leave and not region.replays(layout) else []
         through = None if late else self._through(may_leave, rows, layout, deeper_only=True)
-        kept_rows = self._tensor(layout.last_rows[late]) if late else None
+        kept_rows = self._tensor(layout.spans.last_rows[late]) if late else None
         with self._model.planes.keeping(kept_rows) as kept:
-            ran = region(layout, self._previous_states(layout), through)
+            ran = self._run_pass(rows, layout, before, through)
         state, (update, new_state) = ran.rows, ran.outputs
-        self._states.write(ran.slots, new_state)
-        if ran.repeated is not None and ran.more_slots is not None:
-            self._states.write(ran.more_slots, new_state.index_select(0, ran.repeated))
-        self._verdicts.watch(rows, layout.offsets, new_state)
-        if not deciding:
-            return []
-        sequences = [rows[index].sequence for index in deciding]
-        last = self._tensor(layout.last_rows[deciding])
-        leaves = self._leaves(
-            sequences,
-            layout.depth[deciding],
-            *(values.index_select(0, last) for values in (update, state, new_state)),
-        )
+        leaves = self._exits.after(rows, deciding, layout, update, state, new_state)
         if kept is not None:
             word = dict(zip(deciding, leaves, strict=True))
             left = [i for i in late if rows[i].sequence.leaves_at(rows[i].depth, word[i])]
-            self._write_deeper(left, rows, layout, new_state, kept, layout.last_rows[late])
+            last_rows = layout.spans.last_rows[late]
+            self._write_deeper(left, rows, layout, new_state, kept, last_rows)
         return leaves
+
+    def _run_pass(
+        self,
+        rows: list[Rows],
+        layout: BatchLayout,
+        before: torch.Tensor | None = None,
+        through: Through | None = None,
+    ) -> Ran:
+        """One pass over the positions of `rows` at the depths of `layout`; keeps the states.
+        `before`: those of the pass before, if it had the same rows."""
+        states = self._previous_states(layout) if before is None else before
+        ran = self._regions.reasoning(layout, states, through)
+        new_state = ran.outputs[1]
+        self._states.write(ran.slots, new_state)
+        if ran.repeated is not None and ran.more_slots is not None:
+            self._states.write(ran.more_slots, new_state.index_select(0, ran.repeated))
+        self._last_pass = layout, self._states.as_read(new_state)
+        self._verdicts.watch(rows, layout, new_state)
+        return ran
 
     @staticmethod
     def _may_leave(rows: list[Rows], deciding: list[int]) -> list[int]:
@@ -135,6 +155,7 @@ class PagedExecutor:
             index
             for index in deciding
             if rows[index].sequence.writes_through
+            and rows[index].depth < rows[index].sequence.max_depth
             and rows[index].sequence.may_leave_at(rows[index].depth)
         ]
 
@@ -157,50 +178,22 @@ class PagedExecutor:
         kept.write(self._tensor(np.searchsorted(kept_rows, through.rows)), slots)
 
     def _previous_states(self, layout: BatchLayout) -> torch.Tensor:
-        """`h^{r-1}` of all rows: fresh from the encoder, or from the pages of the depth below."""
-        fresh = int(layout.offsets[np.count_nonzero(layout.depth == 1)])
-        if fresh == len(layout.positions):
+        """`h^{r-1}` of all rows: fresh from the encoder, left by the last pass, or from the pages
+        of the depth below."""
+        if self._last_pass is not None and layout.follows(self._last_pass[0]):
+            return self._last_pass[1]
+        spans, depth = layout.spans, layout.depth
+        fresh = int(spans.offsets[np.count_nonzero(depth == 1)])
+        if fresh == len(spans):
             assert self._encoded is not None
             return self._encoded
         # Depth 0 has no pages: depth 1 stands in for the fresh rows, which are cut off.
-        slots = layout.slots(np.maximum(layout.depth - 1, 1))[fresh:]
+        slots = layout.slots(np.maximum(depth - 1, 1))[fresh:]
         stored = self._states.read(self._tensor(slots))
         if not fresh:
             return stored
         assert self._encoded is not None
         return torch.cat([self._encoded, stored])
-
-    def _leaves(
-        self,
-        sequences: list[LoopedSequence],
-        depth: np.ndarray[Any, Any],
-        update: torch.Tensor,
-        before: torch.Tensor,
-        after: torch.Tensor,
-    ) -> list[bool]:
-        """The halting rule for newest positions [S]; notes their survival (`cdf`)."""
-        if all(s.forced_depth is not None for s in sequences):
-            return [False] * len(sequences)
-        rule = HaltingRule(
-            strategy=self._rule.strategy,
-            exit_threshold=self._tensor([s.knobs.exit_threshold for s in sequences]),
-            exit_interval=self._rule.exit_interval,
-            min_loops=self._tensor([s.knobs.min_loops for s in sequences]),
-            max_loops=self._tensor([s.knobs.max_loops for s in sequences]),
-            convergence_epsilon=self._rule.convergence_epsilon,
-        )
-        leaves, survival = rule.leaves(
-            self._tensor(depth),
-            confidence=self._model.confidence(update, before, after),
-            step_length=torch.linalg.vector_norm((after - before).float(), dim=-1),
-            survival=self._tensor([s.survival for s in sequences]),
-        )
-        accumulates = self._rule.strategy == "cdf"  # the others leave the survival as it is
-        leaving, survived = self._verdicts.read(leaves, survival if accumulates else None)
-        if accumulates:
-            for sequence, value in zip(sequences, survived, strict=True):
-                sequence.survival = value
-        return leaving
 
     def settle(self) -> None:
         self._verdicts.settle()
@@ -220,7 +213,7 @@ class PagedExecutor:
             wanted=self._wanted(rows, layout),
             keeps=any(entry.sequence.request_id in self._prompt_parts for entry in rows),
         ).outputs
-        self._verdicts.watch(rows, layout.offsets, hidden, "in the decoder ")
+        self._verdicts.watch(rows, layout, hidden, "in the decoder ")
         self._verdicts.settle()
         for index, entry in enumerate(rows):
             if entry.sequence.failure:
@@ -228,13 +221,15 @@ class PagedExecutor:
             self._tables.mark_decoded(entry)
             name = entry.sequence.request_id
             if name in self._prompt_parts:
-                part = hidden[layout.offsets[index] : layout.offsets[index + 1]]
+                part = hidden[slice(*layout.spans.offsets[index : index + 2])]
                 self._prompt_parts[name].append(part)
                 if entry.newest:
                     self.decoded.prompts[name] = torch.cat(self._prompt_parts.pop(name))
         newest = [i for i, entry in enumerate(rows) if entry.newest and not entry.sequence.failure]
         if newest:
-            self.decoded.hidden = hidden.index_select(0, self._tensor(layout.last_rows[newest]))
+            self.decoded.hidden = hidden.index_select(
+                0, self._tensor(layout.spans.last_rows[newest])
+            )
             self.decoded.request_ids = [rows[index].sequence.request_id for index in newest]
 
     def _wanted(self, rows: list[Rows], layout: BatchLayout) -> NDArray[np.int64] | None:
@@ -242,14 +237,17 @@ class PagedExecutor:
 
         None for all. At least one row, for layers that cannot run on none.
         """
+        if len(rows) == len(layout.spans) and all(entry.newest for entry in rows):
+            return None
+        offsets = layout.spans.offsets
         parts = [
             np.arange(start, end)
             if entry.sequence.request_id in self._prompt_parts
             else np.arange(end - entry.newest, end)
-            for entry, start, end in zip(rows, layout.offsets, layout.offsets[1:], strict=False)
+            for entry, start, end in zip(rows, offsets, offsets[1:], strict=False)
         ]
         wanted = np.concatenate(parts)
-        if len(wanted) == len(layout.positions):
+        if len(wanted) == len(layout.spans):
             return None
         return wanted if len(wanted) else np.array([0])
 

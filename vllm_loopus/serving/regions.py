@@ -22,9 +22,9 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.serving.attention import RowAttention, RowBatch, Through
+from vllm_loopus.serving.batch_layout import BatchLayout
 from vllm_loopus.serving.knobs import EngineOptions
 from vllm_loopus.serving.padding import Limits, Padding
-from vllm_loopus.serving.pages import BatchLayout
 from vllm_loopus.serving.transfer import to_device
 
 logger = init_logger("vllm.loopus")
@@ -88,13 +88,13 @@ class Region:
             assert self._padding is not None
             extra: tuple[Any, ...] = ()
             if self._selects:
-                selected = layout.last_rows if wanted is None else wanted
+                selected = layout.spans.last_rows if wanted is None else wanted
                 extra = (self._padding.write_wanted(size, selected),)
             batch = self._padding.fill(size, layout, through)
             given = self._padding.write_rows(size, rows)
             outputs = self._padded(size, batch, given, extra)
             return self._ran(outputs, given[: len(rows)], batch, through)
-        batch = RowBatch.of(layout, through, self._device)
+        batch = self._attention.batch(layout, through)
         extra = (None if wanted is None else to_device(wanted, self._device),)
         with self._attention.over(batch, self._names):
             outputs = self._run(rows, batch.positions, *(extra if self._selects else ()))
@@ -150,7 +150,7 @@ class Regions:
         block_size: int,
         device: torch.device,
     ) -> None:
-        attention = RowAttention(attention_group, model.planes, vllm_config)
+        attention = RowAttention(attention_group, model.planes, vllm_config, device)
         padding, graph = _graphs(vllm_config, block_size, device)
 
         def region(part: str, names: list[str], selects: bool = False) -> Region:

@@ -62,15 +62,18 @@ class LoopedSequence:
         takes_over: bool = False,
         num_generated: int = 0,
         full_prefill: bool = False,
+        foregone: Sequence[bool | None] | None = None,
     ) -> None:
         """`max_depth`: planes that the sequence may need. `prefill_end`: tokens known now.
         `cached[r - 1]`: positions found at depth r in the prefix cache; `decoded[r - 1]`: of those,
         decoded at depth r already. `takes_over`: policy `last_exited`. `num_generated`: tokens
-        generated so far.
+        generated so far. `foregone[r - 1]`: whether a token leaves at depth r, None where that is
+        computed (`HaltingRule.foregone`).
         """
         self.request_id = request_id
         self.knobs = knobs
         self.full_prefill = full_prefill
+        self._foregone = foregone or [None] * max_depth
         self.max_depth = max_depth
         self.prefill_end = prefill_end
         self.takes_over = takes_over
@@ -129,7 +132,7 @@ class LoopedSequence:
 
     def next_rows(self) -> list[Rows]:
         """What the next pass has to compute, in order; nothing when there is nothing to refine."""
-        if not self.in_flight or self.depth >= self.target:
+        if not self.in_flight or self.refined:
             return []
         depth, end = self.depth + 1, self.done[0]
         if self.takes_over and self.done[depth] < self.prefill_end < end:
@@ -138,10 +141,24 @@ class LoopedSequence:
             return [prompt, Rows(self, depth, end - 1, end)]
         return [Rows(self, depth, self.done[depth], end)]
 
-    def advance(self, rows: Rows) -> None:
-        """`rows` have K/V and state at their depth now."""
-        assert rows.start == self.done[rows.depth] <= rows.end <= self.done[rows.depth - 1]
-        self.done[rows.depth] = rows.end
+    def passes_ahead(self, rows: Rows) -> int:
+        """How many passes, that over `rows` included, have the same positions, each a depth deeper
+        than the last, with nothing to decide in between; `rows` are all that it has to compute."""
+        depth = rows.depth
+        while (
+            rows.newest
+            and depth < self.target
+            and self.done[depth + 1] == rows.start
+            and not (self.undecided and (self.foregone_at(depth) is not False))
+        ):
+            depth += 1
+        return depth - rows.depth + 1
+
+    def advance(self, rows: Rows, passes: int = 1) -> None:
+        """`rows` have K/V and state at their depth now, and at those of the `passes` before it."""
+        for depth in range(rows.depth - passes + 1, rows.depth + 1):
+            assert rows.start == self.done[depth] <= rows.end <= self.done[depth - 1]
+            self.done[depth] = rows.end
         if rows.newest:
             self.depth = rows.depth
         elif self.writes_through and rows.end == self.prefill_end:
@@ -167,6 +184,12 @@ class LoopedSequence:
         """Whether the newest position leaves at `depth`; `leaves` is the halting rule's word."""
         return leaves if self.forced_depth is None else depth == self.forced_depth
 
+    def foregone_at(self, depth: int) -> bool | None:
+        """Whether the newest position leaves at `depth`, as far as that can be said beforehand."""
+        if self.forced_depth == depth:
+            return True
+        return self._foregone[depth - 1]
+
     def decide(self, depth: int, leaves: bool) -> None:
         """The newest position reached `depth`; `leaves` is the halting rule's word."""
         if self.leaves_at(depth, leaves):
@@ -179,7 +202,7 @@ class LoopedSequence:
     @property
     def refined(self) -> bool:
         """Whether the positions in flight need no further pass."""
-        return self.in_flight and not self.next_rows()
+        return self.in_flight and self.depth >= self.target
 
     def rows_to_decode(self) -> list[Rows]:
         """What the decoder needs for the newest position's token, in order."""

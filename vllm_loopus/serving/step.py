@@ -27,11 +27,18 @@ class StepExecutor(Protocol):
         """Depth 0: runs the encoder and keeps `h^0` for the pass that follows."""
         ...
 
-    def run_pass(self, rows: list[Rows], deciding: list[int]) -> list[bool]:
-        """One pass of the reasoning block. All rows at depth 1 come first, as encoded.
+    def make_room_below(self, rows: list[Rows], passes: int) -> int:
+        """As many of the `passes` from the depths of `rows` on, a depth deeper each, as all rows
+        have blocks for; those of the first are there, new ones are taken for the others."""
+        ...
+
+    def run_passes(self, rows: list[Rows], passes: int, deciding: list[int]) -> list[bool]:
+        """Passes of the reasoning block over the same positions, a depth deeper each; `rows` are at
+        the depths of the last. All rows at depth 1 in the first come first, as encoded.
 
         Returns, for each index in `deciding`, whether the halting rule lets that newest position
-        leave. Sequences with a state that is not a number fail, here, in `decode` or in `settle`.
+        leave after the last; nobody leaves before. Sequences with a state that is not a number
+        fail, here, in `decode` or in `settle`.
         """
         ...
 
@@ -89,14 +96,13 @@ def run_step(
     if new_rows:
         executor.encode(list(new_rows))
     order = sorted(scheduled, key=lambda sequence: -sequence.age)
-    for _ in range(max_depth):
-        if not _run_pass(order, row_budget, rule, executor, report):
+    while (left := max_depth - len(report.passes)) > 0:
+        if not _run_passes(order, row_budget, left, rule, executor, report):
             break
         report.waiting += report.ready
-        report.ready = sum(s.wants_token and s.refined for s in scheduled)
-        running = [
-            s for s in scheduled if s.wants_token and s.in_flight and not (s.refined or s.stalled)
-        ]
+        wanting = [s for s in scheduled if s.wants_token and s.in_flight]
+        running = [s for s in wanting if not (s.refined or s.stalled)]
+        report.ready = sum(s.refined for s in wanting)
         report.wanting = report.ready + len(running)
         if report.ready and rule.ends(report.ready, running):
             break
@@ -109,18 +115,21 @@ def run_step(
     return report
 
 
-def _run_pass(
+def _run_passes(
     order: Sequence[LoopedSequence],
     budget: int,
+    most: int,
     rule: BoundaryRule,
     executor: StepExecutor,
     report: StepReport,
 ) -> bool:
-    """One pass over whoever has something to refine and finds room; False when nobody has.
+    """A pass over whoever has something to refine and finds room, and, up to `most` in all, those
+    after it that are foregone; False when nobody has.
 
     New positions come first and are never put off, for `h^0` is not kept.
     """
     wanted = [parts for sequence in order if (parts := sequence.next_rows())]
+    in_all = sum(len(rows) for parts in wanted for rows in parts)
     batch = [rows for parts in wanted for rows in parts if rows.depth == 1]
     deeper = [parts for parts in wanted if parts[0].depth > 1]
     budget -= sum(map(len, batch))
@@ -133,14 +142,20 @@ def _run_pass(
         batch += _with_room(parts, share, executor)
     if not batch:
         return False
+    size = sum(map(len, batch))
+    passes = _passes_ahead(order, batch, most) if size == in_all else 1
+    if passes > 1:
+        passes = executor.make_room_below(batch, passes)
+        for rows in batch:
+            rows.depth += passes - 1
     deciding = [i for i, rows in enumerate(batch) if rows.newest and rows.sequence.undecided]
     started = time.perf_counter()
-    leaves = executor.run_pass(batch, deciding)
-    report.pass_seconds.append(time.perf_counter() - started)
-    report.passes.append(sum(map(len, batch)))
-    report.catch_up_rows += sum(rows.catch_up for rows in batch)
+    leaves = executor.run_passes(batch, passes, deciding)
+    report.pass_seconds += [(time.perf_counter() - started) / passes] * passes
+    report.passes += [size] * passes
+    report.catch_up_rows += passes * sum(rows.catch_up for rows in batch)
     for rows in batch:
-        rows.sequence.advance(rows)
+        rows.sequence.advance(rows, passes)
     for index, leaving in zip(deciding, leaves, strict=True):
         rows = batch[index]
         if rows.sequence.failure:
@@ -148,6 +163,17 @@ def _run_pass(
         rows.sequence.decide(rows.depth, leaving)
         rule.observe(rows.sequence, rows.depth)
     return True
+
+
+def _passes_ahead(order: Sequence[LoopedSequence], batch: Sequence[Rows], most: int) -> int:
+    """How many passes over the positions of `batch` come before there is anything to decide. One
+    where somebody waits for the decoder: the boundary rule is asked after each pass."""
+    passes = most
+    for rows in batch:
+        passes = min(passes, rows.sequence.passes_ahead(rows))
+        if passes == 1:
+            return 1
+    return 1 if any(s.wants_token and s.refined for s in order) else passes
 
 
 def _with_room(parts: Sequence[Rows], share: int, executor: StepExecutor) -> Iterator[Rows]:

@@ -6,10 +6,10 @@ all of them. What is left to differ is what each computes in floating point, and
 that two ranks get the same bits, for an all-reduce may add up in another order on each. A rank that
 runs one pass more than the others waits for them for ever. So these decisions are taken by the
 group's first rank and broadcast: equal on all ranks by construction, whatever their states are. One
-message a pass that decides, of a byte a row; none with one rank. (Sampled tokens are vLLM's: every
-rank samples from the same gathered logits with the same seeds.)
+message a pass that decides, of a few bytes a row; none with one rank. (Sampled tokens are vLLM's:
+every rank samples from the same gathered logits with the same seeds.)
 
-**Numbers.** A row whose state is NaN or infinite fails its sequence. Flags wait on the device for
+**Numbers.** A row whose state is NaN or infinite fails its sequence. Sums wait on the device for
 the next decision, which has to be read anyway, or for `settle`, once a step.
 
 **Waiting.** Whoever reads from the device waits for it. All that a pass decides is therefore one
@@ -24,18 +24,19 @@ import torch
 from numpy.typing import NDArray
 from vllm.distributed.parallel_state import GroupCoordinator
 
+from vllm_loopus.serving.batch_layout import BatchLayout
 from vllm_loopus.serving.staircase import LoopedSequence, Rows
 from vllm_loopus.serving.transfer import to_host
 
 
 @dataclass
 class _Watched:
-    """Rows of one call of the model: entry `i` has the flags `offsets[i] .. offsets[i + 1] - 1`."""
+    """Rows of one call of the model."""
 
-    entries: list[tuple[LoopedSequence, int]]  # with its depth
+    sequences: list[LoopedSequence]  # [E], of the entries of the layout
     place: str
-    offsets: NDArray[np.int64]
-    flags: torch.Tensor  # bool [T]: not a number
+    layout: BatchLayout
+    totals: torch.Tensor  # float32 [T]: no number where a state is none
 
 
 class Verdicts:
@@ -48,22 +49,16 @@ class Verdicts:
     def watch(
         self,
         rows: list[Rows],
-        offsets: NDArray[np.int64],
+        layout: BatchLayout,
         states: torch.Tensor,
         place: str = "",
     ) -> None:
-        """Looks at `states` [T, H] of `rows`; `offsets` [E + 1] is the first state of each entry.
-        `place` is for the message."""
+        """Looks at `states` [T, H] of `rows`, at the depths of `layout`. `place` is for the
+        message."""
         # NaN or infinite where one of them is, by far the cheapest way to look (`docs/log.md`).
-        total = states.sum(dim=-1, dtype=torch.float32)
-        self._watched.append(
-            _Watched(
-                [(entry.sequence, entry.depth) for entry in rows],
-                place,
-                offsets,
-                ~torch.isfinite(total),
-            )
-        )
+        totals = states.sum(dim=-1, dtype=torch.float32)
+        sequences = [entry.sequence for entry in rows]
+        self._watched.append(_Watched(sequences, place, layout, totals))
 
     def read(
         self, leaves: torch.Tensor, survival: torch.Tensor | None = None
@@ -71,25 +66,33 @@ class Verdicts:
         """`leaves` [S] and `survival` [S] (float32) as the first rank has them; fails the sequences
         watched so far."""
         watched, self._watched = self._watched, []
-        parts = [calls.flags for calls in watched] + [leaves]
-        parts = [part.view(torch.uint8) for part in parts]
+        parts = [calls.totals for calls in watched] + [leaves]
         if survival is not None:
-            parts.append(survival.contiguous().view(torch.uint8))
-        read = to_host(self._group.broadcast(torch.cat(parts), src=0))
-        for calls in watched:
-            found, read = np.split(read, [len(calls.flags)])
-            if found.any():
-                entry = np.searchsorted(calls.offsets, np.flatnonzero(found), side="right") - 1
-                for index in np.unique(entry):
-                    sequence, depth = calls.entries[index]
-                    sequence.fail(f"NaN or infinite hidden states {calls.place}at depth {depth}")
-        decided, survived = np.split(read, [len(leaves)])
+            parts.append(survival)
+        told = torch.cat([part.contiguous().view(torch.uint8) for part in parts])
+        read = to_host(self._group.broadcast(told, src=0))
+        rows = sum(len(calls.totals) for calls in watched)
+        totals, decided, survived = np.split(read, [4 * rows, 4 * rows + len(leaves)])
+        self._fail(watched, np.copy(totals).view(np.float32))
         return decided.astype(bool).tolist(), np.copy(survived).view(np.float32).tolist()
+
+    @staticmethod
+    def _fail(watched: list[_Watched], totals: NDArray[np.float32]) -> None:
+        """Fails the sequences with a total that is no number, of all calls in turn."""
+        wrong = np.flatnonzero(~np.isfinite(totals))
+        for calls in watched if len(wrong) else ():
+            mine, wrong = wrong[wrong < len(calls.totals)], wrong - len(calls.totals)
+            for index in np.unique(calls.layout.spans.entry[mine]):
+                calls.sequences[index].fail(
+                    f"NaN or infinite hidden states {calls.place}at depth "
+                    f"{calls.layout.depth[index]}"
+                )
+            wrong = wrong[wrong >= 0]
 
     def settle(self) -> None:
         """Fails the sequences watched so far."""
         if self._watched:
-            self.read(self._watched[0].flags[:0])
+            self.read(self._watched[0].totals.new_empty(0, dtype=torch.bool))
 
 
 def cleanse(caches: list[Any], blocks: NDArray[np.int64]) -> None:

@@ -40,7 +40,7 @@ class Probe:
         self.scheduler.update_from_output = self._read
         if torch.cuda.is_available() and (executor := self._executor) is not None:
             # A head that decides reads its answer after each pass; given depths wait for nothing.
-            executor.run_pass = _synchronised(executor.run_pass)
+            executor.run_passes = _synchronised(executor.run_passes)
 
     @property
     def _executor(self) -> Any:
@@ -92,7 +92,7 @@ class Probe:
             parts += [
                 ("control of the step", self.runner._batch, "step"),
                 ("encoder", executor, "encode"),
-                ("passes: around the layers", executor, "run_pass"),
+                ("passes: around the layers", executor, "run_passes"),
                 ("passes: layers", model, "refine"),
                 ("decoder", executor, "decode"),
             ]

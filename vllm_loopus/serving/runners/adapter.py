@@ -17,6 +17,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.batch import LoopedBatch, LoopProgress
 from vllm_loopus.serving.blocks import OFFER, BlockOffer
 from vllm_loopus.serving.boundary import boundary_rule
@@ -176,6 +177,7 @@ def build_batch(runner: LoopRunner) -> LoopedBatch:
         PagedExecutor(model, vllm_config, tables, runner.attn_groups[0][0], runner.device),
         tables,
         boundary_rule(options.exit_quorum, config.max_loops, config.exit_interval),
+        HaltingRule.from_config(config),
         max_depth=config.max_loops,
         row_budget=vllm_config.scheduler_config.max_num_batched_tokens,
         options=options,
