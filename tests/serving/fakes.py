@@ -317,7 +317,7 @@ class FakeLoop:
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         tables = PageTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
         self.executor = FakeExecutor(tables, depth, budget, exit_interval)
-        rule = boundary_rule(quorum, depth, exit_interval)
+        rule = boundary_rule(quorum, depth)
         halting = HaltingRule("threshold", 0.9, exit_interval, 1, depth, 0.0)
         options = EngineOptions.of(vllm_config.additional_config)
         self._batch = LoopedBatch(self.executor, tables, rule, halting, depth, budget, options)

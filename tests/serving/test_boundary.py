@@ -1,7 +1,10 @@
 """The quorum rules and the costs they go by."""
 
+from typing import Any
+
 import pytest
 
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.boundary import AutoQuorum, FixedQuorum, StepCosts, boundary_rule
 from vllm_loopus.serving.costs import LinearCost
 from vllm_loopus.serving.knobs import RequestKnobs
@@ -10,11 +13,17 @@ from vllm_loopus.serving.staircase import LoopedSequence
 DEPTH = 8
 
 
-def in_flight(depth: int, **knobs: int) -> LoopedSequence:
+def in_flight(depth: int, interval: int = 1, **knobs: float) -> LoopedSequence:
     """A sequence whose newest token, a generated one, has reached `depth`."""
-    options = {"max_loops": DEPTH, "min_loops": 1, "exit_threshold": 0.5, **knobs}
+    options: Any = {"max_loops": DEPTH, "min_loops": 1, "exit_threshold": 0.5, **knobs}
+    halting = HaltingRule("cdf", 0.5, interval, 1, DEPTH, 0.0)
     sequence = LoopedSequence(
-        "r", RequestKnobs(**options), DEPTH, prefill_end=3, cached=[3] * DEPTH
+        "r",
+        RequestKnobs(**options),
+        DEPTH,
+        prefill_end=3,
+        cached=[3] * DEPTH,
+        foregone=[halting.foregone(at, **options) for at in range(1, DEPTH + 1)],
     )
     sequence.begin(1, wants_token=True)
     for _ in range(depth):
@@ -40,7 +49,7 @@ def taught(chances: dict[int, float]) -> AutoQuorum:
 )
 def test_fixed(share: float, ready: int, running: int, ends: bool) -> None:
     assert FixedQuorum(share).ends(ready, [in_flight(1)] * running) == ends
-    assert isinstance(boundary_rule(share, DEPTH, 1), FixedQuorum)
+    assert isinstance(boundary_rule(share, DEPTH), FixedQuorum)
 
 
 def test_what_is_known_of_a_budget() -> None:
@@ -49,7 +58,8 @@ def test_what_is_known_of_a_budget() -> None:
     assert rule.chance(in_flight(1, max_loops=2)) == 1.0
     assert rule.chance(in_flight(1, min_loops=3)) == 0.0
     assert rule.chance(in_flight(7)) == 1.0
-    assert AutoQuorum(DEPTH, exit_interval=2).chance(in_flight(2)) == 0.0
+    assert rule.chance(in_flight(2, interval=2)) == 0.0
+    assert rule.chance(in_flight(1, exit_threshold=1.0)) == 0.0
 
 
 def test_waits_for_those_who_are_about_to_leave() -> None:

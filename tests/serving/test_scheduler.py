@@ -486,7 +486,7 @@ def test_known_budgets_meet_at_the_boundary(rule: float | str, together: bool) -
     assert engine.runner._batch._running["a0"].sequence.depth == 2
     assert engine.runner._batch._running["b0"].sequence.depth == 1
     assert "quick" in engine.reasons
-    engine.runner._batch.rule = boundary_rule(rule, 4, 1)
+    engine.runner._batch.rule = boundary_rule(rule, 4)
     before = engine.steps
     engine.run()
     assert (engine.steps - before <= 14) == together

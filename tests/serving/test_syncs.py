@@ -1,4 +1,4 @@
-"""How often the host waits for the device in a step: once a pass in which the head has a say, once
+"""How often the host waits for the device in a step: once a call of passes that decides, once
 a decoding.
 
 On a CPU nothing waits; what is counted is whatever would on a GPU.
@@ -95,9 +95,7 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
                     )
                 result = original(self, rows, *rest)
             deciding = [rows[index] for index in rest[1]] if rest else []
-            # At the full depth a token leaves, whatever the head says.
-            asks = any(entry.depth < entry.sequence.knobs.max_loops for entry in deciding)
-            calls.append((name, asks, Counter(waits)))
+            calls.append((name, bool(deciding), Counter(waits)))
             return result
 
         return call

@@ -65,8 +65,7 @@ class AutoQuorum:
 
     MEMORY = 0.998  # weight of the past after each observation at a depth
 
-    def __init__(self, max_depth: int, exit_interval: int = 1) -> None:
-        self._interval = exit_interval
+    def __init__(self, max_depth: int) -> None:
         self._left = [0.5] * (max_depth + 1)
         self._reached = [1.0] * (max_depth + 1)
         self._costs = StepCosts()
@@ -77,7 +76,7 @@ class AutoQuorum:
         self._idle = 0.0
 
     def observe(self, sequence: LoopedSequence, depth: int) -> None:
-        if sequence.knobs.min_loops <= depth < sequence.knobs.max_loops:
+        if sequence.foregone[depth - 1] is None and depth >= sequence.knobs.min_loops:
             self._left[depth] = self._left[depth] * self.MEMORY + (sequence.exit_depth == depth)
             self._reached[depth] = self._reached[depth] * self.MEMORY + 1
 
@@ -89,9 +88,9 @@ class AutoQuorum:
         depth = sequence.depth + 1
         if sequence.fills:
             return float(depth >= sequence.max_depth)
-        if depth >= sequence.knobs.max_loops:
-            return 1.0
-        if depth < sequence.knobs.min_loops or depth % self._interval:
+        if (leaves := sequence.foregone[depth - 1]) is not None:
+            return float(leaves)
+        if depth < sequence.knobs.min_loops:
             return 0.0
         return self._left[depth] / self._reached[depth]
 
@@ -107,9 +106,9 @@ class AutoQuorum:
         return False
 
 
-def boundary_rule(exit_quorum: float | str, max_depth: int, exit_interval: int) -> BoundaryRule:
+def boundary_rule(exit_quorum: float | str, max_depth: int) -> BoundaryRule:
     """The rule for the engine option `exit_quorum`."""
     if exit_quorum == AUTO:
-        return AutoQuorum(max_depth, exit_interval)
+        return AutoQuorum(max_depth)
     assert not isinstance(exit_quorum, str)
     return FixedQuorum(exit_quorum)

@@ -16,7 +16,8 @@ from vllm_loopus.serving.verdicts import Verdicts
 
 
 class Exits:
-    """Asks the confidence head, and only where it has a say (`HaltingRule.foregone`)."""
+    """Asks the confidence head after passes in which it has a say in one of the rows at least
+    (`HaltingRule.foregone`)."""
 
     def __init__(
         self, model: Any, rule: HaltingRule, verdicts: Verdicts, device: torch.device
@@ -39,12 +40,16 @@ class Exits:
         """The rule's word for the newest positions of the entries `deciding` [S] of `rows`.
 
         `update`, `before`, `after`: `u^r`, `h^{r-1}` and `h^r` of all rows [T, H]. Notes what a
-        sequence adds up (`survival`). Reads from the device if the head was asked.
+        sequence adds up (`survival`). Waits for the device once, also where the head is not asked:
+        what a pass takes is measured by the host (`StepClock`).
         """
+        if not deciding:
+            return []
         sequences = [rows[index].sequence for index in deciding]
         known = [_foregone(rows[index]) for index in deciding]
         words = [leaves for leaves in known if leaves is not None]
         if len(words) == len(deciding):
+            self._verdicts.settle()
             return words
         if len(deciding) < len(layout.spans):
             last = self._tensor(layout.spans.last_rows[deciding])

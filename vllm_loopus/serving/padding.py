@@ -61,6 +61,7 @@ class Padding:
         self._query_start = torch.zeros(limits.entries + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros(limits.entries, dtype=torch.int32, device=device)
         self._tables = torch.zeros(limits.entries, limits.blocks, dtype=torch.int32, device=device)
+        self._held: tuple[BatchDescriptor, Spans, Extents] | None = None  # of the last `fill`
 
     def descriptors(self) -> list[BatchDescriptor]:
         """The padded sizes, the greatest first, so that the others share its memory."""
@@ -77,49 +78,46 @@ class Padding:
 
     def fill(self, size: BatchDescriptor, layout: BatchLayout, through: Through | None) -> RowBatch:
         """Writes a batch into the buffers."""
-        spans = layout.spans
-        positions = self._write(self._positions, spans.positions, size.num_tokens, 0)
-        entries, copies = _entries(size), _entries(size) * self._limits.copies
-        offsets, ends = spans.offsets.astype(np.int32), spans.ends.astype(np.int32)
-        offsets = _padded(offsets, entries + 1, int(offsets[-1]))
-        ends = _padded(ends, entries, 0)
-        slots = _padded(layout.own_slots, size.num_tokens + copies, PAD_SLOT_ID)
+        slots = _padded(layout.own_slots, self._num_slots(size), PAD_SLOT_ID)
         if through is not None:
             slots[size.num_tokens : size.num_tokens + len(through.slots)] = through.slots
         table = layout.block_table
         self._tables[: len(table), : table.shape[1]].copy_(
             to_device(table, self._device), non_blocking=True
         )
-        return self._batch(size, positions, slots, offsets, ends, spans, through)
+        spans = layout.spans
+        return self._batch(size, spans, self._extents_of(size, spans), slots, through)
 
     def dummy(self, size: BatchDescriptor) -> RowBatch:
         """A batch to capture with: as many entries as the size allows, and nothing is written."""
         entries, rows = _entries(size), size.num_tokens
         offsets = (np.arange(entries + 1) * rows // entries).astype(np.int32)
-        copies = entries * self._limits.copies
-        return self._batch(
-            size,
-            self._write(self._positions, np.zeros(0, dtype=np.int64), rows, 0),
-            np.full(rows + copies, PAD_SLOT_ID),
-            offsets,
-            np.diff(offsets),
-        )
+        self._held = None
+        extents = self._write_extents(size, np.zeros(0, dtype=np.int64), offsets, np.diff(offsets))
+        return self._batch(size, None, extents, np.full(self._num_slots(size), PAD_SLOT_ID))
 
-    def _batch(
+    def _num_slots(self, size: BatchDescriptor) -> int:
+        return size.num_tokens + _entries(size) * self._limits.copies
+
+    def _extents_of(self, size: BatchDescriptor, spans: Spans) -> Extents:
+        """In the buffers, where they may be already."""
+        if self._held is None or self._held[0] != size or self._held[1] is not spans:
+            offsets, entries = spans.offsets.astype(np.int32), _entries(size)
+            offsets = _padded(offsets, entries + 1, int(offsets[-1]))
+            ends = _padded(spans.ends.astype(np.int32), entries, 0)
+            extents = self._write_extents(size, spans.positions, offsets, ends)
+            self._held = size, spans, extents
+        return self._held[2]
+
+    def _write_extents(
         self,
         size: BatchDescriptor,
-        positions: torch.Tensor,
-        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
         offsets: NDArray[np.int32],
         ends: NDArray[np.int32],
-        spans: Spans | None = None,
-        through: Through | None = None,
-    ) -> RowBatch:
-        rows = np.arange(size.num_tokens)
-        if through is not None:
-            rows = np.concatenate([rows, through.rows])
-        extents = Extents(
-            positions=positions,
+    ) -> Extents:
+        return Extents(
+            positions=self._write(self._positions, positions, size.num_tokens, 0),
             query_start=self._write(self._query_start, offsets, len(offsets), 0),
             query_start_cpu=torch.from_numpy(offsets),
             seq_lens=self._write(self._seq_lens, ends, len(ends), 0),
@@ -128,6 +126,18 @@ class Padding:
             max_query_len=1 if size.uniform else size.num_tokens,
             max_seq_len=self._limits.max_seq_len,
         )
+
+    def _batch(
+        self,
+        size: BatchDescriptor,
+        spans: Spans | None,
+        extents: Extents,
+        slots: NDArray[np.int64],
+        through: Through | None = None,
+    ) -> RowBatch:
+        rows = np.arange(size.num_tokens)
+        if through is not None:
+            rows = np.concatenate([rows, through.rows])
         return RowBatch(
             spans,
             extents,

@@ -114,8 +114,9 @@ class PageTables:
         """See `StepExecutor`."""
         if all(self._has_blocks_below(rows, passes) for rows in batch):
             return passes
+        eldest_first = sorted(batch, key=lambda rows: -rows.sequence.age)
         for deeper in range(1, passes):
-            for rows in batch:
+            for rows in eldest_first:
                 below = Rows(rows.sequence, rows.depth + deeper, rows.start, rows.end)
                 if self.make_room(below) < len(below):
                     return deeper

@@ -72,7 +72,9 @@ class PagedExecutor:
         self._states = StatePages(model.planes.state_pages(), config.hidden_size)
         self._tokens: list[int] = []
         self._encoded: torch.Tensor | None = None
-        self._last_pass: tuple[BatchLayout, torch.Tensor] | None = None  # and its states, of a step
+        # Of this step, and its states as they would be read from the pages. With graphs they lie in
+        # the output of one: nothing runs between two passes, and a graph's input is a copy.
+        self._last_pass: tuple[BatchLayout, torch.Tensor] | None = None
         self._prompt_parts: dict[str, list[torch.Tensor]] = {}
         self.decoded = Decoded()
 
@@ -107,11 +109,9 @@ class PagedExecutor:
         return self._tables.make_room_below(rows, passes)
 
     def run_passes(self, rows: list[Rows], passes: int, deciding: list[int]) -> list[bool]:
-        *ahead, layout = self._tables.layouts(rows, passes)
-        before = None
-        for foregone in ahead:
-            ran = self._run_pass(rows, foregone, before)
-            before = self._states.as_read(ran.outputs[1])
+        *above, layout = self._tables.layouts(rows, passes)
+        for shallower in above:
+            self._run_pass(rows, shallower)
         region = self._regions.reasoning
         may_leave = self._may_leave(rows, deciding)
         # Written once they have left; a graph holds nothing back and writes for all that may.
@@ -119,7 +119,7 @@ class PagedExecutor:
         through = None if late else self._through(may_leave, rows, layout, deeper_only=True)
         kept_rows = self._tensor(layout.spans.last_rows[late]) if late else None
         with self._model.planes.keeping(kept_rows) as kept:
-            ran = self._run_pass(rows, layout, before, through)
+            ran = self._run_pass(rows, layout, through)
         state, (update, new_state) = ran.rows, ran.outputs
         leaves = self._exits.after(rows, deciding, layout, update, state, new_state)
         if kept is not None:
@@ -130,16 +130,10 @@ class PagedExecutor:
         return leaves
 
     def _run_pass(
-        self,
-        rows: list[Rows],
-        layout: BatchLayout,
-        before: torch.Tensor | None = None,
-        through: Through | None = None,
+        self, rows: list[Rows], layout: BatchLayout, through: Through | None = None
     ) -> Ran:
-        """One pass over the positions of `rows` at the depths of `layout`; keeps the states.
-        `before`: those of the pass before, if it had the same rows."""
-        states = self._previous_states(layout) if before is None else before
-        ran = self._regions.reasoning(layout, states, through)
+        """One pass over the positions of `rows` at the depths of `layout`; keeps the states."""
+        ran = self._regions.reasoning(layout, self._previous_states(layout), through)
         new_state = ran.outputs[1]
         self._states.write(ran.slots, new_state)
         if ran.repeated is not None and ran.more_slots is not None:
@@ -180,8 +174,9 @@ class PagedExecutor:
     def _previous_states(self, layout: BatchLayout) -> torch.Tensor:
         """`h^{r-1}` of all rows: fresh from the encoder, left by the last pass, or from the pages
         of the depth below."""
-        if self._last_pass is not None and layout.follows(self._last_pass[0]):
-            return self._last_pass[1]
+        last, self._last_pass = self._last_pass, None
+        if last is not None and layout.follows(last[0]):
+            return last[1]
         spans, depth = layout.spans, layout.depth
         fresh = int(spans.offsets[np.count_nonzero(depth == 1)])
         if fresh == len(spans):
@@ -196,6 +191,7 @@ class PagedExecutor:
         return torch.cat([self._encoded, stored])
 
     def settle(self) -> None:
+        self._last_pass = None
         self._verdicts.settle()
 
     def cleanse(self, request_id: str) -> None:
@@ -203,6 +199,7 @@ class PagedExecutor:
         cleanse(self._model.planes.caches(), self._tables.blocks(request_id))
 
     def decode(self, rows: list[Rows]) -> None:
+        self._last_pass = None
         layout = self._tables.layout(rows)
         states = self._states.read(self._tensor(layout.own_slots))
         through = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]

@@ -73,7 +73,7 @@ class LoopedSequence:
         self.request_id = request_id
         self.knobs = knobs
         self.full_prefill = full_prefill
-        self._foregone = foregone or [None] * max_depth
+        self.foregone = foregone or [None] * max_depth
         self.max_depth = max_depth
         self.prefill_end = prefill_end
         self.takes_over = takes_over
@@ -155,7 +155,8 @@ class LoopedSequence:
         return depth - rows.depth + 1
 
     def advance(self, rows: Rows, passes: int = 1) -> None:
-        """`rows` have K/V and state at their depth now, and at those of the `passes` before it."""
+        """`rows` have K/V and state at their depth now, the last that `passes` have taken them
+        to, and at those before it."""
         for depth in range(rows.depth - passes + 1, rows.depth + 1):
             assert rows.start == self.done[depth] <= rows.end <= self.done[depth - 1]
             self.done[depth] = rows.end
@@ -188,7 +189,7 @@ class LoopedSequence:
         """Whether the newest position leaves at `depth`, as far as that can be said beforehand."""
         if self.forced_depth == depth:
             return True
-        return self._foregone[depth - 1]
+        return self.foregone[depth - 1]
 
     def decide(self, depth: int, leaves: bool) -> None:
         """The newest position reached `depth`; `leaves` is the halting rule's word."""

@@ -56,7 +56,8 @@ class StepExecutor(Protocol):
 class StepReport:
     """What a step did.
 
-    - `passes`: rows of each pass; `pass_seconds`: how long each took.
+    - `passes`: rows of each pass; `pass_seconds`: how long each took, on average where several ran
+      as one.
     - `encoded_rows`: new positions; `catch_up_rows`: rows of passes before them.
     - `wanting`: sequences that wanted a token when the passes ended; `ready`: those of them that
       had left. `waiting`: sequences that had left before a pass, summed over the passes.

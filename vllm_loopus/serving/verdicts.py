@@ -40,7 +40,7 @@ class _Watched:
 
 
 class Verdicts:
-    """Collects the flags of a step and reads them, equal on all ranks of `group`."""
+    """Collects what a step decides by and reads it, equal on all ranks of `group`."""
 
     def __init__(self, group: GroupCoordinator) -> None:
         self._group = group

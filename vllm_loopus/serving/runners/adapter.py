@@ -176,7 +176,7 @@ def build_batch(runner: LoopRunner) -> LoopedBatch:
     return LoopedBatch(
         PagedExecutor(model, vllm_config, tables, runner.attn_groups[0][0], runner.device),
         tables,
-        boundary_rule(options.exit_quorum, config.max_loops, config.exit_interval),
+        boundary_rule(options.exit_quorum, config.max_loops),
         HaltingRule.from_config(config),
         max_depth=config.max_loops,
         row_budget=vllm_config.scheduler_config.max_num_batched_tokens,
