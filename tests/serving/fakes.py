@@ -215,7 +215,7 @@ class FakeExecutor:
                 self.read("state", row.sequence, row.depth, position)
                 self.write("decoder", row.sequence, row.depth, position)
             if row.newest and row.sequence.writes_through:
-                self.copy("decoder", row, range(1, row.sequence.max_depth + 1))
+                self.copy("decoder", row, row.sequence.other_exits(row.depth))
         for row in rows:
             for position in range(row.start):
                 self.read("decoder", row.sequence, row.depth, position)

@@ -1,5 +1,7 @@
 """What vLLM's scheduler promises holds for ours, on a fake model. Exit depths vary by token."""
 
+from typing import Any
+
 import pytest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
@@ -528,3 +530,30 @@ def test_the_boundary_rule_is_asked_after_each_pass_while_somebody_waits() -> No
     assert engine.runner.executor.passes == 4
     assert engine.runner.executor.longest_run == 1
     assert len(engine.outputs["quick"]) == len(engine.outputs["slow"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("knobs", "interval", "exits"),
+    [
+        ({}, 1, [1, 2, 3, 4]),
+        ({"min_loops": 3}, 1, [3, 4]),
+        ({"min_loops": 4}, 1, [4]),
+        ({"max_loops": 3}, 2, [2, 3]),
+        ({"min_loops": 4, "exit_depths": [2, 4]}, 1, [2, 4]),
+    ],
+)
+def test_the_decoder_fills_the_depths_to_leave_at(
+    knobs: dict[str, Any], interval: int, exits: list[int]
+) -> None:
+    engine = Engine(kv_policy="last_exited", exit_interval=interval)
+    engine.add("r", [1, 2, 3], 3, **knobs)
+    engine.step()
+    engine.step()
+    (running,) = engine.runner._batch._running.values()
+    executor, sequence = engine.runner.executor, running.sequence
+    filled = [
+        depth
+        for depth in range(1, sequence.max_depth + 1)
+        if ("decoder", executor.slot(sequence, depth, sequence.done[0] - 1)) in executor.memory
+    ]
+    assert filled == exits

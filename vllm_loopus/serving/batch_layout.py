@@ -4,6 +4,7 @@ A slot is `block id * block size + offset`, the same number for K/V of every lay
 state of a position at a depth: planes differ in their blocks alone (see `planes.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,18 +87,15 @@ class BatchLayout:
         return slots_of(blocks, spans.within, spans.block_size)
 
     def through(
-        self, entries: NDArray[np.int64], deepest: NDArray[np.int64], deeper_only: bool
+        self, entries: Sequence[int], depths: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Last rows of `entries`, and slots of their positions at deeper depths, or at all others,
-        down to the `deepest` of each: a row for each slot [M]."""
+        """Last rows of `entries`, and slots of their positions at the `depths` of each: a row for
+        each slot [M]."""
         spans = self.spans
-        depths = np.arange(1, self.tables.shape[1] + 1)
-        own = self.depth[entries][:, None]
-        others = depths > own if deeper_only else depths != own
-        entry, column = np.nonzero(others & (depths <= deepest[:, None]))
-        chosen = entries[entry]
+        chosen = np.repeat(np.array(entries), [len(of_entry) for of_entry in depths])
+        planes = np.array([depth for of_entry in depths for depth in of_entry], dtype=np.int64)
         rows = spans.last_rows[chosen]
-        blocks = self.tables[spans.sequence[chosen], depths[column] - 1, spans.column[rows]]
+        blocks = self.tables[spans.sequence[chosen], planes - 1, spans.column[rows]]
         return rows, slots_of(blocks, spans.within[rows], spans.block_size)
 
 

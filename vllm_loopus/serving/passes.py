@@ -116,7 +116,8 @@ class PagedExecutor:
         may_leave = self._may_leave(rows, deciding)
         # Written once they have left; a graph holds nothing back and writes for all that may.
         late = may_leave if may_leave and not region.replays(layout) else []
-        through = None if late else self._through(may_leave, rows, layout, deeper_only=True)
+        now = [] if late else may_leave
+        through = self._through(now, self._deeper(now, rows), layout)
         kept_rows = self._tensor(layout.spans.last_rows[late]) if late else None
         with self._model.planes.keeping(kept_rows) as kept:
             ran = self._run_pass(rows, layout, through)
@@ -164,7 +165,7 @@ class PagedExecutor:
     ) -> None:
         """K/V, `kept` of the rows `kept_rows` [M], and states go to deeper depths for the entries
         that have left."""
-        through = self._through(left, rows, layout, deeper_only=True)
+        through = self._through(left, self._deeper(left, rows), layout)
         if through is None:
             return
         slots = self._tensor(through.slots)
@@ -203,10 +204,11 @@ class PagedExecutor:
         layout = self._tables.layout(rows)
         states = self._states.read(self._tensor(layout.own_slots))
         through = [i for i, row in enumerate(rows) if row.newest and row.sequence.writes_through]
+        others = [rows[i].sequence.other_exits(rows[i].depth) for i in through]
         (hidden,) = self._regions.decoder(
             layout,
             states,
-            self._through(through, rows, layout, deeper_only=False),
+            self._through(through, others, layout),
             wanted=self._wanted(rows, layout),
             keeps=any(entry.sequence.request_id in self._prompt_parts for entry in rows),
         ).outputs
@@ -248,15 +250,19 @@ class PagedExecutor:
             return None
         return wanted if len(wanted) else np.array([0])
 
+    @staticmethod
     def _through(
-        self, entries: list[int], rows: list[Rows], layout: BatchLayout, deeper_only: bool
+        entries: list[int], depths: Sequence[Sequence[int]], layout: BatchLayout
     ) -> Through | None:
-        """The last rows of `entries` go to all other depths too, or to all deeper ones."""
-        if not entries:
+        """The last rows of `entries` go to the `depths` of each too."""
+        if not any(depths):
             return None
-        deepest = np.array([rows[i].sequence.max_depth for i in entries])
-        repeated, slots = layout.through(np.array(entries), deepest, deeper_only)
-        return Through(repeated, slots) if len(repeated) else None
+        return Through(*layout.through(entries, depths))
+
+    @staticmethod
+    def _deeper(entries: list[int], rows: list[Rows]) -> list[Sequence[int]]:
+        """The depths below those of `entries`."""
+        return [range(rows[i].depth + 1, rows[i].sequence.max_depth + 1) for i in entries]
 
     def _tensor(self, values: np.ndarray[Any, Any] | Sequence[float]) -> torch.Tensor:
         return to_device(values, self._device)

@@ -47,8 +47,9 @@ class LoopedSequence:
       prefix cache; the exit depth of its last position is noted on the way.
 
     In `last_exited` (`takes_over`) generated positions are there at all depths once their token has
-    left, prompt positions below the watermarks only. `done[r]` then stays below `prefill_end`, and
-    `decoded[r]` with it, until a token goes to depth r and the prompt has been taken there.
+    left, decoded at all depths to leave at, prompt positions below the watermarks only. `done[r]`
+    then stays below `prefill_end`, and `decoded[r]` with it, until a token goes to depth r and the
+    prompt has been taken there.
     """
 
     def __init__(
@@ -74,6 +75,12 @@ class LoopedSequence:
         self.knobs = knobs
         self.full_prefill = full_prefill
         self.foregone = foregone or [None] * max_depth
+        given = set(knobs.exit_depths)
+        self._exits = [
+            depth
+            for depth, leaves in enumerate(self.foregone[: knobs.max_loops], start=1)
+            if leaves is not False or depth in given
+        ]
         self.max_depth = max_depth
         self.prefill_end = prefill_end
         self.takes_over = takes_over
@@ -191,6 +198,10 @@ class LoopedSequence:
             return True
         return self.foregone[depth - 1]
 
+    def other_exits(self, depth: int) -> list[int]:
+        """The depths but `depth` at which a token may leave: those that decoder K/V is for."""
+        return [at for at in self._exits if at != depth]
+
     def decide(self, depth: int, leaves: bool) -> None:
         """The newest position reached `depth`; `leaves` is the halting rule's word."""
         if self.leaves_at(depth, leaves):
@@ -211,7 +222,7 @@ class LoopedSequence:
         depth, end = self.exit_depth, self.done[0]
         if not self.writes_through:
             return [Rows(self, depth, self.decoded[depth], end)]
-        # Generated positions were decoded once, for all depths.
+        # Generated positions were decoded once, for all depths to leave at.
         newest = Rows(self, depth, end - 1, end)
         if self.decoded[depth] >= self.prefill_end:
             return [newest]

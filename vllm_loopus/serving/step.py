@@ -16,7 +16,7 @@ class StepExecutor(Protocol):
     """What a step needs done. Rows of one call may stand at different depths.
 
     K/V and states of a newest row whose sequence `writes_through` go to all deeper depths as well
-    when it leaves, the decoder's K/V to all depths.
+    when it leaves, the decoder's K/V to all depths at which a token may leave.
     """
 
     def make_room(self, rows: Rows) -> int:
