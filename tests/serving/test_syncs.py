@@ -94,8 +94,7 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
                         torch.Tensor, method, counted(method, getattr(torch.Tensor, method))
                     )
                 result = original(self, rows, *rest)
-            deciding = [rows[index] for index in rest[1]] if rest else []
-            calls.append((name, bool(deciding), Counter(waits)))
+            calls.append((name, bool(rest and rest[1]), Counter(waits)))
             return result
 
         return call

@@ -1,7 +1,7 @@
 """Attention over rows of mixed depths: metadata and forward context for one call of the model."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class Extents:
             seq_lens=to_device(seq_lens, device),
             seq_lens_cpu=torch.from_numpy(seq_lens),
             max_query_len=int(np.diff(spans.offsets).max()),
-            max_seq_len=int(seq_lens.max()),
+            max_seq_len=spans.max_seq_len,
         )
 
 
@@ -105,10 +105,13 @@ class RowAttention:
             rows = np.concatenate([np.arange(len(spans)), through.rows])
             slot_rows = to_device(rows, self._device)
         last = self._last
-        again = last is not None and last.graph is None and last.batch.spans is spans
+        if last is not None and last.graph is None and last.batch.spans is spans:
+            extents = last.batch.extents
+        else:
+            extents = Extents.of(spans, self._device)
         return RowBatch(
             spans,
-            last.batch.extents if last is not None and again else Extents.of(spans, self._device),
+            extents,
             to_device(slots, self._device),
             to_device(layout.block_table, self._device),
             slot_rows,
@@ -126,29 +129,20 @@ class RowAttention:
 
         `graph`: the one to be captured or replayed; its rows are padded.
         """
-        with self._context(batch, layer_names, graph, capturing):
-            self._planes.slot_rows = batch.slot_rows
-            try:
+        metadata = self._metadata(batch, graph, capturing)
+        self._planes.slot_rows = batch.slot_rows
+        try:
+            with set_forward_context(
+                dict.fromkeys(layer_names, metadata),
+                self._vllm_config,
+                num_tokens=len(batch),
+                cudagraph_runtime_mode=CUDAGraphMode.NONE if graph is None else CUDAGraphMode.FULL,
+                batch_descriptor=graph,
+                slot_mapping=dict.fromkeys(layer_names, batch.slots),
+            ):
                 yield
-            finally:
-                self._planes.slot_rows = None
-
-    def _context(
-        self,
-        batch: RowBatch,
-        layer_names: list[str],
-        graph: BatchDescriptor | None,
-        capturing: bool,
-    ) -> AbstractContextManager[None]:
-        slots = dict.fromkeys(layer_names, batch.slots)
-        return set_forward_context(
-            dict.fromkeys(layer_names, self._metadata(batch, graph, capturing)),
-            self._vllm_config,
-            num_tokens=len(batch),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE if graph is None else CUDAGraphMode.FULL,
-            batch_descriptor=graph,
-            slot_mapping=slots,
-        )
+        finally:
+            self._planes.slot_rows = None
 
     def _metadata(self, batch: RowBatch, graph: BatchDescriptor | None, capturing: bool) -> Any:
         """Of the backend, for `batch`; what was built last for the same rows is given other blocks,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.serving.batch_layout import BatchLayout, Spans, slots_of
 from vllm_loopus.serving.blocks import BlockOffer, StepBlocks, TakenBlock
@@ -71,16 +72,13 @@ class PageTables:
     def missing(self, rows: Rows) -> list[tuple[int, int]]:
         """Depth and column of the blocks that `rows` have yet to get, in the order of positions."""
         table = self._tables[self._index[rows.sequence.request_id]]
-        first, last = rows.start // self.block_size, (rows.end - 1) // self.block_size
+        depths = [rows.depth]
         if rows.newest and rows.sequence.writes_through:
             depths = list(range(rows.depth, rows.sequence.max_depth + 1))
-        elif first == last:
-            return [] if table[rows.depth - 1, first] else [(rows.depth, first)]
-        else:
-            depths = [rows.depth]
+        first, end = self._columns(rows)
         return [
             (depth, column)
-            for column in range(first, last + 1)
+            for column in range(first, end)
             for depth in depths
             if not table[depth - 1, column]
         ]
@@ -93,10 +91,8 @@ class PageTables:
 
     def make_room(self, rows: Rows) -> int:
         """See `StepExecutor`."""
-        missing = self.missing(rows)
-        if not missing:
-            return len(rows)
         name = rows.sequence.request_id
+        missing = self.missing(rows)
         available = self._blocks.available(name)
         end = rows.end
         if len(missing) > available:
@@ -124,8 +120,11 @@ class PageTables:
 
     def _has_blocks_below(self, rows: Rows, passes: int) -> bool:
         table = self._tables[self._index[rows.sequence.request_id]]
-        first, last = rows.start // self.block_size, (rows.end - 1) // self.block_size
-        return bool(table[rows.depth : rows.depth + passes - 1, first : last + 1].all())
+        return bool(table[rows.depth : rows.depth + passes - 1, slice(*self._columns(rows))].all())
+
+    def _columns(self, rows: Rows) -> tuple[int, int]:
+        """The first column of a table that `rows` lie in, and the one after the last."""
+        return rows.start // self.block_size, cdiv(rows.end, self.block_size)
 
     def remove(self, request_id: str) -> None:
         """Forgets a sequence; unknown ones are ignored."""

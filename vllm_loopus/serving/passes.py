@@ -73,7 +73,8 @@ class PagedExecutor:
         self._tokens: list[int] = []
         self._encoded: torch.Tensor | None = None
         # Of this step, and its states as they would be read from the pages. With graphs they lie in
-        # the output of one: nothing runs between two passes, and a graph's input is a copy.
+        # the output of one: nothing runs between two passes, and a graph's input is a copy. Each
+        # step ends with `decode` or `settle`, which drop them.
         self._last_pass: tuple[BatchLayout, torch.Tensor] | None = None
         self._prompt_parts: dict[str, list[torch.Tensor]] = {}
         self.decoded = Decoded()
@@ -81,7 +82,6 @@ class PagedExecutor:
     def begin_step(self, tokens: list[int]) -> None:
         """`tokens`: ids of the new positions, in order."""
         self._tokens = tokens
-        self._last_pass = None
         self.decoded = Decoded()
 
     def want_prompt(self, request_id: str) -> None:

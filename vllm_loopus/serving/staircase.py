@@ -151,13 +151,12 @@ class LoopedSequence:
     def passes_ahead(self, rows: Rows) -> int:
         """How many passes, that over `rows` included, have the same positions, each a depth deeper
         than the last, with nothing to decide in between; `rows` are all that it has to compute."""
+        if not rows.newest:
+            return 1
         depth = rows.depth
-        while (
-            rows.newest
-            and depth < self.target
-            and self.done[depth + 1] == rows.start
-            and not (self.undecided and (self.foregone_at(depth) is not False))
-        ):
+        while depth < self.target and self.done[depth + 1] == rows.start:
+            if self.undecided and self.foregone_at(depth) is not False:
+                break
             depth += 1
         return depth - rows.depth + 1
 

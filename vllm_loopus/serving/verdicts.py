@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_loopus.serving.batch_layout import BatchLayout
-from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.staircase import Rows
 from vllm_loopus.serving.transfer import to_host
 
 
@@ -33,7 +33,7 @@ from vllm_loopus.serving.transfer import to_host
 class _Watched:
     """Rows of one call of the model."""
 
-    sequences: list[LoopedSequence]  # [E], of the entries of the layout
+    rows: list[Rows]  # [E], the entries of the layout, which has their depths
     place: str
     layout: BatchLayout
     totals: torch.Tensor  # float32 [T]: no number where a state is none
@@ -57,8 +57,7 @@ class Verdicts:
         message."""
         # NaN or infinite where one of them is, by far the cheapest way to look (`docs/log.md`).
         totals = states.sum(dim=-1, dtype=torch.float32)
-        sequences = [entry.sequence for entry in rows]
-        self._watched.append(_Watched(sequences, place, layout, totals))
+        self._watched.append(_Watched(rows, place, layout, totals))
 
     def read(
         self, leaves: torch.Tensor, survival: torch.Tensor | None = None
@@ -78,16 +77,17 @@ class Verdicts:
 
     @staticmethod
     def _fail(watched: list[_Watched], totals: NDArray[np.float32]) -> None:
-        """Fails the sequences with a total that is no number, of all calls in turn."""
-        wrong = np.flatnonzero(~np.isfinite(totals))
-        for calls in watched if len(wrong) else ():
-            mine, wrong = wrong[wrong < len(calls.totals)], wrong - len(calls.totals)
-            for index in np.unique(calls.layout.spans.entry[mine]):
-                calls.sequences[index].fail(
+        """Fails the sequences with a total that is no number; `totals` are of all calls in turn."""
+        finite = np.isfinite(totals)
+        if finite.all():
+            return
+        ends = np.cumsum([len(calls.totals) for calls in watched])
+        for calls, numbers in zip(watched, np.split(finite, ends[:-1]), strict=True):
+            for index in np.unique(calls.layout.spans.entry[~numbers]):
+                calls.rows[index].sequence.fail(
                     f"NaN or infinite hidden states {calls.place}at depth "
                     f"{calls.layout.depth[index]}"
                 )
-            wrong = wrong[wrong >= 0]
 
     def settle(self) -> None:
         """Fails the sequences watched so far."""

@@ -39,7 +39,7 @@ class Probe:
         self._update = self.scheduler.update_from_output
         self.scheduler.update_from_output = self._read
         if torch.cuda.is_available() and (executor := self._executor) is not None:
-            # A head that decides reads its answer after each pass; given depths wait for nothing.
+            # Passes that decide nothing, of prompts in chunks, do not wait; their time is theirs.
             executor.run_passes = _synchronised(executor.run_passes)
 
     @property
