@@ -1,12 +1,14 @@
 """The quorum rules and the costs they go by."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.serving import costs
 from vllm_loopus.serving.boundary import AutoQuorum, FixedQuorum, StepCosts, boundary_rule
-from vllm_loopus.serving.costs import LinearCost
+from vllm_loopus.serving.costs import LinearCost, StepClock
 from vllm_loopus.serving.knobs import RequestKnobs
 from vllm_loopus.serving.staircase import LoopedSequence
 
@@ -100,3 +102,25 @@ def test_costs_that_cannot_be_told_apart() -> None:
     for size in (4, 8, 16, 5, 9, 30):
         cost.add(size, 0.5 * size - 1.0)  # a negative part
     assert cost.fixed is not None and 0 < cost.fixed < 1
+
+
+def test_prompts_do_not_hide_what_a_boundary_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes by the rows of encoder and decoder: a prompt gives one token and has many."""
+    now = 0.0
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock = StepClock()
+    clock.begin()
+    for rows in (8, 12, 10, 140, 9, 11, 12):
+        passes = [4, 9]
+        seconds = [10.0 + n for n in passes]
+        now += sum(seconds) + 8.0 + 0.1 * rows
+        clock.end(passes, seconds, at_boundary=rows, idle=False)
+        clock.begin()
+    learned = clock.costs()
+    assert learned is not None
+    assert learned.per_boundary == pytest.approx(8.0) and learned.per_pass == pytest.approx(10.0)
+    now += 50.0  # a step without a boundary says nothing of one
+    clock.end([4], [50.0], at_boundary=0, idle=False)
+    clock.begin()
+    after = clock.costs()
+    assert after is not None and after.per_boundary == learned.per_boundary

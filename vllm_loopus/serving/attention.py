@@ -46,7 +46,7 @@ class Extents:
             query_start_cpu=torch.from_numpy(query_start),
             seq_lens=to_device(seq_lens, device),
             seq_lens_cpu=torch.from_numpy(seq_lens),
-            max_query_len=int(np.diff(spans.offsets).max()),
+            max_query_len=spans.max_query_len,
             max_seq_len=spans.max_seq_len,
         )
 

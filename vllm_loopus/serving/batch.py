@@ -44,6 +44,11 @@ class LoopProgress:
     failed: dict[str, str] = field(default_factory=dict)
     stats: LoopStats = field(default_factory=LoopStats)
 
+    @property
+    def rows_at_boundary(self) -> int:
+        """Rows of decoder and encoder; 0 without a decoder call."""
+        return self.decoder_rows and self.decoder_rows + self.stats.encoded_rows
+
 
 @dataclass
 class _Running:

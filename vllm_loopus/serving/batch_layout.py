@@ -31,10 +31,15 @@ class Spans:
     @classmethod
     def of(cls, chunks: list[tuple[int, int, int]], block_size: int) -> "Spans":
         sequence, starts, ends = np.array(chunks, dtype=np.int64).T
-        lengths = ends - starts
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        entry = np.repeat(np.arange(len(chunks)), lengths)
-        positions = np.arange(offsets[-1]) - offsets[:-1][entry] + starts[entry]
+        count = len(chunks)
+        if all(end - start == 1 for _, start, end in chunks):  # as in most passes
+            offsets = np.arange(count + 1)
+            entry, positions = offsets[:-1], starts
+        else:
+            lengths = ends - starts
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            entry = np.repeat(np.arange(count), lengths)
+            positions = np.arange(offsets[-1]) - offsets[:-1][entry] + starts[entry]
         column, within = np.divmod(positions, block_size)
         return cls(
             chunks,
@@ -54,8 +59,12 @@ class Spans:
         return self.offsets[1:] - 1
 
     @cached_property
+    def max_query_len(self) -> int:
+        return max(end - start for _, start, end in self.chunks)
+
+    @cached_property
     def max_seq_len(self) -> int:
-        return int(self.ends.max())
+        return max(end for _, _, end in self.chunks)
 
     @cached_property
     def max_blocks(self) -> int:

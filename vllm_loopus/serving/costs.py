@@ -47,22 +47,24 @@ class StepClock:
         self._passes = LinearCost()
         self._boundaries = LinearCost()
         self._started: float | None = None
-        self._last: tuple[float, int] | None = None  # seconds in passes, tokens given
+        self._last: tuple[float, int] | None = None  # seconds in passes, rows of the boundary
 
     def begin(self) -> None:
         """A step is about to be scheduled, right after the one before."""
         now = time.perf_counter()
         if self._started is not None and self._last is not None:
-            in_passes, tokens = self._last
-            if tokens:
-                self._boundaries.add(tokens, now - self._started - in_passes)
+            in_passes, rows = self._last
+            if rows:
+                self._boundaries.add(rows, now - self._started - in_passes)
         self._started, self._last = now, None
 
-    def end(self, passes: list[int], seconds: list[float], tokens: int, idle: bool) -> None:
-        """The step is over; `idle`: nothing is left to do, the time to the next one is not ours."""
+    def end(self, passes: list[int], seconds: list[float], at_boundary: int, idle: bool) -> None:
+        """The step is over. `at_boundary`: rows of encoder and decoder together, which is what the
+        boundary costs go by (a prompt has one token and many rows); 0 where nobody was decoded.
+        `idle`: nothing is left to do, the time to the next step is not ours."""
         for rows, taken in zip(passes, seconds, strict=True):
             self._passes.add(rows, taken)
-        self._last = None if idle else (sum(seconds), tokens)
+        self._last = None if idle else (sum(seconds), at_boundary)
 
     def pause(self) -> None:
         """The time until the next step is not ours, as after an idle one."""

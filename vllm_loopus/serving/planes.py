@@ -79,22 +79,29 @@ class PagedRows(AttentionLayerBase):
 
 
 class KeptRows:
-    """K/V of some rows of a pass, layer by layer: memory for as many as there are sequences."""
+    """K/V of some rows of a pass, layer by layer: memory for as many as there are sequences, or, to
+    spare the copies, for all rows where that is at most `AT_ONCE` times as many."""
+
+    AT_ONCE = 2
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._rows = rows
+        self._all = False
         self._layers: list[tuple[Any, ...]] = []
 
     def add(
         self, update: Any, layer: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor
     ) -> None:
         """What a layer is about to write to its `cache`, by the backend's `update`."""
-        rows = self._rows
-        kept = key.index_select(0, rows), value.index_select(0, rows)
-        self._layers.append((update, layer, *kept, cache))
+        self._all = len(key) <= self.AT_ONCE * len(self._rows)
+        if not self._all:
+            key, value = key.index_select(0, self._rows), value.index_select(0, self._rows)
+        self._layers.append((update, layer, key, value, cache))
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """K/V of `rows` [K], numbers among those kept, to `slots` [K] of every layer."""
+        """K/V of `rows` [K], numbers among those to be kept, to `slots` [K] of every layer."""
+        if self._all:
+            rows = self._rows.index_select(0, rows)
         for update, layer, key, value, cache in self._layers:
             update(layer, key.index_select(0, rows), value.index_select(0, rows), cache, slots)
 

@@ -136,7 +136,10 @@ class LoopUSScheduler(Scheduler):
         visible.num_scheduled_tokens = leaving
         outputs = super().update_from_output(visible, model_runner_output)
         self._clock.end(
-            progress.passes, progress.pass_seconds, len(leaving), idle=not self.has_requests()
+            progress.passes,
+            progress.pass_seconds,
+            at_boundary=progress.rows_at_boundary,
+            idle=not self.has_requests(),
         )
         for of_client in outputs.values():
             for output in of_client.outputs:

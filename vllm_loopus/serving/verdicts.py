@@ -64,16 +64,19 @@ class Verdicts:
     ) -> tuple[list[bool], list[float]]:
         """`leaves` [S] and `survival` [S] (float32) as the first rank has them; fails the sequences
         watched so far."""
+        decided = self._read([leaves] if survival is None else [leaves, survival])
+        survived = np.copy(decided[len(leaves) :])
+        return decided[: len(leaves)].astype(bool).tolist(), survived.view(np.float32).tolist()
+
+    def _read(self, parts: list[torch.Tensor]) -> NDArray[np.uint8]:
+        """The bytes of `parts`, and fails sequences."""
         watched, self._watched = self._watched, []
-        parts = [calls.totals for calls in watched] + [leaves]
-        if survival is not None:
-            parts.append(survival)
-        told = torch.cat([part.contiguous().view(torch.uint8) for part in parts])
-        read = to_host(self._group.broadcast(told, src=0))
-        rows = sum(len(calls.totals) for calls in watched)
-        totals, decided, survived = np.split(read, [4 * rows, 4 * rows + len(leaves)])
-        self._fail(watched, np.copy(totals).view(np.float32))
-        return decided.astype(bool).tolist(), np.copy(survived).view(np.float32).tolist()
+        parts = [calls.totals for calls in watched] + parts
+        told = [part.contiguous().view(torch.uint8) for part in parts]
+        read = to_host(self._group.broadcast(torch.cat(told) if told[1:] else told[0], src=0))
+        totals = 4 * sum(len(calls.totals) for calls in watched)
+        self._fail(watched, read[:totals].view(np.float32))
+        return read[totals:]
 
     @staticmethod
     def _fail(watched: list[_Watched], totals: NDArray[np.float32]) -> None:
@@ -92,7 +95,7 @@ class Verdicts:
     def settle(self) -> None:
         """Fails the sequences watched so far."""
         if self._watched:
-            self.read(self._watched[0].totals.new_empty(0, dtype=torch.bool))
+            self._read([])
 
 
 def cleanse(caches: list[Any], blocks: NDArray[np.int64]) -> None:
