@@ -410,7 +410,7 @@ class Engine:
         self.found: dict[str, list[int]] = {}  # positions in the prefix cache, by depth
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **more: Any) -> Request:
-        names = ("max_loops", "min_loops", "exit_depths")
+        names = ("max_loops", "min_loops", "exit_threshold", "exit_depths")
         knobs = {key: more.pop(key) for key in names if key in more}
         priority, resumable = more.pop("priority", 0), more.pop("resumable", False)
         request = Request(

@@ -15,13 +15,15 @@ from vllm_loopus.serving.staircase import LoopedSequence
 DEPTH = 8
 
 
-def in_flight(depth: int, interval: int = 1, **knobs: float) -> LoopedSequence:
+def in_flight(
+    depth: int, interval: int = 1, exit_depths: tuple[int, ...] = (), **knobs: float
+) -> LoopedSequence:
     """A sequence whose newest token, a generated one, has reached `depth`."""
     options: Any = {"max_loops": DEPTH, "min_loops": 1, "exit_threshold": 0.5, **knobs}
     halting = HaltingRule("cdf", 0.5, interval, 1, DEPTH, 0.0)
     sequence = LoopedSequence(
         "r",
-        RequestKnobs(**options),
+        RequestKnobs(**options, exit_depths=exit_depths),
         DEPTH,
         prefill_end=3,
         cached=[3] * DEPTH,
@@ -43,6 +45,23 @@ def taught(chances: dict[int, float]) -> AutoQuorum:
             sequence.exit_depth = depth if number % 100 < 100 * chance else None
             rule.observe(sequence, depth)
     return rule
+
+
+def test_given_depths_are_learned_like_those_of_a_head() -> None:
+    """Also where the checkpoint's own head lets nobody leave, as in the benchmarks."""
+    rule = AutoQuorum(DEPTH)
+    for depths in ((2, 2), (3, 3)) * 500:
+        sequence = in_flight(0, exit_threshold=1.0, exit_depths=depths)
+        for depth in range(1, depths[0] + 1):
+            sequence.decide(depth, leaves=False)
+            rule.observe(sequence, depth)
+    given = [
+        rule.chance(in_flight(depth, exit_depths=(7,), exit_threshold=1.0)) for depth in range(3)
+    ]
+    assert given == pytest.approx([0.0, 0.5, 1.0], abs=0.05)
+    assert rule.chance(in_flight(1, exit_threshold=1.0)) == 0.0
+    assert rule.chance(in_flight(1, exit_depths=(7,), min_loops=3)) == 0.0
+    assert rule.chance(in_flight(1, exit_depths=(2,), max_loops=2)) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ def test_passes_with_nothing_to_decide_in_between_are_one_call(
         assert engine.depths[f"r{index}"] == depths
 
 
+def test_given_depths_stand_for_what_a_head_would_say() -> None:
+    """A replay saves no call: nothing is to be known of it beforehand."""
+    engine = Engine(quorum=1.0)
+    engine.add("r", [1, 2, 3], 3, exit_threshold=1.0, exit_depths=[4, 3, 4])
+    engine.run()
+    assert engine.depths["r"] == [4, 3, 4]
+    assert engine.runner.executor.longest_run == 1
+
+
 def test_the_boundary_rule_is_asked_after_each_pass_while_somebody_waits() -> None:
     """`slow` has nothing to decide before its fourth pass, but `quick` has left after the first."""
     engine = Engine(quorum=1.0, max_num_seqs=2)

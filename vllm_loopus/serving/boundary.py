@@ -76,7 +76,7 @@ class AutoQuorum:
         self._idle = 0.0
 
     def observe(self, sequence: LoopedSequence, depth: int) -> None:
-        if sequence.foregone[depth - 1] is None and depth >= sequence.knobs.min_loops:
+        if sequence.foregone_at(depth) is None and depth >= sequence.knobs.min_loops:
             self._left[depth] = self._left[depth] * self.MEMORY + (sequence.exit_depth == depth)
             self._reached[depth] = self._reached[depth] * self.MEMORY + 1
 
@@ -88,7 +88,7 @@ class AutoQuorum:
         depth = sequence.depth + 1
         if sequence.fills:
             return float(depth >= sequence.max_depth)
-        if (leaves := sequence.foregone[depth - 1]) is not None:
+        if (leaves := sequence.foregone_at(depth)) is not None:
             return float(leaves)
         if depth < sequence.knobs.min_loops:
             return 0.0

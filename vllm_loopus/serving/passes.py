@@ -151,7 +151,7 @@ class PagedExecutor:
             for index in deciding
             if rows[index].sequence.writes_through
             and rows[index].depth < rows[index].sequence.max_depth
-            and rows[index].sequence.may_leave_at(rows[index].depth)
+            and rows[index].sequence.foregone_at(rows[index].depth) is not False
         ]
 
     def _write_deeper(

@@ -75,11 +75,12 @@ class LoopedSequence:
         self.knobs = knobs
         self.full_prefill = full_prefill
         self.foregone = foregone or [None] * max_depth
-        given = set(knobs.exit_depths)
+        # Where depths are given, wherever a head might let it leave (`foregone_at`).
+        least = knobs.min_loops if knobs.exit_depths else knobs.max_loops
         self._exits = [
             depth
             for depth, leaves in enumerate(self.foregone[: knobs.max_loops], start=1)
-            if leaves is not False or depth in given
+            if leaves is not False or depth >= least or depth in knobs.exit_depths
         ]
         self.max_depth = max_depth
         self.prefill_end = prefill_end
@@ -182,20 +183,19 @@ class LoopedSequence:
         depths = self.knobs.exit_depths
         return depths[self.num_generated] if self.num_generated < len(depths) else None
 
-    def may_leave_at(self, depth: int) -> bool:
-        """Whether the newest position may leave at `depth`. Given depths spare nothing: they stand
-        for what a model would decide."""
-        return depth >= self.knobs.min_loops or depth == self.forced_depth
-
     def leaves_at(self, depth: int, leaves: bool) -> bool:
         """Whether the newest position leaves at `depth`; `leaves` is the halting rule's word."""
         return leaves if self.forced_depth is None else depth == self.forced_depth
 
     def foregone_at(self, depth: int) -> bool | None:
-        """Whether the newest position leaves at `depth`, as far as that can be said beforehand."""
-        if self.forced_depth == depth:
-            return True
-        return self.foregone[depth - 1]
+        """Whether the newest position leaves at `depth`, as far as that can be said beforehand.
+
+        A given depth spares nothing: it stands for what a model would decide, at any depth from
+        `min_loops` on.
+        """
+        if self.forced_depth is None or depth >= self.knobs.max_loops:
+            return self.foregone[depth - 1]
+        return None if depth >= self.knobs.min_loops or depth == self.forced_depth else False
 
     def other_exits(self, depth: int) -> list[int]:
         """The depths but `depth` at which a token may leave: those that decoder K/V is for."""
