@@ -3,7 +3,7 @@
     python benchmarks/early_exit.py            # batches of 4, 16 and 64: hours on a slow CPU
     python benchmarks/early_exit.py --seqs 16 --tokens 24 --waves 2 --policies last_exited
 
-Three engines, each in a process of its own, take turns of a few seconds until all have finished the
+Three engines, each in a process of its own, take turns of a second until all have finished the
 same requests, so that a machine whose speed drifts slows all of them down. Exit depths are replayed
 from a seeded truncated geometric law; prompts run to the full depth. The simulated policy
 (`vllm_loopus/bench/policy.py`) gets the costs measured in the same run. `--write FILE` keeps
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--no-plain", action="store_true", help="leave the plain loop out")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the CPU likes it")
-    parser.add_argument("--slice", type=float, default=5.0, help="seconds of a turn")
+    parser.add_argument("--slice", type=float, default=1.0, help="seconds of a turn")
     parser.add_argument("--size", default="published", help="published, small or tiny")
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
