@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -184,5 +184,6 @@ def _renewed(
     if builder.supports_update_block_table:
         return builder.update_block_table(metadata, block_table, slots)
     if current_platform.is_cpu():  # the blocks have no say in how vLLM's CPU backend splits work
-        return replace(metadata, block_table=block_table, slot_mapping=slots)
+        metadata.block_table, metadata.slot_mapping = block_table, slots  # the call before is over
+        return metadata
     return None

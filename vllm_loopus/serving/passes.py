@@ -109,9 +109,10 @@ class PagedExecutor:
         return self._tables.make_room_below(rows, passes)
 
     def run_passes(self, rows: list[Rows], passes: int, deciding: list[int]) -> list[bool]:
-        *above, layout = self._tables.layouts(rows, passes)
+        *above, layout = layouts = self._tables.layouts(rows, passes)
+        state = self._previous_states(layouts[0])
         for shallower in above:
-            self._run_pass(rows, shallower)
+            _, state = self._run_pass(shallower, state)
         region = self._regions.reasoning
         may_leave = self._may_leave(rows, deciding)
         # Written once they have left; a graph holds nothing back and writes for all that may.
@@ -120,28 +121,29 @@ class PagedExecutor:
         through = self._through(now, self._deeper(now, rows), layout)
         kept_rows = self._tensor(layout.spans.last_rows[late]) if late else None
         with self._model.planes.keeping(kept_rows) as kept:
-            ran = self._run_pass(rows, layout, through)
+            ran, after = self._run_pass(layout, state, through)
+        self._last_pass = layout, after
         state, (update, new_state) = ran.rows, ran.outputs
+        # What is no number stays so: these tell of the passes before as well.
+        self._verdicts.watch(rows, layout, new_state)
         leaves = self._exits.after(rows, deciding, layout, update, state, new_state)
         if kept is not None:
             word = dict(zip(deciding, leaves, strict=True))
             left = [i for i in late if rows[i].sequence.leaves_at(rows[i].depth, word[i])]
-            last_rows = layout.spans.last_rows[late]
-            self._write_deeper(left, rows, layout, new_state, kept, last_rows)
+            self._write_deeper(left, rows, layout, new_state, kept)
         return leaves
 
     def _run_pass(
-        self, rows: list[Rows], layout: BatchLayout, through: Through | None = None
-    ) -> Ran:
-        """One pass over the positions of `rows` at the depths of `layout`; keeps the states."""
-        ran = self._regions.reasoning(layout, self._previous_states(layout), through)
+        self, layout: BatchLayout, state: torch.Tensor, through: Through | None = None
+    ) -> tuple[Ran, torch.Tensor]:
+        """One pass from `state` [T, H] to the depths of `layout`. Keeps the states that come out,
+        and gives them as they would be read."""
+        ran = self._regions.reasoning(layout, state, through)
         new_state = ran.outputs[1]
         self._states.write(ran.slots, new_state)
         if ran.repeated is not None and ran.more_slots is not None:
             self._states.write(ran.more_slots, new_state.index_select(0, ran.repeated))
-        self._last_pass = layout, self._states.as_read(new_state)
-        self._verdicts.watch(rows, layout, new_state)
-        return ran
+        return ran, self._states.as_read(new_state)
 
     @staticmethod
     def _may_leave(rows: list[Rows], deciding: list[int]) -> list[int]:
@@ -161,16 +163,14 @@ class PagedExecutor:
         layout: BatchLayout,
         states: torch.Tensor,
         kept: KeptRows,
-        kept_rows: NDArray[np.int64],
     ) -> None:
-        """K/V, `kept` of the rows `kept_rows` [M], and states go to deeper depths for the entries
-        that have left."""
+        """K/V and states go to deeper depths for the entries that have left."""
         through = self._through(left, self._deeper(left, rows), layout)
         if through is None:
             return
-        slots = self._tensor(through.slots)
-        self._states.write(slots, states.index_select(0, self._tensor(through.rows)))
-        kept.write(self._tensor(np.searchsorted(kept_rows, through.rows)), slots)
+        repeated, slots = self._tensor(through.rows), self._tensor(through.slots)
+        self._states.write(slots, states.index_select(0, repeated))
+        kept.write(repeated, slots)
 
     def _previous_states(self, layout: BatchLayout) -> torch.Tensor:
         """`h^{r-1}` of all rows: fresh from the encoder, left by the last pass, or from the pages

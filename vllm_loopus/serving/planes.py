@@ -85,25 +85,38 @@ class KeptRows:
     AT_ONCE = 2
 
     def __init__(self, rows: torch.Tensor) -> None:
+        """`rows` [M]: in order."""
         self._rows = rows
         self._all = False
-        self._layers: list[tuple[Any, ...]] = []
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        self._targets: list[tuple[Callable[..., None], Any, torch.Tensor]] = []
 
     def add(
-        self, update: Any, layer: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor
+        self,
+        update: Callable[..., None],
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
     ) -> None:
         """What a layer is about to write to its `cache`, by the backend's `update`."""
         self._all = len(key) <= self.AT_ONCE * len(self._rows)
         if not self._all:
             key, value = key.index_select(0, self._rows), value.index_select(0, self._rows)
-        self._layers.append((update, layer, key, value, cache))
+        self._keys.append(key)
+        self._values.append(value)
+        self._targets.append((update, layer, cache))
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """K/V of `rows` [K], numbers among those to be kept, to `slots` [K] of every layer."""
-        if self._all:
-            rows = self._rows.index_select(0, rows)
-        for update, layer, key, value, cache in self._layers:
-            update(layer, key.index_select(0, rows), value.index_select(0, rows), cache, slots)
+        """K/V of `rows` [K], some of those to be kept, to `slots` [K] of every layer."""
+        if not self._all:
+            rows = torch.searchsorted(self._rows, rows)
+        # Of all layers at once: calls cost more than what they copy.
+        keys = torch.stack(self._keys).index_select(1, rows)
+        values = torch.stack(self._values).index_select(1, rows)
+        for (update, layer, cache), key, value in zip(self._targets, keys, values, strict=True):
+            update(layer, key, value, cache, slots)
 
 
 class Planes:
