@@ -88,35 +88,23 @@ class KeptRows:
         """`rows` [M]: in order."""
         self._rows = rows
         self._all = False
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self._targets: list[tuple[Callable[..., None], Any, torch.Tensor]] = []
+        self._layers: list[tuple[Any, ...]] = []
 
     def add(
-        self,
-        update: Callable[..., None],
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cache: torch.Tensor,
+        self, update: Any, layer: Any, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor
     ) -> None:
         """What a layer is about to write to its `cache`, by the backend's `update`."""
         self._all = len(key) <= self.AT_ONCE * len(self._rows)
         if not self._all:
             key, value = key.index_select(0, self._rows), value.index_select(0, self._rows)
-        self._keys.append(key)
-        self._values.append(value)
-        self._targets.append((update, layer, cache))
+        self._layers.append((update, layer, key, value, cache))
 
     def write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """K/V of `rows` [K], some of those to be kept, to `slots` [K] of every layer."""
         if not self._all:
             rows = torch.searchsorted(self._rows, rows)
-        # Of all layers at once: calls cost more than what they copy.
-        keys = torch.stack(self._keys).index_select(1, rows)
-        values = torch.stack(self._values).index_select(1, rows)
-        for (update, layer, cache), key, value in zip(self._targets, keys, values, strict=True):
-            update(layer, key, value, cache, slots)
+        for update, layer, key, value, cache in self._layers:
+            update(layer, key.index_select(0, rows), value.index_select(0, rows), cache, slots)
 
 
 class Planes:
