@@ -135,6 +135,28 @@ def test_neighbours_go_on(llm: Any, policy: str, place: str) -> None:
     assert again.token_ids == fresh.token_ids and again.finish_reason == "length"
 
 
+def test_a_state_that_goes_bad_in_passes_that_run_as_one_call(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the last of them is looked at: what is no number stays so."""
+    model = model_of(llm).model
+    original, calls = model.refine, 0
+
+    def poisoned_once(state: torch.Tensor, positions: torch.Tensor, *rest: Any) -> Any:
+        nonlocal calls
+        bad = (positions == 45)[:, None]
+        calls += bool(bad.any())
+        return original(torch.where(bad & (calls == 1), torch.nan, state), positions, *rest)
+
+    monkeypatch.setattr(model, "refine", poisoned_once)
+    deep = sampling({"N": 8, "q_threshold": 2.0}, max_tokens=10)
+    failed = generate(llm, [[*range(100, 141)]], [deep])[0]
+    assert calls == 8
+    assert failed.finish_reason == "error"
+    assert failed.stop_reason == "NaN or infinite hidden states at depth 8"
+    assert all(torch.isfinite(cache).all() for cache in caches(llm))
+
+
 def test_the_same_prompt_fails_whole_and_in_chunks(llm: Any) -> None:
     """A prompt that is poisoned in a chunk that wants no token yet; and twice at once."""
     deep = sampling({"N": 8, "q_threshold": 2.0}, max_tokens=4)

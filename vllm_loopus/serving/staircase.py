@@ -74,13 +74,12 @@ class LoopedSequence:
         self.request_id = request_id
         self.knobs = knobs
         self.full_prefill = full_prefill
-        self.foregone = foregone or [None] * max_depth
-        # Where depths are given, wherever a head might let it leave (`foregone_at`).
-        least = knobs.min_loops if knobs.exit_depths else knobs.max_loops
+        self._foregone = foregone or [None] * max_depth
+        given = knobs.exit_depths  # they stand for what a head would decide (`foregone_at`)
         self._exits = [
             depth
-            for depth, leaves in enumerate(self.foregone[: knobs.max_loops], start=1)
-            if leaves is not False or depth >= least or depth in knobs.exit_depths
+            for depth, leaves in enumerate(self._foregone[: knobs.max_loops], start=1)
+            if leaves is not False or depth in given or (given and depth >= knobs.min_loops)
         ]
         self.max_depth = max_depth
         self.prefill_end = prefill_end
@@ -194,7 +193,7 @@ class LoopedSequence:
         `min_loops` on.
         """
         if self.forced_depth is None or depth >= self.knobs.max_loops:
-            return self.foregone[depth - 1]
+            return self._foregone[depth - 1]
         return None if depth >= self.knobs.min_loops or depth == self.forced_depth else False
 
     def other_exits(self, depth: int) -> list[int]:
