@@ -79,18 +79,19 @@ class Engine:
         )
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
-        self._batch = core.model_executor.driver_worker.worker.model_runner._batch
+        self._sequences = core.model_executor.driver_worker.worker.model_runner._sequences
         self._count = 0
         self.rows = 0  # of passes, so far
         self.clock = 0.0  # what they and the decoder cost, in rows
-        self._batch.step = self._counting(self._batch.step)
+        self._sequences.step = self._counting(self._sequences.step)
 
     def _counting(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
             decoded, progress = step(*args)
-            self.rows += sum(progress.passes)
-            work = sum(progress.passes) + DECODER_ROW * progress.decoder_rows
-            self.clock += work + PASS_COST * len(progress.passes)
+            stats = progress.stats
+            self.rows += sum(stats.passes)
+            work = sum(stats.passes) + DECODER_ROW * stats.decoder_rows
+            self.clock += work + PASS_COST * len(stats.passes)
             return decoded, progress
 
         return counted
@@ -123,12 +124,12 @@ class Engine:
         pairs: set[int] = set()
         planes: Counter[int] = Counter()
         for request in self.scheduler.running:
-            sequence = self._batch._running[request.request_id].sequence
-            tables = self._batch._tables
+            sequence = self._sequences._running[request.request_id].sequence
+            tables = self._sequences._tables
             table = tables._tables[tables._index[request.request_id]]
             for column in range(-(-sequence.done[0] // BLOCK)):
                 first, behind = column * BLOCK, (column + 1) * BLOCK
-                taken_over = sequence.takes_over and behind > sequence.prefill_end
+                taken_over = sequence.last_exited and behind > sequence.prefill_end
                 depths = [
                     d
                     for d in range(1, sequence.max_depth + 1)

@@ -64,7 +64,7 @@ def kv_manager(llm: Any) -> Any:
 def admit_too_many(llm: Any) -> None:
     """From now on the scheduler expects sequences to stay at depth 1 and to grow by nothing, so
     that it has to preempt."""
-    from vllm_loopus.serving.blocks import Demand
+    from vllm_loopus.serving.core.demand import Demand
 
     class Shallow(Demand):
         def observe(self, budget: int, planes: float, new_tokens: int) -> None:
@@ -77,17 +77,17 @@ def admit_too_many(llm: Any) -> None:
 
 
 def spy_on_steps(llm: Any) -> list[Any]:
-    """A list that gets the `LoopProgress` of every step from now on."""
+    """A list that gets the `LoopStats` of every step from now on."""
     core = llm.llm_engine.engine_core.engine_core
-    batch = core.model_executor.driver_worker.worker.model_runner._batch
-    original, seen = batch.step, []
+    sequences = core.model_executor.driver_worker.worker.model_runner._sequences
+    original, seen = sequences.step, []
 
     def step(*args: Any) -> Any:
         result = original(*args)
-        seen.append(result[1])
+        seen.append(result[1].stats)
         return result
 
-    batch.step = step
+    sequences.step = step
     return seen
 
 

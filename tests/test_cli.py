@@ -144,7 +144,7 @@ def test_names_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_loopus.serving import memory
+    from vllm_loopus.serving.hooks import cpu_memory as memory
 
     monkeypatch.setattr(memory, "free_cpu_memory", lambda: (8 * 2**20, 1))
     monkeypatch.delenv(checks.CPU_CACHE)

@@ -6,7 +6,7 @@ checkpoints. vLLM finds the package by its plugin entry point; nothing here impo
 
 from vllm_loopus.config import LoopUSConfig, register_configs
 from vllm_loopus.modeling.model import LoopUSForCausalLM, register_models
-from vllm_loopus.serving.depths import exit_depths
+from vllm_loopus.serving.messages.exit_depths import exit_depths
 
 __all__ = ["LoopUSConfig", "LoopUSForCausalLM", "__version__", "exit_depths"]
 __version__ = "0.1.0"

@@ -124,6 +124,11 @@ class LoopUSConfig(PreTrainedConfig):
         return BaseAttention(self.base, self.backbone)
 
     @property
+    def exact_context(self) -> int | None:
+        """The longest sequence whose K/V does not depend on its length; None for any."""
+        return self.attention.exact_context
+
+    @property
     def logit_softcap(self) -> float | None:
         """The base's cap on logits, None for none."""
         return self.backbone.value(self.base, "logit_softcap")
@@ -248,17 +253,26 @@ def _backbone_of(model_type: Any) -> Backbone:
     return BACKBONES[model_type]
 
 
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def is_integer(value: object) -> bool:
+    """Whether `value` is a whole number; `True` and `False` are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether `value` is a number that fits a float and is neither NaN nor infinite."""
+    try:
+        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not is_integer(value):
         raise ValueError(f"{name}={value!r} must be a whole number")
 
 
-def _check_number(name: str, value: Any) -> None:
-    try:
-        finite = isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of floats
-        finite = False
-    if not finite:
+def _check_number(name: str, value: object) -> None:
+    if not is_finite_number(value):
         raise ValueError(f"{name}={value!r} must be a finite number")
 
 

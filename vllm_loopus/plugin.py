@@ -9,8 +9,6 @@ from importlib import metadata
 
 from packaging.version import Version
 
-from vllm_loopus.config import ARCHITECTURE
-
 logger = logging.getLogger("vllm.loopus")
 
 # What is tested: `docs/versions.md`, `tests/serving/upstream`. The same as in pyproject.toml.
@@ -54,13 +52,15 @@ def register() -> None:
     from vllm.transformers_utils import utils
 
     from vllm_loopus.aliases import AliasError, install_redirects
-    from vllm_loopus.serving.cpu_kernels import register_c_norms
-    from vllm_loopus.serving.patches import alias_target, apply_patches
-    from vllm_loopus.serving.vllm_config import LoopUSVllmConfig
+    from vllm_loopus.architectures import ARCHITECTURES
+    from vllm_loopus.serving.hooks.engine_config import LoopedVllmConfig
+    from vllm_loopus.serving.hooks.patches import alias_target, apply_patches
+    from vllm_loopus.serving.model.cpu_kernels import register_c_norms
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = LoopUSVllmConfig
-    if ARCHITECTURE not in ModelRegistry.models:
-        ModelRegistry.register_model(ARCHITECTURE, f"vllm_loopus.serving.model:{ARCHITECTURE}")
+    for architecture in ARCHITECTURES:
+        MODELS_CONFIG_MAP[architecture.name] = LoopedVllmConfig
+        if architecture.name not in ModelRegistry.models:
+            ModelRegistry.register_model(architecture.name, architecture.model)
     apply_patches()
     register_c_norms()
     # Proposed to vLLM, like the patches: a check of names before they are looked up.

@@ -171,9 +171,9 @@ def passes(rows: list[int], tiny: bool, compiled: bool) -> tuple[bool, dict[str,
 def one_size(runner: Any, count: int, repeats: int) -> tuple[float, float, float]:
     """Seconds of a pass of `count` sequences, a row each, as it is and as a graph, and how far
     their states are apart."""
-    from vllm_loopus.serving.staircase import Rows
+    from vllm_loopus.serving.step.staircase import Rows
 
-    tables, region = runner._batch._tables, runner._batch._executor._regions.reasoning
+    tables, region = runner._sequences._tables, runner._sequences._executor._regions.reasoning
     config, length = runner.vllm_config.model_config, 96
     blocks = -(-length // tables.block_size)
     names = [f"measured {index}" for index in range(count)]

@@ -190,7 +190,7 @@ def test_settings() -> None:
 
 def test_a_plain_model_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_loopus.evaluation.vllm_engine import plain_memory
-    from vllm_loopus.serving.memory import free_cpu_memory
+    from vllm_loopus.serving.hooks.cpu_memory import free_cpu_memory
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert plain_memory() == {}

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import GOLDEN
-from vllm_loopus.modeling.checkpoint import current_name, expected_shapes
-from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.modeling.checkpoint import current_name
+from vllm_loopus.modeling.model import LoopUSForCausalLM, expected_shapes
 
 SOURCE = GOLDEN / "qwen3"
 

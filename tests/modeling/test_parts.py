@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_loopus.modeling.confidence import ConfidenceHead
+from vllm_loopus.modeling.exit_rule import ExitTracker, new_carry
 from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.modeling.halting import HaltingRule
 
@@ -50,17 +52,11 @@ def test_gate_keeps_and_takes(gate: SelectiveGate) -> None:
 
 
 def exit_depth(rule: HaltingRule, confidences: list[float], lengths: list[float]) -> int:
-    survival = torch.ones(1)
+    tracker = ExitTracker(rule, 1)
     for depth, (q, length) in enumerate(zip(confidences, lengths, strict=True), start=1):
-        leaves, survival = rule.leaves(
-            depth,
-            confidence=torch.tensor([q]),
-            step_length=torch.tensor([length]),
-            survival=survival,
-        )
-        if leaves.item():
+        if tracker.after(depth, rule.evidence(torch.tensor([q]), torch.tensor([length]))).item():
             return depth
-    raise AssertionError("never left")
+    raise AssertionError("it did not exit")
 
 
 def rule(strategy: str = "threshold", **fields: float) -> HaltingRule:
@@ -125,7 +121,7 @@ def test_halting_bounds(
     budgets=st.tuples(st.integers(1, 6), st.integers(1, 6)).map(sorted),
     strategy=st.sampled_from(["threshold", "cdf", "convergence"]),
 )
-def test_what_is_foregone_is_what_the_rule_says(
+def test_what_is_predetermined_is_what_the_rule_decides(
     confidences: list[float],
     lengths: list[float],
     threshold: float,
@@ -133,7 +129,7 @@ def test_what_is_foregone_is_what_the_rule_says(
     budgets: list[int],
     strategy: str,
 ) -> None:
-    """Nobody need look at what was computed, nor add it up, where the word is known before."""
+    """The evidence can be left out, and need not be accumulated, where the decision is known."""
     knobs: Any = {
         "exit_threshold": threshold,
         "min_loops": budgets[0],
@@ -141,25 +137,21 @@ def test_what_is_foregone_is_what_the_rule_says(
     }
     halting = rule(strategy, exit_interval=interval, **knobs)
     depth = exit_depth(halting, confidences, lengths)
-    survival = torch.ones(1)
+    carry = new_carry(halting, 1)
     for at in range(1, 7):
-        word = halting.foregone(at, **knobs)
-        if word is None:
-            leaves, survival = halting.leaves(
-                at,
-                confidence=torch.tensor([confidences[at - 1]]),
-                step_length=torch.tensor([lengths[at - 1]]),
-                survival=survival,
-            )
-            word = bool(leaves.item())
-        if word:
+        decision = halting.predetermined(at, **knobs)
+        if decision is None:
+            values = torch.tensor([confidences[at - 1]]), torch.tensor([lengths[at - 1]])
+            exits, carry = halting.exits(at, halting.evidence(*values), carry)
+            decision = bool(exits.item())
+        if decision:
             assert at == depth
             return
-    raise AssertionError("never left")
+    raise AssertionError("it did not exit")
 
 
 @pytest.mark.parametrize(
-    ("halting", "words"),
+    ("halting", "decisions"),
     [
         (rule(), [None, None, None, True]),
         (rule(min_loops=3), [False, False, None, True]),
@@ -170,18 +162,32 @@ def test_what_is_foregone_is_what_the_rule_says(
         (rule("convergence", exit_interval=4, min_loops=2), [False, None, None, True]),
     ],
 )
-def test_foregone(halting: HaltingRule, words: list[bool | None]) -> None:
+def test_predetermined(halting: HaltingRule, decisions: list[bool | None]) -> None:
     knobs: Any = {
         name: getattr(halting, name) for name in ("exit_threshold", "min_loops", "max_loops")
     }
-    assert [halting.foregone(depth, **knobs) for depth in range(1, 5)] == words
+    assert [halting.predetermined(depth, **knobs) for depth in range(1, 5)] == decisions
 
 
 def test_rows_with_their_own_depth_and_knobs() -> None:
     """One call for rows at different depths equals a call each."""
     depths = torch.tensor([1, 2, 4])
     thresholds, minimum = torch.tensor([0.2, 0.9, 0.9]), torch.tensor([2, 1, 1])
-    q, ones = torch.tensor([0.5, 0.95, 0.1]), torch.ones(3)
-    batch = rule(exit_threshold=thresholds, min_loops=minimum)
-    together, _ = batch.leaves(depths, confidence=q, step_length=ones, survival=ones)
+    knobs = {"exit_threshold": thresholds, "min_loops": minimum, "max_loops": torch.tensor([4] * 3)}
+    q = torch.tensor([0.5, 0.95, 0.1])
+    together, _ = rule().with_knobs(**knobs).exits(depths, q, torch.zeros(3, 0))
     assert together.tolist() == [False, True, True]
+
+
+def test_the_confidence_head_tells_high_confidences_apart_in_bfloat16() -> None:
+    """bfloat16 itself has steps of 0.004 below 1."""
+    torch.manual_seed(0)
+    head = ConfidenceHead(64)
+    states = torch.randn(400, 64)
+    with torch.no_grad():
+        head[1].weight.normal_(0, 0.2), head[1].bias.fill_(7.0)
+        exact = torch.sigmoid(head(states))
+        told = torch.sigmoid(head.to(torch.bfloat16)(states.to(torch.bfloat16)))
+    assert told.dtype == torch.float32
+    assert len(told[told > 0.996].unique()) > 50
+    torch.testing.assert_close(told, exact, atol=2e-3, rtol=0)

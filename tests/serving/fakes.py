@@ -25,18 +25,18 @@ from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from tests.conftest import GOLDEN
 from vllm_loopus.modeling.halting import HaltingRule
-from vllm_loopus.serving.batch import LoopedBatch
-from vllm_loopus.serving.boundary import boundary_rule
-from vllm_loopus.serving.depths import received
-from vllm_loopus.serving.knobs import EngineOptions
-from vllm_loopus.serving.pages import PageTables
-from vllm_loopus.serving.passes import Decoded
-from vllm_loopus.serving.runner_interface import StepInput
-from vllm_loopus.serving.runners.model_state import LoopUSModelState
+from vllm_loopus.serving.core.scheduler import LoopUSScheduler
+from vllm_loopus.serving.knobs.engine import EngineOptions
+from vllm_loopus.serving.messages.exit_depths import received
+from vllm_loopus.serving.messages.step_input import StepInput
+from vllm_loopus.serving.model.model_state import LoopedModelState
 from vllm_loopus.serving.runners.v1 import V1Adapter
 from vllm_loopus.serving.runners.v2 import V2Adapter
-from vllm_loopus.serving.scheduler import LoopUSScheduler
-from vllm_loopus.serving.staircase import LoopedSequence, Rows
+from vllm_loopus.serving.step.quorum import quorum_for
+from vllm_loopus.serving.step.staircase import Chunk, LoopedSequence
+from vllm_loopus.serving.worker.block_tables import BlockTables
+from vllm_loopus.serving.worker.executor import Decoded
+from vllm_loopus.serving.worker.sequences import RunningSequences
 
 BLOCK = 4
 VOCABULARY = 50
@@ -77,7 +77,7 @@ def answer(
 class FakeExecutor:
     """`StepExecutor` over names. `batch` is to be set to the batch it works for."""
 
-    def __init__(self, tables: PageTables, max_depth: int, budget: int, interval: int = 1) -> None:
+    def __init__(self, tables: BlockTables, max_depth: int, budget: int, interval: int = 1) -> None:
         self.tables, self.max_depth, self.budget = tables, max_depth, budget
         self.interval = interval
         self.batch: Any = None
@@ -87,11 +87,13 @@ class FakeExecutor:
         self.passes = 0
         self.longest_run = 0  # passes without a decision in between
 
+    asynchronous = False
+
     def begin_step(self, tokens: list[int]) -> None:
         self.decoded = Decoded()
         self.wiped: list[Any] = []
 
-    def make_room(self, rows: Rows) -> int:
+    def make_room(self, rows: Chunk) -> int:
         room = self.tables.make_room(rows)
         self.wipe_taken(rows.sequence)
         return room
@@ -108,17 +110,11 @@ class FakeExecutor:
             for slot in range(block * BLOCK, (block + 1) * BLOCK):
                 self.memory.pop((kind, slot), None)
 
-    def want_prompt(self, request_id: str) -> None:
-        pass
-
-    def forget(self, request_id: str) -> None:
-        pass
-
     def prefix(self, sequence: LoopedSequence, position: int) -> tuple[int, ...]:
         return tuple(self.batch._running[sequence.request_id].tokens[: position + 1])
 
     def slot(self, sequence: LoopedSequence, depth: int, position: int) -> int:
-        layout = self.tables.layout([Rows(sequence, depth, position, position + 1)])
+        layout = self.tables.layout([Chunk(sequence, depth, position, position + 1)])
         slot = int(layout.slots(layout.depth)[0])
         assert slot >= BLOCK, "block 0 is vLLM's null block"
         return slot
@@ -132,9 +128,9 @@ class FakeExecutor:
         assert found is not None, (kind, depth, position)
         # In `last_exited` a generated position may hold what it had where it left.
         assert found[1] == self.prefix(sequence, position), (kind, depth, position, found)
-        assert found[0] == depth or sequence.takes_over, (kind, depth, position, found)
+        assert found[0] == depth or sequence.last_exited, (kind, depth, position, found)
 
-    def encode(self, rows: list[Rows]) -> None:
+    def encode(self, rows: list[Chunk]) -> None:
         assert sum(map(len, rows)) <= self.budget
         self.encoded = [(r.sequence.request_id, p) for r in rows for p in range(r.start, r.end)]
         for row in rows:
@@ -142,27 +138,27 @@ class FakeExecutor:
                 if position % BLOCK == 0:
                     self.wipe(self.slot(row.sequence, 1, position) // BLOCK)
 
-    def make_room_below(self, rows: list[Rows], passes: int) -> int:
-        found = self.tables.make_room_below(rows, passes)
+    def make_room_deeper(self, rows: list[Chunk], passes: int) -> int:
+        found = self.tables.make_room_deeper(rows, passes)
         for row in rows:
             self.wipe_taken(row.sequence)
         return found
 
-    def run_passes(self, rows: list[Rows], passes: int, deciding: list[int]) -> list[bool]:
+    def run_passes(self, rows: list[Chunk], passes: int, deciding: list[int]) -> list[bool]:
         for above in range(passes - 1, -1, -1):
-            at = [Rows(r.sequence, r.depth - above, r.start, r.end) for r in rows]
+            at = [Chunk(r.sequence, r.depth - above, r.start, r.end) for r in rows]
             self.run_pass(at)
             leaves = [self.leaves(at[index]) for index in deciding]
             assert not (above and any(leaves)), "nobody leaves before the last pass"
         self.longest_run = max(self.longest_run, passes)
         for index, word in zip(deciding, leaves, strict=True):
             row = rows[index]
-            if row.sequence.writes_through and row.sequence.leaves_at(row.depth, word):
+            if row.sequence.copies_on_exit and row.sequence.exits_at(row.depth, word):
                 for kind in ("state", "reasoning"):
                     self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
         return leaves
 
-    def run_pass(self, rows: list[Rows]) -> None:
+    def run_pass(self, rows: list[Chunk]) -> None:
         assert 0 < sum(map(len, rows)) <= self.budget
         self.passes += 1
         fresh = [
@@ -183,7 +179,7 @@ class FakeExecutor:
             for position in range(row.start):
                 self.read("reasoning", row.sequence, row.depth, position)
 
-    def leaves(self, row: Rows) -> bool:
+    def leaves(self, row: Chunk) -> bool:
         """The halting rule's word for the newest position."""
         knobs, prefix = row.sequence.knobs, self.prefix(row.sequence, row.end - 1)
         assert len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
@@ -193,7 +189,7 @@ class FakeExecutor:
             return False
         return row.depth >= wanted_depth(prefix, self.max_depth)
 
-    def settle(self) -> None:
+    def check_states(self) -> None:
         for running in self.batch._running.values():
             sequence = running.sequence
             if sequence.in_flight and POISON in running.tokens[: sequence.done[0]]:
@@ -202,19 +198,19 @@ class FakeExecutor:
     def cleanse(self, request_id: str) -> None:
         pass
 
-    def copy(self, kind: str, row: Rows, depths: Iterable[int]) -> None:
+    def copy(self, kind: str, row: Chunk, depths: Iterable[int]) -> None:
         value = self.memory[kind, self.slot(row.sequence, row.depth, row.end - 1)]
         for depth in depths:
             self.memory[kind, self.slot(row.sequence, depth, row.end - 1)] = value
 
-    def decode(self, rows: list[Rows]) -> None:
+    def decode(self, rows: list[Chunk]) -> None:
         assert 0 < sum(map(len, rows)) <= self.budget
-        self.settle()
+        self.check_states()
         for row in rows:
             for position in range(row.start, row.end):
                 self.read("state", row.sequence, row.depth, position)
                 self.write("decoder", row.sequence, row.depth, position)
-            if row.newest and row.sequence.writes_through:
+            if row.newest and row.sequence.copies_on_exit:
                 self.copy("decoder", row, row.sequence.other_exits(row.depth))
         for row in rows:
             for position in range(row.start):
@@ -309,19 +305,21 @@ class FakeLoop:
     ) -> None:
         self.vllm_config = vllm_config
         self.requests: dict[str, Any] = {}
-        self.model_state = LoopUSModelState.__new__(LoopUSModelState)
+        self.model_state = LoopedModelState.__new__(LoopedModelState)
         self._init_loop()
         depth = vllm_config.model_config.hf_config.max_loops
         self.kv_cache_config = KVCacheConfig(num_blocks, [], [None] * depth)
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
-        tables = PageTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
+        tables = BlockTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
         self.executor = FakeExecutor(tables, depth, budget, exit_interval)
-        rule = boundary_rule(quorum, depth)
+        rule = quorum_for(quorum, depth)
         halting = HaltingRule("threshold", 0.9, exit_interval, 1, depth, 0.0)
         options = EngineOptions.of(vllm_config.additional_config)
-        self._batch = LoopedBatch(self.executor, tables, rule, halting, depth, budget, options)
-        self.executor.batch = self._batch
+        self._sequences = RunningSequences(
+            self.executor, tables, rule, halting, depth, budget, options
+        )
+        self.executor.batch = self._sequences
         self.described: list[StepInput] = []
 
     def describe(self, scheduler_output: Any) -> StepInput:
@@ -452,7 +450,7 @@ class Engine:
 
     def check_blocks(self) -> None:
         """Scheduler and worker agree on every block, and each one in use holds a position."""
-        manager, batch = self.scheduler.kv_cache_manager, self.runner._batch
+        manager, batch = self.scheduler.kv_cache_manager, self.runner._sequences
         held: list[set[int]] = [set() for _ in range(self.max_loops)]
         computed: list[set[int]] = [set() for _ in range(self.max_loops)]
         for request in self.scheduler.running:
@@ -464,7 +462,7 @@ class Engine:
                 held[depth] |= set(ids) - {0}
                 if depth < sequence.max_depth:
                     positions = set(range(sequence.done[depth + 1]))
-                    if sequence.takes_over:
+                    if sequence.last_exited:
                         positions |= set(range(sequence.prefill_end, sequence.done[0]))
                     computed[depth] |= {int(table[depth, p // BLOCK]) for p in positions}
         assert held == computed

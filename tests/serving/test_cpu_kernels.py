@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from tests.conftest import GOLDEN
 from vllm_loopus.plugin import register
-from vllm_loopus.serving.cpu_kernels import PROVIDER
+from vllm_loopus.serving.model.cpu_kernels import PROVIDER
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="norms of the CPU build")
 

@@ -32,14 +32,16 @@ def heads_of_rank(worker: Any) -> int:
 def record(worker: Any) -> None:
     """On every rank: what each step does is noted from now on."""
     runner = inner(worker).model_runner
-    original, steps = runner._batch.step, []
+    original, steps = runner._sequences.step, []
 
     def step(*args: Any) -> Any:
         decoded, progress = original(*args)
-        steps.append((progress.passes, progress.exit_depths, progress.taken, progress.complete))
+        steps.append(
+            (progress.stats.passes, progress.exit_depths, progress.taken, progress.complete)
+        )
         return decoded, progress
 
-    runner._batch.step, runner._recorded = step, steps
+    runner._sequences.step, runner._recorded = step, steps
 
 
 def recorded(worker: Any) -> list[Any]:
@@ -52,13 +54,13 @@ def disturb(worker: Any) -> None:
     """From now on all ranks but the first would let everybody leave at once, and fail them all."""
     runner = inner(worker).model_runner
     if torch.distributed.get_rank() > 0:
-        original, watch = runner.model.confidence, runner._batch._executor._verdicts.watch
+        original, watch = runner.model.confidence, runner._sequences._executor._verdicts.watch
         runner.model.confidence = lambda *args: torch.ones_like(original(*args))
 
         def watch_nan(rows: Any, offsets: Any, states: torch.Tensor, *place: str) -> None:
             watch(rows, offsets, torch.full_like(states, torch.nan), *place)
 
-        runner._batch._executor._verdicts.watch = watch_nan
+        runner._sequences._executor._verdicts.watch = watch_nan
 
 
 @pytest.mark.parametrize(

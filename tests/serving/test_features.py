@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import GOLDEN, golden_cases
 from vllm_loopus import LoopUSForCausalLM, exit_depths
-from vllm_loopus.serving.knobs import EngineOptions
+from vllm_loopus.serving.knobs.engine import EngineOptions
 
 KNOBS = {"exit_threshold": 0.6214}
 PROMPTS = [case["prompt"] for case in golden_cases("qwen3")[:4]]

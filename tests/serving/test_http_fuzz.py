@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from tests.serving.conftest import SERVED, get
 from tests.serving.test_http import ENDPOINTS
-from vllm_loopus.serving.knob_names import REQUEST_KNOBS
+from vllm_loopus.serving.knobs.names import REQUEST_KNOBS
 
 NUMBERS = st.one_of(
     st.integers(-2, 10), st.integers(), st.floats(), st.sampled_from([2**63, -(2**64), 10**400])

@@ -7,8 +7,9 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.conftest import GOLDEN
 from vllm_loopus import LoopUSConfig
-from vllm_loopus.serving.knob_names import REQUEST_KNOBS, objection
-from vllm_loopus.serving.knobs import EngineOptions, KnobError, check_request
+from vllm_loopus.serving.knobs.engine import EngineOptions
+from vllm_loopus.serving.knobs.names import REQUEST_KNOBS, objection
+from vllm_loopus.serving.knobs.request import KnobError, check_request
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.conftest import GOLDEN
-from vllm_loopus.serving.kv_layout import KVLayout, sequences_that_fit
-from vllm_loopus.serving.planes import depth_of, layer_name_at
+from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
+from vllm_loopus.serving.model.planes import depth_of, layer_name_at
 
 BLOCK = 32
 BLOCKS = 50
@@ -90,15 +90,10 @@ def test_a_state_fits_its_rows(engine: tuple[Any, Any, KVLayout]) -> None:
 def test_published_cuts() -> None:
     """Bytes a token of Qwen3-4B at 8 loops, by hand: 36 layers, 8 KV heads of 128, hidden 2560."""
     row, state = 2 * 8 * 128 * 2, 2560 * 2
-    layout = KVLayout(
-        max_loops=8,
-        encoder=2 * row,
-        reasoning=33 * row,
-        decoder=row,
-        state=state,
-        state_rows=2,
-        state_padding=2 * row - state,
+    layout = KVLayout.of(
+        max_loops=8, encoder=2, reasoning=33, decoder=1, kv_bytes=row, state_bytes=state
     )
+    assert (layout.state_rows, layout.state_padding) == (2, 2 * row - state)
     assert layout.allocated(8) == 8 * (33 + 1 + 2 + 2) * row
     assert layout.items()["padding"] == 8 * 3072 + 7 * 2 * row
     # 1000 blocks of 16 besides the null block; 100 tokens take 7 blocks a plane.

@@ -78,16 +78,16 @@ def test_deeper_planes_are_written_once_a_token_has_left(
     make_llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the head's word or by given depths; not in every pass in which it might have."""
-    from vllm_loopus.serving.planes import KeptRows
+    from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 
     slots: list[int] = []
-    write = KeptRows.write
+    write = DeferredWrites.write
 
-    def counted(kept: Any, rows: Any, to: Any) -> None:
+    def counted(writes: Any, rows: Any, to: Any) -> None:
         slots.append(len(to))
-        write(kept, rows, to)
+        write(writes, rows, to)
 
-    monkeypatch.setattr(KeptRows, "write", counted)
+    monkeypatch.setattr(DeferredWrites, "write", counted)
     llm = start(make_llm, "phi3", enable_prefix_caching=False)
     cases = [c for c in golden_cases("phi3") if len(set(c["depths"])) > 2][:6]
     heads = [{"max_loops": c["N"], "exit_threshold": c["q_threshold"]} for c in cases]

@@ -14,8 +14,8 @@ from tests.conftest import GOLDEN, golden_cases
 from tests.serving.conftest import MAX_LOOPS, SERVED, get, samples, wait_until
 from tests.serving.fakes import Engine
 from vllm_loopus import exit_depths
-from vllm_loopus.serving.metrics import LoopTotals
-from vllm_loopus.serving.stats import LoopStats
+from vllm_loopus.serving.frontend.metrics import LoopTotals
+from vllm_loopus.serving.messages.stats import LoopStats
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "examples" / "grafana" / "loopus.json"

@@ -13,12 +13,13 @@ from vllm.exceptions import GenerationError
 
 from tests.conftest import GOLDEN, counter, golden_cases, kv_manager, spy_on_steps
 from vllm_loopus import exit_depths
-from vllm_loopus.serving.answers import explain
-from vllm_loopus.serving.http import LoopedHandler
-from vllm_loopus.serving.knobs import RequestKnobs
-from vllm_loopus.serving.pages import PageTables
-from vllm_loopus.serving.staircase import LoopedSequence, Rows
-from vllm_loopus.serving.verdicts import Verdicts
+from vllm_loopus.serving.frontend.answers import explain_failure
+from vllm_loopus.serving.frontend.http import LoopedHandler
+from vllm_loopus.serving.knobs.request import RequestKnobs
+from vllm_loopus.serving.step.staircase import Chunk, LoopedSequence
+from vllm_loopus.serving.worker.block_tables import BlockTables
+from vllm_loopus.serving.worker.nonfinite import WatchedRows
+from vllm_loopus.serving.worker.verdicts import Verdicts
 
 POISON = 511  # a token id that the golden prompts and answers do not hold
 FAILED = "vllm:loopus_nonfinite_requests"
@@ -165,7 +166,7 @@ def test_the_same_prompt_fails_whole_and_in_chunks(llm: Any) -> None:
         steps = spy_on_steps(llm)
         outputs = generate(llm, [victim, victim], [deep, deep])
     assert [output.finish_reason for output in outputs] == ["error", "error"]
-    assert sum(len(step.failed) for step in steps) == 2
+    assert sum(step.nonfinite_requests for step in steps) == 2
     assert all(torch.isfinite(cache).all() for cache in caches(llm))
     assert generate(llm, [victim], [deep])[0].finish_reason == "length"
 
@@ -173,7 +174,7 @@ def test_the_same_prompt_fails_whole_and_in_chunks(llm: Any) -> None:
 def test_the_server_says_why() -> None:
     failure = "NaN or infinite hidden states at depth 3"
     completion = SimpleNamespace(finish_reason="error", stop_reason=failure)
-    explain(completion)
+    explain_failure(completion)
     assert completion.finish_reason == "error"
     handler: Any = object.__new__(LoopedHandler)
     with pytest.raises(GenerationError, match=failure):
@@ -203,14 +204,14 @@ def test_the_first_rank_decides() -> None:
     verdicts = Verdicts(group)
     states = torch.zeros(6, 4)
     states[0] = torch.nan
-    rows = [Rows(first, 1, 0, 3), Rows(second, 1, 0, 3)]
-    tables = PageTables(num_depths=4, max_blocks=1, num_blocks=3, block_size=4)
+    chunks = [Chunk(first, 1, 0, 3), Chunk(second, 1, 0, 3)]
+    tables = BlockTables(num_depths=4, max_blocks=1, num_blocks=3, block_size=4)
     for name, block in (("a", 1), ("b", 2)):
         tables.add(name, [[block], [], [], []], cached=0)
-    for layout in tables.layouts([Rows(r.sequence, 2, 0, 3) for r in rows], 2):
-        verdicts.watch(rows, layout, states)
-    survival = torch.tensor([0.25, 0.5])
-    leaving, survived = verdicts.read(torch.tensor([True, False]), survival)
-    assert leaving == [False, True] and survived == [0.75, 0.5]
+    for layout in tables.layouts([Chunk(c.sequence, 2, 0, 3) for c in chunks], 2):
+        verdicts.watch(WatchedRows.of(chunks, layout, states))
+    carry = torch.tensor([[0.25], [0.5]])
+    exits, carried = verdicts.read(torch.tensor([True, False]), carry)
+    assert exits == [False, True] and carried.tolist() == [[0.75], [0.5]]
     assert first.failure is None and second.failure == "NaN or infinite hidden states at depth 1"
     assert first.in_flight and not second.in_flight

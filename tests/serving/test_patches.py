@@ -14,7 +14,7 @@ import pytest
 
 from tests.serving import overlay, upstream
 from vllm_loopus.plugin import register
-from vllm_loopus.serving.patches import MARK, PATCHES, Patch
+from vllm_loopus.serving.hooks.patches import MARK, PATCHES, Patch
 
 CATALOGUE = tomllib.loads((overlay.PATCHES / "catalogue.toml").read_text())
 DIFFS = overlay.diffs()
@@ -69,7 +69,7 @@ for folder in sys.argv[1:]:
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logger.addHandler(handler)
-    from vllm_loopus.serving.patches import PATCHES, apply_patches
+    from vllm_loopus.serving.hooks.patches import PATCHES, apply_patches
     apply_patches()
     print("STATE", json.dumps(told), flush=True)
     os._exit(0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
 from tests.serving.fakes import BLOCK, Engine, answer
-from vllm_loopus.serving.staircase import LoopedSequence
+from vllm_loopus.serving.step.staircase import LoopedSequence
 
 # Prompts that share beginnings, so that prefix hits happen.
 PROMPT = st.tuples(st.integers(0, 1), st.integers(1, 22), st.integers(0, 2)).map(
@@ -31,7 +31,7 @@ def requests(draw: Any) -> dict[str, Any]:
 
 def check_watermarks(engine: Engine, seen: dict[str, tuple[LoopedSequence, list[int]]]) -> None:
     """Ordered by depth, never going back while the sequence runs, never beyond its tokens."""
-    for name, running in engine.runner._batch._running.items():
+    for name, running in engine.runner._sequences._running.items():
         sequence = running.sequence
         assert sequence.done == sorted(sequence.done, reverse=True)
         assert sequence.done[0] <= len(running.tokens)
@@ -122,4 +122,4 @@ def test_everything_finishes_right(
         assert engine.depths[name] == depths[:count]
         assert name in aborted or count == item["max_tokens"]
     assert engine.free_blocks == blocks - 1
-    assert not engine.runner._batch._running
+    assert not engine.runner._sequences._running

@@ -13,7 +13,7 @@ from vllm.forward_context import get_forward_context
 
 from tests.conftest import GOLDEN, golden_cases, spy_on_steps
 from vllm_loopus import exit_depths
-from vllm_loopus.serving import regions
+from vllm_loopus.serving.worker import regions
 
 SIZES = "1,2,4,8,16,24"
 BUDGET = 40  # more than the greatest size: some batches run as they are

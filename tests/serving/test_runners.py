@@ -4,6 +4,7 @@ Fakes of vLLM's runners with its own data classes; the scheduler is the real one
 runner what it sends the real one. `test_runner_v2.py` runs vLLM's own V2 runner.
 """
 
+import pickle
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.request import RequestStatus
 
 from tests.serving.fakes import Engine, answer
-from vllm_loopus.serving.passes import Decoded
 from vllm_loopus.serving.runners import selection
-from vllm_loopus.serving.runners.v2 import WholePromptLogprobs, _of
+from vllm_loopus.serving.runners.v2 import _of
+from vllm_loopus.serving.runners.v2_prompt_scores import V2PromptScores
+from vllm_loopus.serving.worker.executor import Decoded
 
 PROMPTS = {f"r{i}": [i, 3, *range(i)] for i in range(6)}
 
@@ -87,32 +91,38 @@ def test_rows_in_another_order() -> None:
     assert decoded.in_order(["c", "a", "b"]).flatten().tolist() == [3, 1, 2]
 
 
-def test_whole_prompts_are_scored_as_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's function sees the prompt's rows as a prompt computed from its first position."""
+def test_prompts_are_scored_part_by_part_on_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's worker sees a prompt in chunks; the runner gets all of its scores at once."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     seen = []
 
-    def compute(self: Any, fn: Any, hidden: Any, batch: Any, tokens: Any, computed: Any, *_: Any):
-        seen.append((batch.req_ids, batch.num_tokens, hidden, batch.idx_mapping_np, computed))
-        return {batch.req_ids[0]: "scores"}
+    def compute(
+        self: Any, fn: Any, hidden: Any, batch: Any, tokens: Any, computed: Any, lengths: Any
+    ) -> dict[str, str]:
+        start, count = int(batch.num_computed_prefill_tokens_np[0]), batch.num_tokens
+        seen.append((start, count, len(hidden), computed.tolist(), tokens.tolist(), lengths[0]))
+        return {batch.req_ids[0]: "scores"} if start + count == lengths[0] else {}
 
     monkeypatch.setattr(PromptLogprobsWorker, "compute_prompt_logprobs", compute)
-    worker = WholePromptLogprobs.__new__(WholePromptLogprobs)
-    worker.prompts = {"b": torch.ones(5, 2)}
-    batch = SimpleNamespace(
-        req_ids=["a", "b"],
-        idx_mapping=torch.tensor([7, 3]),
-        idx_mapping_np=np.array([7, 3]),
-        prefill_len_np=np.array([4, 5]),
+    runner = SimpleNamespace(
+        device=torch.device("cpu"),
+        model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
+        model=SimpleNamespace(compute_logits=None),
     )
-    computed = torch.tensor([9] * 8)
-    assert worker.compute_prompt_logprobs(None, None, batch, None, computed, None) == {
-        "b": "scores"
-    }
-    ((names, count, hidden, index, zeros),) = seen
-    assert (names, count, len(hidden), index.tolist()) == (["b"], 5, 5, [3])
-    assert not zeros.any() and (computed == 9).all()
+    scores = V2PromptScores(runner)
+    batch = SimpleNamespace(req_ids=["a", "b"])
+    scores.begin("b", [5, 6, 7, 8, 9], SamplingParams(prompt_logprobs=1))
+    for start, end in ((0, 3), (3, 5)):
+        assert scores.wants("b") and not scores.wants("a")
+        assert scores.compute_prompt_logprobs(None, None, batch) == {}
+        scores.score("b", start, torch.ones(end - start, 2))
+    tokens = [[5, 6, 7, 8, 9, 0]]
+    assert seen == [(0, 3, 3, [0], tokens, 5), (3, 2, 2, [3], tokens, 5)]
+    assert not scores.wants("b")
+    assert scores.compute_prompt_logprobs(None, None, batch) == {"b": "scores"}
+    assert scores.compute_prompt_logprobs(None, None, batch) == {}
+    scores.forget("b")
 
 
 class TestSelection:
@@ -120,6 +130,7 @@ class TestSelection:
     def _environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(selection.CHOICE, raising=False)
         self.patch = monkeypatch
+        self.config = VllmConfig()
 
     def on(self, cpu: bool) -> None:
         self.patch.setattr(selection, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
@@ -128,23 +139,33 @@ class TestSelection:
     def test_v1_unless_asked(self, cpu: bool) -> None:
         self.on(cpu)
         self.patch.setattr(selection, "HAS_TRITON", not cpu)
-        selection.select_runner()
-        assert selection.envs.VLLM_USE_V2_MODEL_RUNNER is False
-        assert ("no GPU has been seen" in selection.runner_in_use(False)) is not cpu
+        selection.select_runner(self.config)
+        assert self.config.use_v2_model_runner is False
+        assert ("nothing is verified on a GPU" in selection.runner_in_use(False)) is not cpu
 
     def test_v2_when_asked(self) -> None:
         self.on(cpu=False)
         self.patch.setattr(selection, "HAS_TRITON", True)
         self.patch.setenv(selection.CHOICE, "1")
-        selection.select_runner()
-        assert selection.envs.VLLM_USE_V2_MODEL_RUNNER is True
+        selection.select_runner(self.config)
+        assert self.config.use_v2_model_runner is True
         assert "interpreter" in selection.runner_in_use(True)
+
+    def test_other_models_choose_for_themselves(self) -> None:
+        """A plain model that is loaded later in the same process, where vLLM would take V2."""
+        plain = VllmConfig()
+        self.patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+        selection.select_runner(self.config)
+        assert selection.envs.VLLM_USE_V2_MODEL_RUNNER is None
+        assert (self.config.use_v2_model_runner, plain.use_v2_model_runner) == (False, True)
+        sent = pickle.loads(pickle.dumps(self.config))  # to the engine core and the workers
+        assert sent.use_v2_model_runner is False
 
     def test_v2_without_triton_is_refused(self) -> None:
         self.patch.setattr(selection, "HAS_TRITON", False)
         self.patch.setenv(selection.CHOICE, "1")
         with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1 needs Triton"):
-            selection.select_runner()
+            selection.check_runner()
 
 
 @pytest.mark.parametrize("order", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
@@ -152,14 +173,14 @@ def test_states_in_every_layout_of_a_block(order: str) -> None:
     """vLLM's default on GPUs, LBNHC, is not that of CPUs."""
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
-    from vllm_loopus.serving.states import StatePages
+    from vllm_loopus.serving.worker.states import StatePages
 
     shape = (3, 5, 2, 4, 6)  # layers, blocks, heads, tokens, numbers
     permutation = KVCacheLayout[order].stride_order
     memory = torch.zeros([shape[axis] for axis in permutation])
     layers = memory.permute(*np.argsort(permutation).tolist())
     assert layers.shape == shape
-    pages = StatePages([layers[1], layers[2]], hidden_size=20)
+    pages = StatePages([layers[1], layers[2]], size=20)
     slots, states = torch.tensor([17, 4, 11]), torch.arange(1.0, 61).reshape(3, 20)
     pages.write(slots, states)
     assert torch.equal(pages.read(slots), states)
@@ -168,8 +189,8 @@ def test_states_in_every_layout_of_a_block(order: str) -> None:
 
 
 def test_a_layout_that_scatters_a_block_is_refused() -> None:
-    from vllm_loopus.serving.states import StatePages
+    from vllm_loopus.serving.worker.states import StatePages
 
     page = torch.zeros(2, 5, 4, 6).transpose(0, 1)  # LHBNC
     with pytest.raises(ValueError, match="VLLM_KV_CACHE_LAYOUT"):
-        StatePages([page], hidden_size=12)
+        StatePages([page], size=12)

@@ -69,7 +69,7 @@ def test_the_decoder_fills_the_depths_to_leave_at(
     engine.add("r", [1, 2, 3], 3, **knobs)
     engine.step()
     engine.step()
-    (running,) = engine.runner._batch._running.values()
+    (running,) = engine.runner._sequences._running.values()
     executor, sequence = engine.runner.executor, running.sequence
     filled = [
         depth

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import GOLDEN, golden_cases
-from vllm_loopus.serving import verdicts
-from vllm_loopus.serving.passes import PagedExecutor
+from vllm_loopus.serving.worker import verdicts
+from vllm_loopus.serving.worker.executor import PagedExecutor
 
 WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
 WAITING_OPS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_loopus.batch.rows import CHAT
-from vllm_loopus.serving.answers import depth_fields
+from vllm_loopus.serving.frontend.answers import depth_fields
 
 
 def answer(index: int, echo: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:

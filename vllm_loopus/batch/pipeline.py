@@ -18,7 +18,7 @@ import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from vllm_loopus.batch.rows import Row
-from vllm_loopus.serving.request_stats import exit_depths_in
+from vllm_loopus.serving.frontend.request_stats import exit_depths_in
 
 FAILED = "__inference_error__"  # Ray's column: why the row failed, or nothing
 MOST_BLOCKS = 2000

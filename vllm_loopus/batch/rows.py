@@ -24,8 +24,9 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
 
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.serving.knob_names import REQUEST_KNOBS
-from vllm_loopus.serving.knobs import EngineOptions, check_request
+from vllm_loopus.serving.knobs.engine import EngineOptions
+from vllm_loopus.serving.knobs.names import REQUEST_KNOBS
+from vllm_loopus.serving.knobs.request import check_request
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")

@@ -83,7 +83,7 @@ def limits_of(options: Options) -> Limits:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from vllm_loopus.serving.knobs import EngineOptions
+    from vllm_loopus.serving.knobs.engine import EngineOptions
 
     if given := [name for name in NOT_HERE if name in options.engine_args]:
         raise ValueError(f"engine_args has {given[0]!r}, which is set by the batch; leave it out")

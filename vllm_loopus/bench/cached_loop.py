@@ -12,7 +12,8 @@ import torch
 from transformers import DynamicCache
 
 from vllm_loopus.modeling.blocks import LayerRun, Positions
-from vllm_loopus.modeling.halting import ExitTracker, HaltingRule
+from vllm_loopus.modeling.exit_rule import ExitTracker
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM, Pass
 
 
@@ -48,7 +49,8 @@ class CachedLoop:
             update = self._run(model.reasoning, state, ids, depth, start)
             one = Pass(depth, state, update, model.reasoning.gate(update, state))
             state = one.state
-            now = exits.after(depth, **model.judged(one, (slice(None), -1)))
+            judged = model.judged(one, (slice(None), -1))
+            now = exits.after(depth, self._rule.evidence(**judged))
             chosen = torch.where(now[:, None, None], state, chosen)
             if not exits.running.any() and not fixed:
                 break

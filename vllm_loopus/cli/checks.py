@@ -205,7 +205,7 @@ def variables() -> Iterator[Finding]:
 def memory(model: str) -> Iterator[Finding]:
     """Whether K/V of one sequence fits, on a CPU."""
     from vllm_loopus.cli.info import estimate_kv, load_config
-    from vllm_loopus.serving.memory import free_cpu_memory
+    from vllm_loopus.serving.hooks.cpu_memory import free_cpu_memory
 
     given = os.environ.get(CPU_CACHE, "")
     gib = float(given) if given.isdigit() and int(given) else None

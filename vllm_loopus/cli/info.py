@@ -81,9 +81,9 @@ def estimate_kv(
 
     Raises `ValueError` for a dtype or length that cannot be.
     """
-    from vllm_loopus.serving.kv_layout import sequences_that_fit
-    from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
-    from vllm_loopus.serving.summary import layout_of
+    from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memory
+    from vllm_loopus.serving.model.facts import layout_of
+    from vllm_loopus.serving.model.kv_layout import sequences_that_fit
 
     dtype = dtype or _dtype_of(config)
     if dtype not in DTYPE_BYTES:
@@ -145,21 +145,22 @@ def info(
 
 
 def _facts(model: str, config: LoopUSConfig) -> dict[str, Any]:
-    from vllm_loopus.serving.summary import halting_rule, layers
+    from vllm_loopus.serving.model.facts import ModelFacts, layout_of
 
     folder = Path(resolve(model))
+    facts = ModelFacts.of(config, layout_of(config, dtype_bytes=2))
     files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
     return {
         "leads_to": resolve(model),
         "base": f"{config.base.model_type}, {config.base.num_hidden_layers} layers of "
         f"{config.hidden_size}",
         "recast_from": config.base_model_name_or_path or "unknown",
-        "encoder": layers(config.encoder_layer_indices),
-        "reasoning": layers(config.reasoning_layer_indices),
-        "decoder": layers(config.decoder_layer_indices),
+        "encoder": facts.encoder,
+        "reasoning": facts.reasoning,
+        "decoder": facts.decoder,
         "min_loops": config.min_loops,
         "max_loops": config.max_loops,
-        "halting": halting_rule(config),
+        "halting": facts.exit_rule,
         "weights_mib": round(sum(f.stat().st_size for f in files) / 2**20, 2) if files else None,
     }
 

@@ -20,7 +20,7 @@ def state() -> dict[str, Any]:
     from vllm.plugins import load_general_plugins
 
     from vllm_loopus.config import ARCHITECTURE
-    from vllm_loopus.serving.patches import MARK, PATCHES
+    from vllm_loopus.serving.hooks.patches import MARK, PATCHES
 
     load_general_plugins()
     targets = [attrgetter(patch.name)(import_module(patch.module)) for patch in PATCHES]

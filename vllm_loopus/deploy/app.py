@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.files import write_text
-from vllm_loopus.serving.knobs import EngineOptions
+from vllm_loopus.serving.knobs.engine import EngineOptions
 
 APP, GUIDE = "app.yaml", "README.md"
 ROUTER = "vllm_loopus.deploy.router:LoopBudgetRouter"

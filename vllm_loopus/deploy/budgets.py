@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_loopus.serving.knob_names import TOKEN_LIMITS
+from vllm_loopus.serving.knobs.names import TOKEN_LIMITS
 
 
 def loop_budget(

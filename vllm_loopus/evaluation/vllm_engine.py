@@ -9,8 +9,8 @@ from vllm.platforms import current_platform
 
 from vllm_loopus.evaluation.engines import Work
 from vllm_loopus.evaluation.models import Setting
-from vllm_loopus.serving.memory import CPU_CACHE_SHARE, free_cpu_memory
-from vllm_loopus.serving.metrics import PREFIX
+from vllm_loopus.serving.frontend.metrics import PREFIX
+from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memory
 
 
 def plain_memory() -> dict[str, int]:

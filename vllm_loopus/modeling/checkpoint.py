@@ -1,6 +1,5 @@
 """Tensor names of a LoopUS checkpoint, in every format that was ever written."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-from vllm_loopus.config import LoopUSConfig
 
 T = TypeVar("T")
 # Regular expressions for transformers' `key_mapping`: old name -> current name.
@@ -36,15 +33,6 @@ def current_name(name: str) -> str:
     if name.startswith("plateau."):
         name = "reasoning." + name.removeprefix("plateau.")
     return name
-
-
-def expected_shapes(config: LoopUSConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor a checkpoint of this config must hold."""
-    from vllm_loopus.modeling.model import LoopUSForCausalLM
-
-    with torch.device("meta"):
-        model = LoopUSForCausalLM(copy.deepcopy(config))  # it sets attention options
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 @dataclass

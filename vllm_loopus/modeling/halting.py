@@ -1,39 +1,23 @@
-"""When a token has been refined enough: the halting rule, shared by both sides.
+"""LoopUS's exit rule: the three halting strategies of the paper and the released code."""
 
-Everything is elementwise over rows, so a batch may hold rows at different depths and with knobs of
-their own: depth and knobs are numbers or tensors [B].
-"""
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.exit_rule import Number
 
 MAX_HAZARD = 1 - 1e-7
-Number = float | torch.Tensor
-
-
-def build_confidence_head(hidden_size: int) -> nn.Sequential:
-    """The confidence head: `sigmoid` of its output [..., 1] is `q`. Named `q_head` on disk."""
-    return nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 1))
-
-
-def head_input(
-    confidence_input: str, update: torch.Tensor, before: torch.Tensor, after: torch.Tensor
-) -> torch.Tensor:
-    """What the confidence head reads after a pass, shapes [..., H]: the gated state `after`
-    (`state`), or how far the `update` is from the state `before` (`update`)."""
-    return after if confidence_input == "state" else update - before
 
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """Decides after each pass which rows leave.
+    """An `ExitRule`.
 
-    Depth r is *evaluated* when `r % exit_interval == 0` and at `max_loops`. `min_loops` forbids
-    leaving earlier; depths below it still count as evaluated for `cdf`.
+    Depth r is *evaluated* if `r % exit_interval == 0`, and at `max_loops`. `min_loops` forbids an
+    earlier exit; for `cdf`, depths before it still count as evaluated. The evidence is `q`, the
+    confidence; for `convergence` it is the step length `||h^r - h^(r-1)||_2`. `cdf` carries the
+    product of `1 - q` over the depths evaluated so far.
     """
 
     strategy: str
@@ -54,47 +38,53 @@ class HaltingRule:
             convergence_epsilon=config.convergence_epsilon,
         )
 
-    def satisfied(
-        self,
-        depth: Number,
-        *,
-        confidence: torch.Tensor,
-        step_length: torch.Tensor,
-        survival: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For which rows the strategy's criterion holds at `depth`, whatever `min_loops` says.
+    @property
+    def first_carry(self) -> tuple[float, ...]:
+        return (1.0,) if self.strategy == "cdf" else ()
 
-        `confidence` is `q` [B], `step_length` is `||h^r - h^(r-1)||_2` [B], `survival` the product
-        of `1 - q` over the depths evaluated so far [B] (ones before the first pass). Returns the
-        mask [B] and the new survival [B].
-        """
-        depth = torch.as_tensor(depth, device=confidence.device)
+    @property
+    def reads_step_length(self) -> bool:
+        """Whether the evidence is the step length instead of the confidence."""
+        return self.strategy == "convergence"
+
+    def evidence(self, confidence: torch.Tensor, step_length: torch.Tensor) -> torch.Tensor:
+        """The one of the two [B] that the strategy reads."""
+        return step_length if self.reads_step_length else confidence
+
+    def with_knobs(
+        self, *, exit_threshold: torch.Tensor, min_loops: torch.Tensor, max_loops: torch.Tensor
+    ) -> "HaltingRule":
+        return replace(
+            self, exit_threshold=exit_threshold, min_loops=min_loops, max_loops=max_loops
+        )
+
+    def satisfied(
+        self, depth: Number, evidence: torch.Tensor, carry: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For which rows the criterion holds at `depth`, whatever `min_loops` says: the mask [B],
+        and the new carry [B, C]."""
+        depth = torch.as_tensor(depth, device=evidence.device)
         evaluated = (depth % self.exit_interval == 0) | (depth >= self.max_loops)
         if self.strategy == "convergence":
-            return step_length < self.convergence_epsilon, survival
+            return evidence < self.convergence_epsilon, carry
         if self.strategy == "cdf":
+            survival = carry[:, 0]
             survival = torch.where(
-                evaluated, survival * (1 - confidence.clamp(max=MAX_HAZARD)), survival
+                evaluated, survival * (1 - evidence.clamp(max=MAX_HAZARD)), survival
             )
-            return evaluated & (1 - survival > self.exit_threshold), survival
-        return evaluated & (confidence > self.exit_threshold), survival
+            return evaluated & (1 - survival > self.exit_threshold), survival[:, None]
+        return evaluated & (evidence > self.exit_threshold), carry
 
-    def leaves(self, depth: Number, **values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows leave at `depth`: the mask [B] and the new survival [B].
-
-        Takes what `satisfied` takes.
-        """
-        early, survival = self.satisfied(depth, **values)
+    def exits(
+        self, depth: Number, evidence: torch.Tensor, carry: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        early, carry = self.satisfied(depth, evidence, carry)
         depth = torch.as_tensor(depth, device=early.device)
-        return (early & (depth >= self.min_loops)) | (depth >= self.max_loops), survival
+        return (early & (depth >= self.min_loops)) | (depth >= self.max_loops), carry
 
-    def foregone(
+    def predetermined(
         self, depth: int, *, exit_threshold: float, min_loops: int, max_loops: int
     ) -> bool | None:
-        """Whether a row with these knobs leaves at `depth`, where nothing computed has a say in it.
-
-        None where the criterion has: there, or later by what it adds up there (`cdf`).
-        """
         if depth >= max_loops:
             return True
         if min_loops >= max_loops:
@@ -105,27 +95,11 @@ class HaltingRule:
             return False
         return False if depth < min_loops and self.strategy != "cdf" else None
 
-
-class ExitTracker:
-    """Where each of n tokens leaves, taken along pass by pass. `depths` [n]: 0 while it runs."""
-
-    def __init__(self, rule: HaltingRule, count: int, device: torch.device | None = None) -> None:
-        self._rule = rule
-        self._survival = torch.ones(count, device=device)
-        self.depths = torch.zeros(count, dtype=torch.long, device=device)
-
-    @property
-    def running(self) -> torch.Tensor:
-        """Mask [n] of those that have not left."""
-        return self.depths == 0
-
-    def after(
-        self, depth: int, confidence: torch.Tensor, step_length: torch.Tensor
-    ) -> torch.Tensor:
-        """Mask [n] of those that leave now; takes what `HaltingRule.satisfied` takes."""
-        leaves, self._survival = self._rule.leaves(
-            depth, confidence=confidence, step_length=step_length, survival=self._survival
+    def __str__(self) -> str:
+        if self.strategy == "convergence":
+            return f"convergence: exits when a loop moves the state by < {self.convergence_epsilon}"
+        every = "every loop" if self.exit_interval == 1 else f"every {self.exit_interval} loops"
+        value = "confidence" if self.strategy == "threshold" else "accumulated confidence"
+        return (
+            f"{self.strategy}: exits when the {value} is > {self.exit_threshold}, checked {every}"
         )
-        now = leaves & self.running
-        self.depths = torch.where(now, depth, self.depths)
-        return now

@@ -1,5 +1,6 @@
 """`LoopUSForCausalLM`: the reference model. Uncached and simple, it defines the right answer."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from vllm_loopus.modeling.checkpoint import (
     current_name,
     raise_if_wrong,
 )
+from vllm_loopus.modeling.confidence import ConfidenceHead, head_input
+from vllm_loopus.modeling.exit_rule import ExitTracker
 from vllm_loopus.modeling.gate import SelectiveGate
-from vllm_loopus.modeling.halting import ExitTracker, HaltingRule, build_confidence_head, head_input
+from vllm_loopus.modeling.halting import HaltingRule
 
 
 @dataclass
@@ -81,7 +84,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         self.encoder = Encoder(config)
         self.reasoning = ReasoningBlock(config)
         self.decoder = Decoder(config)
-        self.q_head = build_confidence_head(config.hidden_size)
+        self.q_head = ConfidenceHead(config.hidden_size)
         self.rotary_emb = load_class(config.backbone.hf_rotary)(config=config.base)
         self.post_init()
 
@@ -173,7 +176,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         update, before, after = one.update[where], one.before[where], one.state[where]
         seen = head_input(self.config.confidence_input, update, before, after)
         return {
-            "confidence": self.confidence(seen).float(),
+            "confidence": self.confidence(seen),
             "step_length": torch.linalg.vector_norm((after - before).float(), dim=-1),
         }
 
@@ -186,9 +189,8 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         return self.decoder.logits(hidden[:, keep])
 
     def confidence(self, head_input: torch.Tensor) -> torch.Tensor:
-        """`q` [B] of head inputs [B, H]."""
-        dtype = next(self.q_head.parameters()).dtype
-        return torch.sigmoid(self.q_head(head_input.to(dtype))).squeeze(-1)
+        """`q` [B] of head inputs [B, H], in float32."""
+        return torch.sigmoid(self.q_head(head_input))
 
     def forward(
         self,
@@ -214,12 +216,13 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
         rows = torch.arange(state.shape[0], device=state.device)
         last = _last_valid(attention_mask, state)
-        exits = ExitTracker(HaltingRule.from_config(self.config), len(rows), state.device)
+        rule = HaltingRule.from_config(self.config)
+        exits = ExitTracker(rule, len(rows), state.device)
         left_with = state
         states, confidences = [state], []
         for one in self.passes(state, positions):
             judged = self.judged(one, (rows, last))
-            now = exits.after(one.depth, **judged)
+            now = exits.after(one.depth, rule.evidence(**judged))
             left_with = torch.where(now[:, None, None], one.state, left_with)
             if output_states:
                 states.append(one.state)
@@ -252,6 +255,13 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 def register_models() -> None:
     """Make `AutoModelForCausalLM` know LoopUS configs. Safe to call again."""
     AutoModelForCausalLM.register(LoopUSConfig, LoopUSForCausalLM, exist_ok=True)
+
+
+def expected_shapes(config: LoopUSConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor that a checkpoint of this config must hold."""
+    with torch.device("meta"):
+        model = LoopUSForCausalLM(copy.deepcopy(config))  # it sets attention options
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _last_valid(attention_mask: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:

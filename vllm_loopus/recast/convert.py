@@ -17,11 +17,11 @@ from vllm_loopus.modeling.checkpoint import (
     IGNORED_SUFFIXES,
     LEGACY_WEIGHTS,
     current_name,
-    expected_shapes,
     raise_if_wrong,
 )
+from vllm_loopus.modeling.confidence import ConfidenceHead
 from vllm_loopus.modeling.gate import SelectiveGate
-from vllm_loopus.modeling.halting import build_confidence_head
+from vllm_loopus.modeling.model import expected_shapes
 from vllm_loopus.recast.base import EMBEDDING, HEAD, Base, find_checkpoint, read_config
 from vllm_loopus.recast.cut import Cut
 from vllm_loopus.recast.output import check_output, complete_folder
@@ -112,7 +112,7 @@ def new_tensors(hidden_size: int, dtype: torch.dtype, seed: int) -> dict[str, to
     generator = torch.Generator().manual_seed(seed)
     gate = SelectiveGate(hidden_size)
     gate.reset_parameters(generator)
-    head = build_confidence_head(hidden_size)
+    head = ConfidenceHead(hidden_size)
     with torch.no_grad():
         _, _, weight, bias = head.parameters()
         weight.normal_(0, 0.02, generator=generator)

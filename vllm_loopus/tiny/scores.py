@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_loopus.modeling.halting import ExitTracker, HaltingRule
+from vllm_loopus.modeling.exit_rule import ExitTracker
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.tiny.tasks import Item
 
@@ -38,7 +39,7 @@ class Scores:
         exits = ExitTracker(rule, len(self.items))
         read = zip(self.confidences, self.step_lengths, strict=True)
         for depth, (confidence, step_length) in enumerate(read, start=1):
-            exits.after(depth, confidence, step_length)
+            exits.after(depth, rule.evidence(confidence, step_length))
         return exits.depths
 
     def at(self, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_loopus.modeling.exit_rule import new_carry
 from vllm_loopus.modeling.halting import HaltingRule
 
 BUDGET, MIN_LOOPS = "budget", "min_loops"
@@ -32,12 +33,12 @@ def exits(rule: HaltingRule, confidence: torch.Tensor, step_length: torch.Tensor
     depths, reasons = [0] * num_tokens, [""] * num_tokens
     margins = [math.inf] * num_tokens
     held_back = [False] * num_tokens
-    survival = torch.ones(num_tokens)
+    carry = new_carry(rule, num_tokens)
     for depth, (q, length) in enumerate(zip(confidence, step_length, strict=True), 1):
-        values = {"confidence": q, "step_length": length, "survival": survival}
-        satisfied, _ = rule.satisfied(depth, **values)
-        leaves, survival = rule.leaves(depth, **values)
-        distance = _margin(rule, depth, q, length, survival)
+        evidence = rule.evidence(q, length)
+        satisfied, _ = rule.satisfied(depth, evidence, carry)
+        leaves, carry = rule.exits(depth, evidence, carry)
+        distance = _margin(rule, depth, evidence, carry)
         for token in range(num_tokens):
             if depths[token]:
                 continue
@@ -80,12 +81,12 @@ def _evaluated(rule: HaltingRule, depth: int) -> bool:
 
 
 def _margin(
-    rule: HaltingRule, depth: int, q: torch.Tensor, length: torch.Tensor, survival: torch.Tensor
+    rule: HaltingRule, depth: int, evidence: torch.Tensor, carry: torch.Tensor
 ) -> torch.Tensor:
-    """Distance [n] between what the rule looks at in depth `depth` and its limit."""
+    """Distance [n] between what the rule compares at `depth` and its limit."""
     if not _evaluated(rule, depth):
-        return torch.full_like(q, math.inf)
+        return torch.full_like(evidence, math.inf)
     if rule.strategy == "convergence":
-        return (length - rule.convergence_epsilon).abs()
-    looked_at = 1 - survival if rule.strategy == "cdf" else q
-    return (looked_at - rule.exit_threshold).abs()
+        return (evidence - rule.convergence_epsilon).abs()
+    compared = 1 - carry[:, 0] if rule.strategy == "cdf" else evidence
+    return (compared - rule.exit_threshold).abs()

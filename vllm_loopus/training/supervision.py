@@ -13,7 +13,9 @@ import torch
 
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.blocks import Positions
-from vllm_loopus.modeling.halting import ExitTracker, HaltingRule, head_input
+from vllm_loopus.modeling.confidence import head_input
+from vllm_loopus.modeling.exit_rule import ExitTracker
+from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.training.objective import (
     Counts,
@@ -119,7 +121,7 @@ def supervised_step(
         seen = seen.detach()
     by_token = supervision.confidence_target == "token"
     read = seen.flatten(0, 1)[labelled.where if by_token else labelled.last]
-    q_logits = confidence_logits(model, read)
+    q_logits = model.q_head(read)
     terms["confidence_loss"] = (
         token_confidence_loss(q_logits, right, counts)
         if by_token
@@ -170,12 +172,6 @@ def logits_at(
     return model.decoder.logits(model.decoder.norm(hidden))
 
 
-def confidence_logits(model: LoopUSForCausalLM, seen: torch.Tensor) -> torch.Tensor:
-    """The confidence head before its sigmoid, [n] of [n, H], in float32."""
-    dtype = next(model.q_head.parameters()).dtype
-    return model.q_head(seen.to(dtype)).squeeze(-1).float()
-
-
 @torch.no_grad()
 def measure_by_depth(
     model: LoopUSForCausalLM,
@@ -193,7 +189,8 @@ def measure_by_depth(
     positions = model.positions(embedded, None, position_ids)
     where = labelled.where
     row, column = where // input_ids.shape[1], where % input_ids.shape[1]
-    exits = ExitTracker(HaltingRule.from_config(model.config), len(where), where.device)
+    rule = HaltingRule.from_config(model.config)
+    exits = ExitTracker(rule, len(where), where.device)
     at_exit = {
         name: torch.zeros((), device=where.device)
         for name in ("exit_depth", "exit_accuracy", "exit_loss")
@@ -204,7 +201,7 @@ def measure_by_depth(
         logits = logits_at(model, one.state, positions, where)
         losses = token_losses(logits, labelled.targets)
         right = (logits.argmax(-1) == labelled.targets).float()
-        now = exits.after(one.depth, **judged)
+        now = exits.after(one.depth, rule.evidence(**judged))
         at_exit["exit_depth"] += one.depth * now.sum()
         at_exit["exit_accuracy"] += (right * now).sum()
         at_exit["exit_loss"] += (losses * now).sum()

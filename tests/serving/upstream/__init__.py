@@ -134,7 +134,7 @@ def _names_called() -> set[str]:
 
 
 def replaced() -> Iterator[str]:
-    from vllm_loopus.serving.patches import PATCHES
+    from vllm_loopus.serving.hooks.patches import PATCHES
 
     for patch in PATCHES:
         yield f"{patch.module}.{patch.name}"

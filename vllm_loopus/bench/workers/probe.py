@@ -44,8 +44,8 @@ class Probe:
 
     @property
     def _executor(self) -> Any:
-        batch = getattr(self.runner, "_batch", None)
-        return getattr(batch, "_executor", None)
+        sequences = getattr(self.runner, "_sequences", None)
+        return getattr(sequences, "_executor", None)
 
     @property
     def blocks_in_use(self) -> int:
@@ -68,9 +68,9 @@ class Probe:
         loop = getattr(output, "loop", None)
         self._step.running = len(self.scheduler.running)
         if loop is not None:
-            self._step.rows, self._step.pass_seconds = loop.passes, loop.pass_seconds
+            self._step.rows, self._step.pass_seconds = loop.stats.passes, loop.times.seconds
             self._step.tokens = len(loop.exit_depths)
-            self._step.decoder_rows = loop.decoder_rows
+            self._step.decoder_rows = loop.stats.decoder_rows
         return self._update(scheduled, output)
 
     @contextmanager
@@ -90,7 +90,7 @@ class Probe:
             parts += [("model", self.runner, "_model_forward")]
         else:
             parts += [
-                ("control of the step", self.runner._batch, "step"),
+                ("control of the step", self.runner._sequences, "step"),
                 ("encoder", executor, "encode"),
                 ("passes: around the layers", executor, "run_passes"),
                 ("passes: layers", model, "refine"),

@@ -129,7 +129,7 @@ class Engine:
 
     def result(self, answers: bool = False) -> Any:
         """Of the workload that has come to its end."""
-        from vllm_loopus.serving.depths import SPAN, exit_depths
+        from vllm_loopus.serving.messages.exit_depths import SPAN, exit_depths
 
         depths: Counter[int] = Counter()
         told = []

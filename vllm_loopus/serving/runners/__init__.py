@@ -1,1 +1,1 @@
-"""Adapters between vLLM's model runners and the loop, one a runner (`runner_interface.py`)."""
+"""Between vLLM's workers and model runners and the loop: one adapter for each runner."""

@@ -1,10 +1,10 @@
 """What the adapters of both runners share.
 
-The runner of vLLM sees a request only in steps in which it gets a token: first `LoopedBatch` runs
-encoder, passes and decoder for all scheduled requests; then vLLM's `execute_model` is given a
-scheduler output with the leaving requests alone, each with one position, and our hidden states as
-the model's output. LM head, logits processors and sampler thus do no work for those that stay, and
-seeds, penalties and log-probabilities need no care of ours.
+The runner of vLLM sees a request only in steps in which it gets a token. First `RunningSequences`
+runs encoder, passes and decoder for all scheduled requests. Then vLLM's `execute_model` is given a
+scheduler output with only the requests that have exited, each with one position, and our hidden
+states as the model's output. So LM head, logits processors and sampler do no work for the others,
+and seeds, penalties and log-probabilities are vLLM's own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,16 +17,16 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_loopus.modeling.halting import HaltingRule
-from vllm_loopus.serving.batch import LoopedBatch, LoopProgress
-from vllm_loopus.serving.blocks import OFFER, BlockOffer
-from vllm_loopus.serving.boundary import boundary_rule
-from vllm_loopus.serving.costs import COSTS
-from vllm_loopus.serving.knobs import EngineOptions, RequestKnobs
-from vllm_loopus.serving.pages import PageTables
-from vllm_loopus.serving.passes import Decoded, PagedExecutor
-from vllm_loopus.serving.runner_interface import LoopRunner, StepInput
-from vllm_loopus.serving.summary import start_up_summary
+from vllm_loopus.architectures import architecture_of
+from vllm_loopus.serving.knobs.engine import EngineOptions
+from vllm_loopus.serving.messages.progress import LoopProgress
+from vllm_loopus.serving.messages.step_input import LoopSchedule, StepInput
+from vllm_loopus.serving.runners.interface import LoopRunner
+from vllm_loopus.serving.runners.start_up import start_up_summary
+from vllm_loopus.serving.step.quorum import quorum_for
+from vllm_loopus.serving.worker.block_tables import BlockTables
+from vllm_loopus.serving.worker.executor import Decoded, PagedExecutor
+from vllm_loopus.serving.worker.sequences import RunningSequences
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -48,7 +48,8 @@ class LoopUSRunnerOutput(ModelRunnerOutput):
 class LoopAdapter(Runner):
     """Mixed in before a runner of vLLM; `v1.py` and `v2.py` add what differs between them."""
 
-    _batch: LoopedBatch  # from initialize_kv_cache on
+    prompt_scores: Any  # V1PromptScores or V2PromptScores
+    _sequences: RunningSequences  # from initialize_kv_cache on
 
     def _init_loop(self) -> None:
         self._unseen: dict[str, NewRequestData] = {}  # by vLLM's runner
@@ -57,32 +58,32 @@ class LoopAdapter(Runner):
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        self._batch = build_batch(self)
+        self._sequences = build_sequences(self)
         if is_global_first_rank():
             layout = self.get_model().planes.layout
-            summary = start_up_summary(self.vllm_config, layout, kv_cache_config)
-            logger.info("LoopUS model:\n%s", summary)
+            logger.info(start_up_summary(self.vllm_config, layout, kv_cache_config))
 
     def profile_cudagraph_memory(self) -> int:
-        """vLLM would capture its own forward, which is not what runs here."""
+        """vLLM would capture its own forward, which does not run here."""
         return 0
 
     def capture_model(self, **_kwargs: Any) -> int:
         """Captures the graphs of the loop instead of one of vLLM's own forward."""
-        return self._batch.capture()
+        return self._sequences.capture()
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
-        """As in vLLM: None when `sample_tokens` is to follow, else the step's output."""
+        """As in vLLM: None if `sample_tokens` is to follow, else the step's output."""
         step = self.describe(scheduler_output)
-        if step.blank:
-            self.zero_blocks(step.blank)
-        self._batch.receive(step)
-        self._decoded, self._progress = self._batch.step(step.scheduled, step.offer, step.costs)
-        leaving = self._decoded.request_ids
-        seen = self.rows_to_sample(leaving, scheduler_output)
-        result = super().execute_model(seen, *args, **kwargs)
-        if leaving:
+        if step.to_zero:
+            self.zero_blocks(step.to_zero)
+        self._sequences.receive(step)
+        self._decoded, self._progress = self._sequences.step(step.scheduled, step.offer, step.costs)
+        exited = self._decoded.request_ids
+        result = super().execute_model(
+            self.rows_to_sample(exited, scheduler_output), *args, **kwargs
+        )
+        if exited:
             return result
         self._decoded = None
         return LoopUSRunnerOutput(req_ids=[], req_id_to_index={}, loop=self._progress)
@@ -92,7 +93,7 @@ class LoopAdapter(Runner):
         output = self._sampled(super().sample_tokens(grammar_output))
         for request_id, tokens in zip(output.req_ids, output.sampled_token_ids, strict=True):
             for token in tokens:
-                self._batch.sampled(request_id, token)
+                self._sequences.sampled(request_id, token)
         self._decoded = None
         return LoopUSRunnerOutput(**vars(output), loop=self._progress)
 
@@ -102,44 +103,43 @@ class LoopAdapter(Runner):
         return result
 
     def describe(self, scheduler_output: "SchedulerOutput") -> StepInput:
-        """See `LoopRunner`. What both schedulers' outputs say in the same way; new requests and
-        those that come back are the adapters'."""
+        """See `LoopRunner`. This is what the outputs of both schedulers say in the same way; the
+        adapters add new requests and those that come back."""
         cached = scheduler_output.scheduled_cached_reqs
+        schedule = LoopSchedule.received(scheduler_output) or LoopSchedule()
+        finished = sorted(
+            scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        )
+        for request_id in finished:
+            self.prompt_scores.forget(request_id)
         return StepInput(
             scheduled=scheduler_output.num_scheduled_tokens,
-            offer=getattr(scheduler_output, OFFER, BlockOffer()),
-            costs=getattr(scheduler_output, COSTS, None),
-            left=sorted(
-                scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-            ),
+            offer=schedule.offer,
+            costs=schedule.costs,
+            finished=finished,
             grown={
                 request_id: blocks[0]
                 for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True)
                 if blocks is not None and request_id not in cached.resumed_req_ids
             },
-            blank=scheduler_output.new_block_ids_to_zero or [],
+            to_zero=scheduler_output.new_block_ids_to_zero or [],
         )
 
-    def _knobs_of(self, new: NewRequestData) -> RequestKnobs:
-        assert new.sampling_params is not None
-        config = self.vllm_config.model_config.hf_config
-        return RequestKnobs.of(new.sampling_params.extra_args, config)
-
     def rows_to_sample(
-        self, leaving: list[str], scheduler_output: "SchedulerOutput"
+        self, exited: list[str], scheduler_output: "SchedulerOutput"
     ) -> "SchedulerOutput":
         """See `LoopRunner`."""
         new: list[NewRequestData] = []
         cached = CachedRequestData([], set(), [], {}, [], [], [])
         no_blocks: tuple[list[int], ...] = tuple([] for _ in self.kv_cache_config.kv_cache_groups)
-        for request_id in leaving:
-            position = self._batch.position(request_id)
+        for request_id in exited:
+            position = self._sequences.position(request_id)
             if (unseen := self._unseen.pop(request_id, None)) is not None:
                 new.append(replace(unseen, block_ids=no_blocks, num_computed_tokens=position))
                 continue
             cached.req_ids.append(request_id)
             cached.num_computed_tokens.append(position)
-            cached.num_output_tokens.append(self._batch.num_output_tokens(request_id))
+            cached.num_output_tokens.append(self._sequences.num_output_tokens(request_id))
             resumed = self._comes_back(request_id)
             cached.new_block_ids.append(no_blocks if resumed else None)
             if resumed:
@@ -148,36 +148,48 @@ class LoopAdapter(Runner):
             scheduler_output,
             scheduled_new_reqs=new,
             scheduled_cached_reqs=cached,
-            num_scheduled_tokens=dict.fromkeys(leaving, 1),
-            total_num_scheduled_tokens=len(leaving),
+            num_scheduled_tokens=dict.fromkeys(exited, 1),
+            total_num_scheduled_tokens=len(exited),
             new_block_ids_to_zero=None,
         )
 
     def _comes_back(self, request_id: str) -> bool:
-        """Whether vLLM's runner saw the request before a preemption, for the last time; once."""
+        """Whether vLLM's runner last saw the request before a preemption; true only once."""
         return False
 
 
-def build_batch(runner: LoopRunner) -> LoopedBatch:
+def build_sequences(runner: LoopRunner) -> RunningSequences:
     """The loop over a runner whose K/V memory is bound."""
     vllm_config, model = runner.vllm_config, runner.get_model()
     config = vllm_config.model_config.hf_config
+    architecture = architecture_of(config)
+    assert architecture is not None
+    rule = architecture.exit_rule(config)
     groups = runner.kv_cache_config.kv_cache_groups
     block_size = groups[0].kv_cache_spec.block_size
-    tables = PageTables(
+    tables = BlockTables(
         num_depths=len(groups),
         max_blocks=cdiv(vllm_config.model_config.max_model_len, block_size),
         num_blocks=runner.kv_cache_config.num_blocks,
         block_size=block_size,
     )
     options = EngineOptions.of(vllm_config.additional_config)
-    if options.takes_over:
-        model.planes.write_through()
-    return LoopedBatch(
-        PagedExecutor(model, vllm_config, tables, runner.attn_groups[0][0], runner.device),
+    if options.last_exited:
+        model.planes.allow_extra_slots()
+    executor = PagedExecutor(
+        model,
+        vllm_config,
         tables,
-        boundary_rule(options.exit_quorum, config.max_loops),
-        HaltingRule.from_config(config),
+        runner.attn_groups[0][0],
+        runner.device,
+        rule,
+        runner.prompt_scores,
+    )
+    return RunningSequences(
+        executor,
+        tables,
+        quorum_for(options.exit_quorum, config.max_loops),
+        rule,
         max_depth=config.max_loops,
         row_budget=vllm_config.scheduler_config.max_num_batched_tokens,
         options=options,
@@ -185,10 +197,10 @@ def build_batch(runner: LoopRunner) -> LoopedBatch:
 
 
 def adopt(runner: Any, adapter: type[LoopAdapter]) -> Any:
-    """Makes a runner of vLLM, just built, one that runs the loop.
+    """Makes a runner that vLLM has just built one that runs the loop.
 
     vLLM's workers build their runner inside `init_device`; changing the class of what they built
-    spares a copy of that function.
+    avoids a copy of that function.
     """
     kind = type(runner)
     runner.__class__ = type(f"LoopUS{kind.__name__}", (adapter, kind), {})
@@ -196,7 +208,7 @@ def adopt(runner: Any, adapter: type[LoopAdapter]) -> Any:
     return runner
 
 
-def wants_prompt(new: NewRequestData) -> bool:
+def scores_prompt(new: NewRequestData) -> bool:
     """Whether a request asks for scores of its prompt."""
     params = new.sampling_params
     return params is not None and (

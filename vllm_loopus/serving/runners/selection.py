@@ -1,8 +1,7 @@
-"""Which of vLLM's model runners LoopUS models run on."""
-
-import os
+"""Which of vLLM's model runners looped models run on."""
 
 from vllm import envs
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
@@ -12,29 +11,40 @@ logger = init_logger("vllm.loopus")
 CHOICE = "VLLM_USE_V2_MODEL_RUNNER"  # what vLLM itself reads
 
 
-def select_runner() -> None:
-    """Settles the runner before vLLM asks for it: V1, where our tests run, if the user says
-    nothing.
+class V1RunnerConfig(VllmConfig):
+    """A config of vLLM whose model runs on the V1 runner, whatever vLLM would choose."""
 
-    Raises `ValueError` where V2 is asked for and cannot run. Called once a config; says so once.
-    """
+    @property
+    def use_v2_model_runner(self) -> bool:
+        return False
+
+
+def check_runner() -> None:
+    """Raises `ValueError` if the user asks for the V2 runner and it cannot run here."""
     if envs.VLLM_USE_V2_MODEL_RUNNER and not HAS_TRITON:
         raise ValueError(f"{CHOICE}=1 needs Triton, which this vLLM does not have; unset it")
+
+
+def select_runner(vllm_config: VllmConfig) -> None:
+    """Settles the runner of one model: V1, on which our tests run, unless the user asks for V2.
+
+    Other models in the process are not affected: the class of this config is changed, no variable.
+    """
     if envs.VLLM_USE_V2_MODEL_RUNNER is None:
-        os.environ[CHOICE] = "0"
-    logger.info_once("LoopUS models run on %s", runner_in_use(bool(envs.VLLM_USE_V2_MODEL_RUNNER)))
+        vllm_config.__class__ = V1RunnerConfig
+    logger.info_once("Looped models run on %s", runner_in_use(vllm_config.use_v2_model_runner))
 
 
 def runner_in_use(is_v2: bool) -> str:
-    """The runner, why it was taken, and how far it is verified."""
+    """The runner, why it was chosen, and how far it is verified."""
     if is_v2:
         return (
-            f"vLLM's V2 model runner, as {CHOICE}=1 asks; our tests have seen it with Triton's "
-            "interpreter on a CPU only: docs/gpu.md"
+            f"vLLM's V2 model runner, as {CHOICE}=1 asks; our tests have only seen it with "
+            "Triton's interpreter on a CPU: docs/gpu.md"
         )
     if current_platform.is_cpu():
         return "vLLM's V1 model runner, the one our tests run on"
     return (
-        "vLLM's V1 model runner, the one our tests run on, but on CPUs: no GPU has been seen, "
-        "nothing is verified here: docs/gpu.md"
+        "vLLM's V1 model runner, the one our tests run on, but on CPUs: nothing is verified on a "
+        "GPU: docs/gpu.md"
     )

@@ -1,0 +1,41 @@
+"""The knobs of a request in the engine core: parsed when it arrives, carried with it from then on.
+
+The front end has checked them. A request that reaches the core by another way and has knobs that
+cannot be is given the model's defaults, and the scheduler ends it with the reason.
+"""
+
+from vllm.v1.request import Request
+
+from vllm_loopus.serving.knobs.request import KnobError, LoopDefaults, RequestKnobs
+
+ATTRIBUTE = "_loopus_knobs"  # of a Request
+KNOBS_IN_SALT = "|loopus:"  # separates them from the salt that the request came with
+
+
+def parse_knobs(request: Request, defaults: LoopDefaults) -> str | None:
+    """Attaches the knobs to a request. Returns why they cannot be, None if they are fine."""
+    params = request.sampling_params
+    given = params.extra_args if params is not None else None
+    try:
+        knobs, reason = RequestKnobs.of(given, defaults), None
+    except KnobError as error:
+        knobs, reason = RequestKnobs.of(None, defaults), str(error)
+    setattr(request, ATTRIBUTE, knobs)
+    return reason
+
+
+def knobs_of(request: Request) -> RequestKnobs:
+    """What `parse_knobs` attached."""
+    knobs: RequestKnobs = getattr(request, ATTRIBUTE)
+    return knobs
+
+
+def salt_with_knobs(request: Request) -> None:
+    """Gives each setting of the knobs a prefix cache of its own: in `last_exited`, K/V depends on
+    them."""
+    suffix = f"{KNOBS_IN_SALT}{knobs_of(request)}"
+    if (request.cache_salt or "").endswith(suffix):  # a session that goes on
+        return
+    request.cache_salt = f"{request.cache_salt or ''}{suffix}"
+    request.block_hashes = []
+    request.update_block_hashes()

@@ -1,0 +1,1 @@
+"""The front end: the OpenAI server, its answers, statistics of requests, metrics."""

@@ -1,0 +1,41 @@
+"""How a request ended, in its statistics (`RequestOutput.metrics`).
+
+Ray Data LLM hands on the text, token ids and statistics of an output, and nothing else. So exit
+depths and the reason of a failure are in the statistics, too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.metrics.stats import RequestStateStats
+
+from vllm_loopus.serving.messages.exit_depths import NAME, SPAN
+
+
+@dataclass
+class LoopedRequestStats(RequestStateStats):
+    """vLLM's statistics of a request to a looped model, and its outcome so far."""
+
+    exit_depths: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+def exit_depths_in(metrics: Mapping[str, Any]) -> list[int]:
+    """Of statistics as a dict: ours, or those of a vLLM that carries a model's values of tokens."""
+    if (values := metrics.get("token_values")) is not None:
+        return list(values.get(NAME, []))
+    return list(metrics.get("exit_depths") or [])
+
+
+def add_outcome(stats: RequestStateStats, completion: Any) -> None:
+    """Adds the outcome of a completion that was just built. Statistics of other models are left
+    alone."""
+    depths = getattr(completion, SPAN, None)
+    failed = completion.finish_reason == "error"
+    if depths is None and not failed:
+        return
+    stats.__class__ = LoopedRequestStats
+    stats.exit_depths = depths[0] if depths is not None else []
+    stats.finish_reason, stats.stop_reason = completion.finish_reason, completion.stop_reason

@@ -1,0 +1,123 @@
+"""Engine options: `additional_config={"loopus": {...}}`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from vllm_loopus.config import is_finite_number, is_integer
+from vllm_loopus.serving.knobs.request import LoopDefaults
+
+SECTION = "loopus"  # of additional_config
+KV_POLICIES = ("exact", "last_exited")
+PREFILL_DEPTHS = ("lazy", "full")
+AUTO = "auto"
+# What the OpenAI server accepts as `reasoning_effort` (vLLM's ChatCompletionRequest).
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of one engine.
+
+    - `kv_policy`: `exact` computes the K/V that deeper tokens need at every depth. `last_exited`
+      copies the K/V and state of a token's exit depth to all deeper depths: an approximation.
+    - `prefill_depth`: `lazy` computes a prompt down to the depth at which its last position exits,
+      and deeper when a later token goes there; `full` computes it to full depth at once.
+    - `exit_quorum`: the share of the sequences in flight that must have exited before a step
+      decodes and samples them, or `auto`.
+    - `reasoning_effort`: the `max_loops` of requests that name an effort and no `max_loops`, for
+      example `{"low": 2, "high": 8}`. Efforts that are not listed change nothing.
+    """
+
+    kv_policy: str = "exact"
+    prefill_depth: str = "lazy"
+    exit_quorum: float | str = AUTO
+    reasoning_effort: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, additional_config: object) -> "EngineOptions":
+        """Reads vLLM's `additional_config`.
+
+        Raises `ValueError` that names the option, its value and the fix.
+        """
+        outer = additional_config if isinstance(additional_config, Mapping) else {}
+        known = [field.name for field in fields(cls)]
+        for name in known:
+            if name in outer:
+                raise ValueError(
+                    f"additional_config[{name!r}]={outer[name]!r} has no effect there; "
+                    f"put it into additional_config[{SECTION!r}]"
+                )
+        given = outer.get(SECTION)
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"additional_config[{SECTION!r}]={given!r} must be a mapping of {', '.join(known)}"
+            )
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"additional_config[{SECTION!r}] has no option {name!r}; "
+                    f"there are {', '.join(known)}"
+                )
+        options = cls(**given)
+        options._check_values()
+        return options
+
+    def _check_values(self) -> None:
+        for name, choices in (("kv_policy", KV_POLICIES), ("prefill_depth", PREFILL_DEPTHS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}"
+                )
+        quorum = self.exit_quorum
+        if quorum != AUTO and not (
+            not isinstance(quorum, str) and is_finite_number(quorum) and 0 < quorum <= 1
+        ):
+            raise ValueError(
+                f"exit_quorum={quorum!r} must be a number above 0 and at most 1, or {AUTO!r}"
+            )
+        _check_efforts(self.reasoning_effort)
+
+    def check(self, config: LoopDefaults) -> None:
+        """Raises `ValueError` for an option that does not fit the model."""
+        for effort, loops in self.reasoning_effort.items():
+            if loops > config.max_loops:
+                raise ValueError(
+                    f"reasoning_effort[{effort!r}]={loops} must be at most the served "
+                    f"max_loops={config.max_loops}"
+                )
+
+    @property
+    def last_exited(self) -> bool:
+        """Whether the K/V of a token's exit depth is copied to all deeper depths."""
+        return self.kv_policy == "last_exited"
+
+    @property
+    def full_prefill(self) -> bool:
+        """Whether prompts run to full depth, wherever their last position exits."""
+        return self.prefill_depth == "full"
+
+    def planes(self, max_loops: int, served: int) -> int:
+        """How many planes the positions of a request with the budget `max_loops` may need.
+
+        In `last_exited`, K/V is only shared between requests of equal knobs.
+        """
+        return served if self.full_prefill and not self.last_exited else max_loops
+
+
+def _check_efforts(efforts: object) -> None:
+    if not isinstance(efforts, Mapping):
+        raise ValueError(
+            f"reasoning_effort={efforts!r} must be a mapping of efforts to loops, for example "
+            '{"low": 2, "high": 8}'
+        )
+    for effort, loops in efforts.items():
+        if effort not in EFFORTS:
+            raise ValueError(
+                f"reasoning_effort has no effort {effort!r}; there are {', '.join(EFFORTS)}"
+            )
+        if not is_integer(loops) or loops < 1:
+            raise ValueError(
+                f"reasoning_effort[{effort!r}]={loops!r} must be a whole number, 1 or more"
+            )

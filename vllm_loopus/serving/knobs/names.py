@@ -1,0 +1,48 @@
+"""Names of the loop knobs of a request, and which unknown names are refused.
+
+vLLM's connectors and the user's logits processors keep their arguments in `extra_args`
+(`vllm_xargs` over HTTP) too. So an unknown name is only refused when it
+
+1. is a field of the checkpoint or an option of the engine (`halting_strategy`, `kv_policy`, `N`),
+2. is spelt almost like a knob (`max_loop`, `exit_treshold`), or
+3. contains `loop`, or the word `exit` (`num_loops`, `early_exit`).
+
+If the engine has logits processors of the user's, their arguments may have such names, and only
+rule 2 applies.
+"""
+
+import difflib
+import re
+
+RETURN_EXIT_DEPTHS = "return_exit_depths"
+REQUEST_KNOBS = ("max_loops", "min_loops", "exit_threshold", "exit_depths", RETURN_EXIT_DEPTHS)
+RELEASED_NAMES = {"N": "max_loops", "q_threshold": "exit_threshold"}
+OF_THE_CHECKPOINT = (
+    "halting_strategy",
+    "exit_interval",
+    "q_eval_interval",
+    "convergence_epsilon",
+    "confidence_input",
+)
+OF_THE_ENGINE = ("kv_policy", "prefill_depth", "exit_quorum")
+TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
+SIMILARITY = 0.8
+LOOPISH = re.compile(r"loop|(?<![a-z])exits?(?![a-z])")
+
+
+def objection(name: str, custom_processors: bool = False) -> str | None:
+    """Why an unknown name is refused, as text to follow the name; None if it passes."""
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:100]).lower().replace("-", "_")
+    close = difflib.get_close_matches(plain, REQUEST_KNOBS, n=1, cutoff=SIMILARITY)
+    if not custom_processors:
+        if name in RELEASED_NAMES:
+            return f"is called {RELEASED_NAMES[name]} here"
+        if name in OF_THE_CHECKPOINT:
+            return "cannot be set by a request; start the server with --hf-overrides"
+        if name in OF_THE_ENGINE:
+            return "cannot be set by a request; start the server with --additional-config"
+    if close:
+        return f"is not a knob of a request; did you mean {close[0]}?"
+    if LOOPISH.search(plain) and not custom_processors:
+        return f"is not a knob of a request; there are {', '.join(REQUEST_KNOBS)}"
+    return None

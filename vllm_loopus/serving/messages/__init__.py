@@ -1,0 +1,1 @@
+"""What scheduler and worker tell each other, and what both tell the front end."""

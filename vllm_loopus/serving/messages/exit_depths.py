@@ -1,0 +1,73 @@
+"""Exit depths of generated tokens, from the engine core to the user's outputs.
+
+The scheduler sends them in `EngineCoreOutput.routed_experts`, an array per token that vLLM keeps
+for mixtures of experts and that looped models have no other use for. `attach` takes them out where
+vLLM builds a `CompletionOutput`, so that nothing else sees them. A vLLM that carries a model's
+values of tokens (`patches/token-values-in-outputs.diff`) gets them as such instead. This module
+imports no vLLM.
+"""
+
+from typing import Any
+
+import numpy as np
+
+ATTRIBUTE = "_loopus_exit_depths"  # of a request's state: all depths so far
+NAME = "exit_depth"  # among the values of tokens, in a vLLM that carries such
+SPAN = "_loopus_exit_depths_from"  # of a completion: that list, and where its tokens begin
+
+
+def send(output: Any, depth: int) -> None:
+    """Puts the exit depth of its token into an engine core's output."""
+    if hasattr(output, "token_values"):
+        output.token_values = {NAME: [depth]}
+    else:
+        output.routed_experts = np.array([depth], dtype=np.uint16)
+
+
+def received(output: Any) -> list[int]:
+    """What `send` put into an engine core's output."""
+    if NAME in (values := getattr(output, "token_values", None) or {}):
+        return list(values[NAME])
+    depths = output.routed_experts
+    return depths.tolist() if depths is not None and depths.ndim == 1 else []
+
+
+def attach(request_state: Any, completion: Any) -> None:
+    """Moves what has arrived for a request to its completion, which was just built."""
+    chunks = request_state.routed_experts_chunks
+    if chunks and chunks[0].ndim == 1:
+        if not hasattr(request_state, ATTRIBUTE):
+            setattr(request_state, ATTRIBUTE, [])
+        depths = getattr(request_state, ATTRIBUTE)
+        for chunk in chunks:
+            depths.extend(chunk.tolist())
+        chunks.clear()
+        completion.routed_experts = None
+    depths = getattr(request_state, ATTRIBUTE, None)
+    if depths is not None:
+        # vLLM may append the tokens of later deltas to this completion: the list is shared.
+        start = request_state.detokenizer.num_output_tokens() - len(completion.token_ids)
+        setattr(completion, SPAN, (depths, start))
+
+
+def exit_depths(output: Any) -> list[int]:
+    """The exit depth of each generated token of a `RequestOutput` or a `CompletionOutput`.
+
+    Of a streamed delta: of the tokens in it. Raises `ValueError` for a `RequestOutput` with more
+    than one completion (give one of its `outputs`), and for outputs of a model without a loop.
+    """
+    completions = getattr(output, "outputs", None)
+    if completions is not None:
+        if len(completions) != 1:
+            raise ValueError(
+                f"the request has {len(completions)} completions; give one of its outputs"
+            )
+        output = completions[0]
+    if NAME in (values := getattr(output, "token_values", None) or {}):
+        return list(values[NAME])
+    if not hasattr(output, SPAN):
+        if len(output.token_ids) == 0:
+            return []
+        raise ValueError("this output has no exit depths: it is not from a looped model")
+    depths, start = getattr(output, SPAN)
+    return list(depths[start : start + len(output.token_ids)])

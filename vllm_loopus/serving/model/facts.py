@@ -1,0 +1,90 @@
+"""What a looped checkpoint is, from its config: for `vllm-loopus info` and the start-up block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_loopus.architectures import Architecture, architecture_of
+from vllm_loopus.serving.model.kv_layout import KVLayout
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A looped checkpoint, in words and numbers."""
+
+    family: str
+    base: str  # model type of the base
+    encoder: str
+    reasoning: str
+    decoder: str
+    max_loops: int
+    min_loops: int
+    exit_rule: str
+    kv_bytes_a_token: dict[int, int]  # by depth, on one rank
+
+    @classmethod
+    def of(cls, config: Any, layout: KVLayout) -> "ModelFacts":
+        """`config`: of a looped model."""
+        architecture = _of_looped(config)
+        layers = architecture.layers(config)
+        return cls(
+            family=architecture.family,
+            base=config.get_text_config().model_type,
+            encoder=told_layers(layers.encoder),
+            reasoning=told_layers(layers.reasoning),
+            decoder=told_layers(layers.decoder),
+            max_loops=config.max_loops,
+            min_loops=config.min_loops,
+            exit_rule=str(architecture.exit_rule(config)),
+            kv_bytes_a_token={d: layout.allocated(d) for d in range(1, config.max_loops + 1)},
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What to print: names and texts."""
+        layers = f"encoder {self.encoder}, reasoning {self.reasoning}, decoder {self.decoder}"
+        sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in self.kv_bytes_a_token.items()]
+        return [
+            ("layers", layers),
+            ("loops", f"{self.min_loops} to {self.max_loops}"),
+            ("exit rule", self.exit_rule),
+            ("K/V a token", ", ".join(sizes)),
+        ]
+
+
+def layout_of(config: Any, dtype_bytes: int, tensor_parallel: int = 1) -> KVLayout:
+    """The K/V layout of a checkpoint that is not loaded: unquantised K/V, bytes on one rank."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    state = text.hidden_size * dtype_bytes
+    layers = _of_looped(config).layers(config)
+    return KVLayout.of(
+        max_loops=config.max_loops,
+        encoder=len(layers.encoder),
+        reasoning=len(layers.reasoning),
+        decoder=len(layers.decoder),
+        kv_bytes=2 * max(heads // tensor_parallel, 1) * head_size * dtype_bytes,
+        state_bytes=state,
+        injected_bytes=state if layers.injects else 0,
+    )
+
+
+def layout_of_engine(vllm_config: Any) -> KVLayout:
+    """The K/V layout of a rank of an engine, as its workers lay it out."""
+    model = vllm_config.model_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    return layout_of(model.hf_config, model.dtype.itemsize, ranks)
+
+
+def told_layers(indices: Sequence[int]) -> str:
+    """A run of layers in words."""
+    if not indices:
+        return "no layer"
+    first, last = indices[0], indices[-1]
+    return f"layer {first}" if first == last else f"layers {first}-{last} ({len(indices)})"
+
+
+def _of_looped(config: Any) -> Architecture:
+    architecture = architecture_of(config)
+    assert architecture is not None
+    return architecture

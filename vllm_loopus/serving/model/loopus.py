@@ -1,0 +1,259 @@
+"""`LoopUSForCausalLM` as vLLM runs it, made of vLLM's own layers."""
+
+import copy
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_loopus.backbones import load_class
+from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.modeling.checkpoint import (
+    LEGACY_WEIGHTS,
+    CheckpointCheck,
+    current_name,
+    readable,
+)
+from vllm_loopus.modeling.confidence import ConfidenceHead, head_input
+from vllm_loopus.modeling.gate import SelectiveGate
+from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.model import expected_shapes
+from vllm_loopus.serving.model.base import LoopedModelBase
+from vllm_loopus.serving.model.planes import Planes
+
+
+class LayerRun(nn.Module):
+    """A run of the base model's layers as vLLM has them; the base class of all three parts."""
+
+    def __init__(self, vllm_config: VllmConfig, indices: Sequence[int], prefix: str) -> None:
+        """`indices`: the layers of the base in this run."""
+        super().__init__()
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        layer_class = load_class(config.backbone.vllm_layer)
+        # vLLM's layers look up their type by their number, which counts inside the run here.
+        base = copy.copy(config.base)
+        base.layer_types = [config.attention.types[index] for index in indices]
+        self.layers = nn.ModuleList()
+        for number, index in enumerate(indices):
+            # Layers that do not look it up take the window of the cache config.
+            windowed = copy.copy(vllm_config)
+            windowed.cache_config = copy.copy(vllm_config.cache_config)
+            windowed.cache_config.sliding_window = config.attention.window(index)
+            # vLLM's layers take either the whole vLLM config or the parts they need.
+            offered = {
+                "vllm_config": windowed,
+                "config": base,
+                "cache_config": windowed.cache_config,
+                "quant_config": vllm_config.quant_config,
+            }
+            taken = inspect.signature(layer_class).parameters.keys() & offered.keys()
+            arguments = {name: offered[name] for name in taken}
+            self.layers.append(layer_class(**arguments, prefix=f"{prefix}.layers.{number}"))
+
+    def run_layers(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and the residual still to be added, [T, H] each.
+
+        Needs at least one layer, because vLLM's layers create the residual themselves.
+        """
+        residual: Any = None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual
+
+
+class Encoder(LayerRun):
+    """`E`: token ids [T] -> `h^0` [T, H]."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        super().__init__(vllm_config, config.encoder_layer_indices, prefix)
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+        self.scale: torch.Tensor | None
+        # In the model's dtype, the default one here: Gemma rounds the factor to it.
+        scaled = config.backbone.scaled_embedding
+        scale = torch.tensor(config.hidden_size**0.5) if scaled else None
+        self.register_buffer("scale", scale, persistent=False)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] -> embedded tokens [T, H]."""
+        embedded = self.embed_tokens(input_ids)
+        return embedded if self.scale is None else embedded * self.scale
+
+    def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if not self.layers:
+            return embedded
+        hidden, residual = self.run_layers(embedded, positions)
+        return hidden + residual
+
+
+class ReasoningBlock(LayerRun):
+    """`R` and `G`: `h^{r-1}` [T, H] -> the update `u^r` and the gated state `h^r`, [T, H] each."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        super().__init__(vllm_config, config.reasoning_layer_indices, prefix)
+        self.gate = SelectiveGate(config.hidden_size)
+
+    def forward(
+        self, state: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # vLLM's fused norms add into the residual in place, and the first residual is the input.
+        hidden, residual = self.run_layers(state.clone(), positions)
+        update = hidden + residual
+        return update, self.gate(update, state)
+
+
+class Decoder(LayerRun):
+    """`D` without the LM head: `h^d` [T, H] -> normed hidden states [T, H].
+
+    Most rows are only computed for their K/V, which the positions after them need. `wanted` [M] are
+    the rows whose hidden states are used. The last layer's MLP, the bulk of a layer, only runs on
+    these; the outputs of the other rows are meaningless.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        super().__init__(vllm_config, config.decoder_layer_indices, prefix)
+        norm_class = load_class(config.backbone.vllm_norm)
+        self.norm = norm_class(config.hidden_size, eps=config.base.rms_norm_eps)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.lm_head",
+        )
+        self._wanted: torch.Tensor | None = None  # of the call in progress, for the hooks
+        self._num_rows = 0
+        if self.layers:
+            mlp: Any = self.layers[-1].mlp
+            mlp.register_forward_pre_hook(self._select)
+            mlp.register_forward_hook(self._spread)
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self.layers:
+            return self.norm(state)
+        self._wanted, self._num_rows = wanted, len(state)
+        hidden, residual = self.run_layers(state.clone(), positions)
+        normed, _ = self.norm(hidden, residual)
+        return normed
+
+    def _select(self, mlp: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return args if self._wanted is None else (args[0].index_select(0, self._wanted),)
+
+    def _spread(
+        self, mlp: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor:
+        if self._wanted is None:
+            return output
+        rows = output.new_zeros(self._num_rows, output.shape[-1])
+        return rows.index_copy_(0, self._wanted, output)
+
+
+class LoopUSForCausalLM(LoopedModelBase):
+    """A LoopUS model for vLLM (`seam.LoopedModel`). Module names are those of the checkpoint."""
+
+    # The first pattern that matches any file is loaded: a folder may hold other tensors as well.
+    allow_patterns_overrides = ("model*.safetensors", "*.safetensors", LEGACY_WEIGHTS, "*.bin")
+    # Read by quantisation methods; Phi-3 checkpoints store these merged already.
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: LoopUSConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.max_loops = config.max_loops
+        self.model_name = vllm_config.model_config.model
+        self.quant_config = vllm_config.quant_config
+        if self.quant_config is not None:
+            self.quant_config.packed_modules_mapping = config.backbone.packed_modules
+        self.encoder = Encoder(vllm_config, maybe_prefix(prefix, "encoder"))
+        self.reasoning = ReasoningBlock(vllm_config, maybe_prefix(prefix, "reasoning"))
+        self.decoder = Decoder(vllm_config, maybe_prefix(prefix, "decoder"))
+        self.q_head = ConfidenceHead(config.hidden_size).float()  # it computes in float32
+        self.logits_processor = LogitsProcessor(config.vocab_size, soft_cap=config.logit_softcap)
+        self.planes = Planes(
+            self.encoder,
+            self.reasoning,
+            self.decoder,
+            vllm_config=vllm_config,
+            state_size=config.hidden_size,
+        )
+        self._reads_step_length = HaltingRule.from_config(config).reads_step_length
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder.embed(input_ids)
+
+    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.encoder(self.embed_input_ids(input_ids), positions),)
+
+    def refine(
+        self,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        depth: torch.Tensor | None = None,
+        injected: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`h^{r-1}` -> `h^r`, [T, H], and what the confidence head reads [T, H], or for
+        `convergence` the step `h^r - h^{r-1}`."""
+        update, refined = self.reasoning(state, positions)
+        if self._reads_step_length:
+            return refined, refined - state
+        return refined, head_input(self.config.confidence_input, update, state, refined)
+
+    def exit_evidence(self, observed: torch.Tensor) -> torch.Tensor:
+        """The confidence `q`, or the step length, float32 [S]."""
+        if self._reads_step_length:
+            return torch.linalg.vector_norm(observed.float(), dim=-1)
+        return torch.sigmoid(self.q_head(observed))
+
+    def decode(
+        self, state: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.decoder(state, positions, wanted)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.decoder.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads a checkpoint of any format.
+
+        Raises `ValueError` that names the tensors that do not fit or hold NaN or infinity, and the
+        files that cannot be read. A quantised checkpoint has tensors of its own kind, which vLLM's
+        loader checks.
+        """
+        weights = readable(weights, self.model_name)
+        loader = AutoWeightsLoader(self)
+        mapper = LlamaModel.hf_to_vllm_mapper  # merges q, k, v and gate, up where they are split
+        if self.quant_config is not None:
+            renamed = ((current_name(name), tensor) for name, tensor in weights)
+            return loader.load_weights(renamed, mapper=mapper)
+        dtype = self.encoder.embed_tokens.weight.dtype
+        check = CheckpointCheck(expected_shapes(self.config), dtype)
+        loaded = loader.load_weights(check.passed(weights), mapper=mapper)
+        check.raise_if_wrong(self.model_name)
+        return loaded

@@ -1,0 +1,55 @@
+"""What the engine needs of a looped model. Nothing in `worker/` knows more of one.
+
+Rows are positions of sequences, T in a call, each at a depth of its own. H is the hidden size.
+"""
+
+from typing import Protocol
+
+import torch
+
+from vllm_loopus.serving.model.planes import Planes
+
+
+class LoopedModel(Protocol):
+    """A looped model over paged attention. `base.py` has what such models share.
+
+    - `planes`: its memory, by depth; says which attention layers belong to encoder, loop, decoder.
+    - `reads_depth`: whether a pass needs to know the depth of each row.
+    """
+
+    planes: Planes
+    reads_depth: bool
+
+    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Token ids [T] at positions [T] -> the first state `h^0` [T, H]; and for a model that
+        injects it again in every pass, a constant input [T, I]."""
+        ...
+
+    def refine(
+        self,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        depth: torch.Tensor | None = None,
+        injected: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: `h^{r-1}` [T, H] -> `h^r` [T, H], and what the exit rule looks at [T, E].
+
+        `depth` [T]: r of each row, if the model `reads_depth`. `injected` [T, I]: the constant
+        input that `encode` gave for each row, if any.
+        """
+        ...
+
+    def exit_evidence(self, observed: torch.Tensor) -> torch.Tensor:
+        """The evidence of the exit rule (`modeling/exit_rule.py`), float32 [S], of some of the rows
+        that `refine` gave to look at, [S, E]."""
+        ...
+
+    def decode(
+        self,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`h^d` [T, H] -> hidden states [T, H] for the LM head. Only the rows `wanted` [M] are
+        used; None for all."""
+        ...

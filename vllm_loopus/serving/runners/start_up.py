@@ -1,0 +1,57 @@
+"""The block of the log that says what an engine with a looped model is and has room for."""
+
+from typing import Any
+
+from vllm_loopus.serving.knobs.engine import EngineOptions
+from vllm_loopus.serving.model.facts import ModelFacts
+from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
+from vllm_loopus.serving.runners.selection import runner_in_use
+
+# What vLLM would do and we do not, and why. Options that are refused: docs/serving.md.
+NO_ASYNC_SCHEDULING = "which sequences get a token is only known after a step"
+NO_GRAPHS = "cudagraph_mode FULL captures the loop's regions, unverified: docs/gpu.md"
+
+
+def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -> str:
+    """What a worker logs once its K/V memory is there."""
+    model = vllm_config.model_config
+    options = EngineOptions.of(vllm_config.additional_config)
+    block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    pool = kv_cache_config.num_blocks, block_size, model.max_model_len
+    fit = [f"{sequences_that_fit(*pool, d):.1f} at {d}" for d in range(1, layout.max_loops + 1)]
+    items = ", ".join(f"{name} {size / 1024:.2f}" for name, size in layout.items().items())
+    facts = ModelFacts.of(model.hf_config, layout)
+    policy = (
+        f"{options.kv_policy}, prefill {options.prefill_depth}, exit quorum {options.exit_quorum}"
+    )
+    rows = [
+        ("model", f"{_served_as(model)} ({facts.family} on {facts.base}, {model.dtype})"),
+        *facts.rows(),
+        (f"  of them at {layout.max_loops}", f"{items} (KiB, on one rank)"),
+        ("K/V policy", policy),
+        ("K/V memory", f"{kv_cache_config.num_blocks} blocks of {block_size} tokens at one depth"),
+        ("  fit", f"{', '.join(fit)} (sequences of {model.max_model_len} tokens, by depth)"),
+        ("runner", runner_in_use(vllm_config.use_v2_model_runner)),
+        ("effort", _efforts(options.reasoning_effort)),
+        ("switched off", "; ".join(f"{what} ({why})" for what, why in switched_off(vllm_config))),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows if text]
+    return "\n".join([f"{facts.family} model:", *lines])
+
+
+def switched_off(vllm_config: Any) -> list[tuple[str, str]]:
+    """Features of vLLM that are off because the model is looped, and why."""
+    off = [("asynchronous scheduling", NO_ASYNC_SCHEDULING)]
+    if not vllm_config.compilation_config.cudagraph_mode:
+        off.append(("CUDA graphs", NO_GRAPHS))
+    return off
+
+
+def _served_as(model: Any) -> str:
+    name = model.served_model_name
+    return model.model if name == model.model else f"{name}, {model.model}"
+
+
+def _efforts(mapping: Any) -> str:
+    return ", ".join(f"{effort}: {loops} loops" for effort, loops in mapping.items())

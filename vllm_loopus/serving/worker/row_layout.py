@@ -1,0 +1,125 @@
+"""Where the rows of one model call lie: positions, block tables and slots by depth.
+
+A slot is `block id * block size + offset`, the same number for the K/V of every layer and for the
+state of a position at a depth: planes only differ in their blocks (see `model/planes.py`).
+
+C chunks (positions of one sequence at one depth) have T rows (positions) together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.utils.math_utils import cdiv
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Which positions of which sequences a call computes, at whatever depths."""
+
+    chunks: list[tuple[int, int, int]]  # [C]: index of the sequence, first position, end
+    block_size: int
+    ends: NDArray[np.int64]  # [C]: length of the sequence as the chunk sees it
+    offsets: NDArray[np.int64]  # [C + 1]: first row of each chunk
+    sequence: NDArray[np.int64]  # [C]: index of the sequence
+    chunk: NDArray[np.int64]  # [T]: index of the chunk
+    positions: NDArray[np.int64]  # [T]
+    column: NDArray[np.int64]  # [T]: which block of the sequence the row is in
+    within: NDArray[np.int64]  # [T]: and where in the block
+
+    @classmethod
+    def of(cls, chunks: list[tuple[int, int, int]], block_size: int) -> "Spans":
+        sequence, starts, ends = np.array(chunks, dtype=np.int64).T
+        count = len(chunks)
+        if all(end - start == 1 for _, start, end in chunks):  # as in most passes
+            offsets = np.arange(count + 1)
+            chunk, positions = offsets[:-1], starts
+        else:
+            lengths = ends - starts
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            chunk = np.repeat(np.arange(count), lengths)
+            positions = np.arange(offsets[-1]) - offsets[:-1][chunk] + starts[chunk]
+        column, within = np.divmod(positions, block_size)
+        return cls(
+            chunks,
+            block_size,
+            ends,
+            offsets,
+            sequence,
+            chunk,
+            positions,
+            column,
+            within,
+        )
+
+    @cached_property
+    def last_rows(self) -> NDArray[np.int64]:
+        """The last row of each chunk [C]."""
+        return self.offsets[1:] - 1
+
+    @cached_property
+    def max_query_len(self) -> int:
+        return max(end - start for _, start, end in self.chunks)
+
+    @cached_property
+    def max_seq_len(self) -> int:
+        return max(end for _, _, end in self.chunks)
+
+    @cached_property
+    def max_blocks(self) -> int:
+        """How many blocks the longest sequence needs."""
+        return cdiv(self.max_seq_len, self.block_size)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class ExtraSlots:
+    """Rows [M] of a call whose K/V and states also go to `slots` [M] of other depths."""
+
+    rows: NDArray[np.int64]
+    slots: NDArray[np.int64]
+
+
+@dataclass
+class RowLayout:
+    """Where the rows of a call lie."""
+
+    tables: NDArray[np.int32]  # of all sequences [S, N, blocks]
+    spans: Spans
+    depth: NDArray[np.int64]  # [C], from 1
+    block_table: NDArray[np.int32]  # [C, blocks] of each chunk at its depth
+    own_slots: NDArray[np.int64]  # [T] of every row at its own depth
+
+    def follows(self, before: "RowLayout") -> bool:
+        """Whether the rows are those of the call `before`, all one depth deeper."""
+        return self.spans is before.spans and bool((self.depth == before.depth + 1).all())
+
+    def slots(self, depth: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slot of every row [T] in the plane of its chunk's `depth` [C]."""
+        spans = self.spans
+        blocks = self.tables[spans.sequence[spans.chunk], depth[spans.chunk] - 1, spans.column]
+        return slots_of(blocks, spans.within, spans.block_size)
+
+    def extra_slots(
+        self, chunks: Sequence[int], depths: Sequence[Sequence[int]]
+    ) -> ExtraSlots | None:
+        """The last rows of `chunks`, and the slots of their positions at the `depths` given for
+        each; None if there are none."""
+        if not any(depths):
+            return None
+        spans = self.spans
+        chosen = np.repeat(np.array(chunks), [len(of_chunk) for of_chunk in depths])
+        planes = np.array([depth for of_chunk in depths for depth in of_chunk], dtype=np.int64)
+        rows = spans.last_rows[chosen]
+        blocks = self.tables[spans.sequence[chosen], planes - 1, spans.column[rows]]
+        return ExtraSlots(rows, slots_of(blocks, spans.within[rows], spans.block_size))
+
+
+def slots_of(
+    blocks: NDArray[np.int32], within: NDArray[np.int64], block_size: int
+) -> NDArray[np.int64]:
+    return blocks.astype(np.int64) * block_size + within
