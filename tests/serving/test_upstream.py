@@ -1,8 +1,9 @@
-"""The canary: what we use of vLLM is as recorded for this release, and shims are still needed.
+"""What we use of vLLM is as recorded for this release, and shims are still needed.
 
 After a change of our code, or for a new release: `python -m tests.serving.upstream`; read the diff.
 """
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -36,6 +37,30 @@ def test_all_tables_are_of_this_code() -> None:
     for version, table in RECORDED.items():
         others = set().union(*RECORDED.values())
         assert table.keys() == others, f"{version}.txt is old: write it with that vLLM"
+
+
+def test_private_attributes_are_recorded() -> None:
+    found = upstream.table()
+    known = {symbol.rpartition(".")[2] for symbol in found}
+    missing = [f"{file}: {name}" for file, name in upstream.private_attributes()
+               if name not in known]  # fmt: skip
+    assert not missing, "add them to CALLED or ATTRIBUTES"
+    assert not [name for name in upstream.ATTRIBUTES if found[name] == "gone"]
+
+
+def test_class_swaps_are_recorded() -> None:
+    """A class whose name is made at run time is known by what its name begins and ends with."""
+    kinds = {
+        "adapter.py": "LoopUSRunner",
+        "http.py": "LoopUSHandler",
+        "kv_manager.py": "Depth",
+        "planes.py": "ExtraSlots",
+    }
+    for file, new in upstream.class_swaps():
+        names = [kinds[file]] if file in kinds else re.findall(r"[A-Z]\w+", new)
+        for name in names:
+            assert any(known.startswith(name) for known in upstream.SWAPPED), (file, new)
+    assert len(list(upstream.class_swaps())) == 9, "a new one goes into SWAPPED"
 
 
 def test_range_is_what_is_recorded() -> None:

@@ -1,16 +1,16 @@
-"""What of vLLM we override, replace, build or call, with its signature: found in our own code.
+"""What we override, replace, build, call or read of vLLM, with its signature: found in our code.
 
     python -m tests.serving.upstream    # writes the table of the installed vLLM
 
-`VERSION.txt` is the table of a tested release. Where two tables differ, what our code has to bear
-is seen at a glance. `test_upstream.py` holds tables, code and the installed vLLM against each
-other.
+`VERSION.txt` is the table of a tested release. The difference of two tables is what our code has to
+cope with. `test_upstream.py` compares tables, code and the installed vLLM.
 """
 
 import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from enum import Enum
 from itertools import product
@@ -35,9 +35,51 @@ CALLED = (
     "vllm.v1.attention.backend.AttentionMetadataBuilder.build_for_cudagraph_capture",
     "vllm.v1.worker.utils.AttentionGroup.get_metadata_builder",
     "vllm.v1.request.Request.update_block_hashes",
+    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker.__init__",
+    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker.add_request",
+    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker.remove_request",
+    "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker.compute_prompt_logprobs",
     "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker."
     "compute_prompt_token_id_logprobs",
 )
+# Attributes of objects that are not part of vLLM's interface, or are read where it has none.
+ATTRIBUTES = (
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.fake_free_list_head",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.num_free_blocks",
+    "vllm.v1.core.block_pool.BlockPool.blocks",
+    "vllm.v1.core.block_pool.BlockPool.free_block_queue",
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.single_type_managers",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.empty_kv_cache_blocks",
+    "vllm.v1.core.sched.scheduler.Scheduler.grammar_compile_error_reqs",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager._null_block",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.req_to_blocks",
+    "vllm.v1.engine.output_processor.RequestState.routed_experts_chunks",
+    "vllm.v1.metrics.loggers.PrometheusStatLogger._counter_cls",
+    "vllm.v1.metrics.loggers.PrometheusStatLogger._gauge_cls",
+    "vllm.v1.metrics.loggers.PrometheusStatLogger._histogram_cls",
+    "vllm.v1.metrics.loggers.PrometheusStatLogger.per_engine_labelvalues",
+    "vllm.v1.metrics.loggers.StatLoggerManager.engine_indexes",
+    "vllm.v1.metrics.loggers.StatLoggerManager.stat_loggers",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.model_state",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prompt_logprobs_worker",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.cudagraph_dispatcher",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.num_prompt_logprobs",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.requests",
+)
+# Objects of vLLM whose class we change: our class -> that of vLLM.
+SWAPPED = {
+    "LoopUSRunner": "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+    "LoopUSHandler": "vllm.entrypoints.generate.base.serving.GenerateBaseServing",
+    "DepthKVCacheManager": "vllm.v1.core.kv_cache_manager.KVCacheManager",
+    "PlaneManager": "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager",
+    "DeepPlaneManager": "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager",
+    "StaircaseCoordinator": "vllm.v1.core.kv_cache_coordinator.HybridKVCacheCoordinator",
+    "LoopedRequestStats": "vllm.v1.metrics.stats.RequestStateStats",
+    "V1RunnerConfig": "vllm.config.VllmConfig",
+    "ExtraSlots": "vllm.v1.attention.backend.AttentionImpl",
+    "NoSlotMappings": "vllm.v1.worker.block_table.MultiGroupBlockTable",
+}
 # Parents that `adopt` and the server's `adopt_handlers` give our classes at run time.
 ADOPTED = {
     "LoopAdapter": (
@@ -46,6 +88,10 @@ ADOPTED = {
     ),
     "V1Adapter": ("vllm.v1.worker.gpu_model_runner.GPUModelRunner",),
     "V2Adapter": ("vllm.v1.worker.gpu.model_runner.GPUModelRunner",),
+    "ExtraSlotsImpl": (
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+        "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl",
+    ),
     "LoopedHandler": ("vllm.entrypoints.generate.base.serving.GenerateBaseServing",),
     "LoopedCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
     "LoopedChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
@@ -74,7 +120,7 @@ def recorded() -> dict[str, dict[str, str]]:
 
 def table() -> dict[str, str]:
     """Symbol -> signature in the installed vLLM, "gone" where there is none."""
-    symbols = {*imported(), *replaced(), *overridden(), *CALLED}
+    symbols = {*imported(), *replaced(), *overridden(), *CALLED, *ATTRIBUTES, *SWAPPED.values()}
     built = _names_called()
     return {symbol: signature(symbol, built) for symbol in sorted(symbols)}
 
@@ -82,6 +128,8 @@ def table() -> dict[str, str]:
 def signature(symbol: str, built: set[str]) -> str:
     """Names, kinds and defaults of the parameters; the kind of what we do not call. `built`: names
     that our code calls."""
+    if symbol in ATTRIBUTES:
+        return "attribute" if has_attribute(symbol) else "gone"
     try:
         target = inspect.unwrap(resolve(symbol))
     except (ImportError, AttributeError):
@@ -104,6 +152,47 @@ def signature(symbol: str, built: set[str]) -> str:
             bare = bare.replace(default=...)
         parameters.append(bare)
     return str(inspect.Signature(parameters))
+
+
+def has_attribute(symbol: str) -> bool:
+    """Whether a class of vLLM defines or assigns the attribute with this dotted name."""
+    owner, _, name = symbol.rpartition(".")
+    try:
+        classes = resolve(owner).__mro__
+    except (ImportError, AttributeError):
+        return False
+    assigned = re.compile(rf"\bself\.{name}\b[^=\n]*=[^=]|^    {name}\b *[:=]", re.MULTILINE)
+    ours = [c for c in classes if c.__module__.startswith("vllm.")]
+    return any(name in vars(c) or assigned.search(inspect.getsource(c)) for c in ours)
+
+
+def private_attributes() -> Iterator[tuple[str, str]]:
+    """File and name of the private attributes that our serving code reads and does not define."""
+    trees = {file: ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    ours = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+    ours |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    annotated = [n.target for n in nodes if isinstance(n, ast.AnnAssign)]
+    ours |= {target.id for target in annotated if isinstance(target, ast.Name)}
+    for file, tree in trees.items():
+        if "serving" not in file.parts:
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or ast.unparse(node).startswith("torch."):
+                continue
+            name = node.attr
+            if name.startswith("_") and not name.startswith("__") and name not in ours:
+                yield file.name, name
+
+
+def class_swaps() -> Iterator[tuple[str, str]]:
+    """File and new class of every assignment to `__class__` in our code."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Assign):
+                continue
+            if any(isinstance(t, ast.Attribute) and t.attr == "__class__" for t in node.targets):
+                yield file.name, ast.unparse(node.value)
 
 
 def resolve(symbol: str) -> Any:

@@ -15,10 +15,10 @@ Layers with a sliding window keep their K/V as the others do; the window is only
 look alike, and a deeper token may need any position again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +32,11 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 from vllm_loopus.serving.model.kv_layout import KVLayout
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionImpl as Impl
+else:
+    Impl = object
 
 
 def layer_name_at(layer_name: str, depth: int) -> str:
@@ -82,6 +87,23 @@ class PagedRows(AttentionLayerBase):
         return spec
 
 
+class ExtraSlotsImpl(Impl):
+    """Mixed in before an attention backend's implementation, which vLLM has built for a layer: K/V
+    of a row may go to more than one slot, and more slots may be known later."""
+
+    planes: "Planes"
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any
+    ) -> None:
+        update = super().do_kv_cache_update
+        if self.planes.deferred is not None:
+            self.planes.deferred.add(update, layer, key, value, rest[0])
+        if (rows := self.planes.slot_rows) is not None:
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
+        update(layer, key, value, *rest)
+
+
 class Planes:
     """The planes of one model: reserves them, and selects one for a pass."""
 
@@ -101,7 +123,7 @@ class Planes:
           position, 0 for a model without one. Both have the model's dtype, the default one here.
         """
         self.slot_rows: torch.Tensor | None = None
-        self._deferred: DeferredWrites | None = None
+        self.deferred: DeferredWrites | None = None
         self._context = vllm_config.compilation_config.static_forward_context
         looped, decoding = attention_layers(reasoning), attention_layers(decoder)
         like = looped[0]
@@ -154,30 +176,19 @@ class Planes:
         """Lets the K/V of a row go to more than one slot (policy `last_exited`): `slot_rows` names
         the row of each slot in the slot mapping, and writes can be deferred."""
         for name in self.layer_names:
-            self._context[name].impl.do_kv_cache_update = self._copying(self._context[name].impl)
-
-    def _copying(self, impl: Any) -> Callable[..., None]:
-        update = impl.do_kv_cache_update
-
-        def do_kv_cache_update(
-            layer: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any
-        ) -> None:
-            if self._deferred is not None:
-                self._deferred.add(update, layer, key, value, rest[0])
-            if (rows := self.slot_rows) is not None:
-                key, value = key.index_select(0, rows), value.index_select(0, rows)
-            update(layer, key, value, *rest)
-
-        return do_kv_cache_update
+            impl = self._context[name].impl
+            kind = type(impl)
+            impl.__class__ = type(f"ExtraSlots{kind.__name__}", (ExtraSlotsImpl, kind), {})
+            impl.planes = self
 
     @contextmanager
     def deferring(self, rows: torch.Tensor | None) -> Iterator[DeferredWrites | None]:
         """Inside, the K/V of `rows` [M] is kept for slots that are known later; None for none."""
-        self._deferred = None if rows is None else DeferredWrites(rows)
+        self.deferred = None if rows is None else DeferredWrites(rows)
         try:
-            yield self._deferred
+            yield self.deferred
         finally:
-            self._deferred = None
+            self.deferred = None
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
