@@ -18,6 +18,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Small models gain nothing from a second thread, and two test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+KV_BYTES = 2**26  # of an engine in the tests' own process
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 BACKBONES = ("qwen3", "llama", "phi3")
 
@@ -100,8 +101,28 @@ def _isolated_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.pop("VLLM_MODEL_REDIRECT_PATH", None)
 
 
+@pytest.fixture(scope="session")
+def quick_starts() -> None:
+    """What vLLM does for every engine is done once in the process: a start takes 0.5 s, not 5.
+
+    It looks for Triton kernels in all modules, and walks the whole heap for garbage five times.
+    """
+    import vllm.v1.worker.cpu_worker  # all that an engine needs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import core
+    from vllm.v1.worker import gpu_worker
+
+    if current_platform.is_cpu():
+        platform = type(current_platform)
+        platform.register_triton_kernel_overrides()
+        platform.register_triton_kernel_overrides = classmethod(lambda cls: None)
+    core.freeze_gc_heap = gpu_worker.freeze_gc_heap = gc.unfreeze = lambda: None
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
-def make_llm() -> Iterator[Callable[..., Any]]:
+def make_llm(quick_starts: None) -> Iterator[Callable[..., Any]]:
     """`make_llm(model, **engine_args)`: one engine at a time, shut down before the next."""
     from vllm import LLM
 
@@ -114,7 +135,13 @@ def make_llm() -> Iterator[Callable[..., Any]]:
 
     def make(model: str | Path, **engine_args: Any) -> Any:
         shut_down()
-        options = {"dtype": "float32", "max_model_len": 128, "block_size": 32, **engine_args}
+        options = {
+            "dtype": "float32",
+            "max_model_len": 128,
+            "block_size": 32,
+            "kv_cache_memory_bytes": KV_BYTES,
+            **engine_args,
+        }
         current.append(LLM(str(model), **options))
         return current[-1]
 
