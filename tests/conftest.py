@@ -107,7 +107,6 @@ def quick_starts() -> None:
 
     It looks for Triton kernels in all modules, and walks the whole heap for garbage five times.
     """
-    import vllm.v1.worker.cpu_worker  # all that an engine needs
     from vllm.platforms import current_platform
     from vllm.v1.engine import core
     from vllm.v1.worker import gpu_worker

@@ -12,9 +12,9 @@ from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.cli import eval as command
 from vllm_loopus.cli.main import app
 from vllm_loopus.evaluation import engines, run
-from vllm_loopus.evaluation.engines import Work
 from vllm_loopus.evaluation.models import Setting, looped_model
 from vllm_loopus.evaluation.store import Result, Store
+from vllm_loopus.evaluation.work import Work
 
 
 def invoke(*arguments: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_loopus.evaluation.engines import Work
+from vllm_loopus.evaluation.work import Work
 from vllm_loopus.files import write_text
 
 FORMAT = 1  # of the file

@@ -7,15 +7,15 @@ from lm_eval.models.vllm_causallms import VLLM
 from vllm import SamplingParams
 from vllm.platforms import current_platform
 
-from vllm_loopus.evaluation.engines import Work
 from vllm_loopus.evaluation.models import Setting
+from vllm_loopus.evaluation.work import Work
 from vllm_loopus.serving.frontend.metrics import PREFIX
 from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memory
 
 
 def plain_memory() -> dict[str, int]:
     """Engine arguments for a plain model on a CPU, where vLLM's own default claims 92 % of all
-    memory and often cannot start. LoopUS models see to it themselves (`serving/vllm_config.py`)."""
+    memory and often cannot start. For looped models `serving/hooks/cpu_memory.py` does this."""
     if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {}
     return {"kv_cache_memory_bytes": int(CPU_CACHE_SHARE * free_cpu_memory()[0])}
