@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KV_BYTES = 2**26  # of an engine in the tests' own process
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN_LOOPED = GOLDEN.parent / "golden_looped"
 BACKBONES = ("qwen3", "llama", "phi3")
 
 

@@ -18,7 +18,7 @@ look alike, and a deeper token may need any position again.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,11 +32,6 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 from vllm_loopus.serving.model.kv_layout import KVLayout
-
-if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionImpl as Impl
-else:
-    Impl = object
 
 
 def layer_name_at(layer_name: str, depth: int) -> str:
@@ -87,21 +82,22 @@ class PagedRows(AttentionLayerBase):
         return spec
 
 
-class ExtraSlotsImpl(Impl):
-    """Mixed in before an attention backend's implementation, which vLLM has built for a layer: K/V
-    of a row may go to more than one slot, and more slots may be known later."""
+def with_extra_slots(kind: type[Any], planes: "Planes") -> type[Any]:
+    """A subclass of an attention backend's implementation: the K/V of a row may go to more than one
+    slot, and more slots may be known later."""
 
-    planes: "Planes"
+    class ExtraSlots(kind):
+        def do_kv_cache_update(
+            self, layer: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any
+        ) -> None:
+            update = super().do_kv_cache_update
+            if planes.deferred is not None:
+                planes.deferred.add(update, layer, key, value, rest[0])
+            if (rows := planes.slot_rows) is not None:
+                key, value = key.index_select(0, rows), value.index_select(0, rows)
+            update(layer, key, value, *rest)
 
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any
-    ) -> None:
-        update = super().do_kv_cache_update
-        if self.planes.deferred is not None:
-            self.planes.deferred.add(update, layer, key, value, rest[0])
-        if (rows := self.planes.slot_rows) is not None:
-            key, value = key.index_select(0, rows), value.index_select(0, rows)
-        update(layer, key, value, *rest)
+    return ExtraSlots
 
 
 class Planes:
@@ -177,9 +173,7 @@ class Planes:
         the row of each slot in the slot mapping, and writes can be deferred."""
         for name in self.layer_names:
             impl = self._context[name].impl
-            kind = type(impl)
-            impl.__class__ = type(f"ExtraSlots{kind.__name__}", (ExtraSlotsImpl, kind), {})
-            impl.planes = self
+            impl.__class__ = with_extra_slots(type(impl), self)
 
     @contextmanager
     def deferring(self, rows: torch.Tensor | None) -> Iterator[DeferredWrites | None]:
