@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCK := requirements/cpu.lock
 LOWEST := requirements/lowest.lock
+SERVING := requirements/serving.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
@@ -67,10 +68,13 @@ eval-tiny: .venv
 
 # Resolve the lock files again (needs uv). See requirements/README.md.
 lock:
-	uv pip compile pyproject.toml --extra cpu --extra train --extra eval --extra dev --override requirements/cpu.overrides \
+	uv pip compile pyproject.toml --extra cpu --extra train --extra eval --extra trace --extra bench --extra dev --override requirements/cpu.overrides \
 	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOCK)
+	cp $(LOCK) $(SERVING)
+	uv pip compile pyproject.toml --extra cpu --override requirements/cpu.overrides \
+	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(SERVING)
 	cp $(LOCK) $(LOWEST)
-	uv pip compile pyproject.toml requirements/lowest.in --extra cpu --extra train --extra eval --extra dev --override requirements/cpu.overrides \
+	uv pip compile pyproject.toml requirements/lowest.in --extra cpu --extra train --extra eval --extra trace --extra bench --extra dev --override requirements/cpu.overrides \
 	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOWEST)
 
 clean:

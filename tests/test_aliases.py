@@ -71,6 +71,35 @@ def test_a_configured_redirect_file_stays(
         assert "loopus-phi-4" in table
 
 
+@pytest.mark.parametrize("how", ["other contents", "writable by others", "a link", "no folder"])
+def test_a_table_that_others_could_have_written_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    expected = redirects()
+    file = Path(os.environ[aliases.REDIRECT_VARIABLE])
+    assert file.parent == tmp_path / "cache" / "vllm-loopus"
+    assert file.stat().st_mode & 0o777 == 0o600
+    if how == "other contents":
+        file.write_text('{"loopus-tiny": "/elsewhere"}')
+    elif how == "writable by others":
+        file.chmod(0o666)
+        file.parent.chmod(0o777)
+    elif how == "a link":
+        file.rename(tmp_path / "elsewhere.json")
+        file.symlink_to(tmp_path / "elsewhere.json")
+        file.parent.chmod(0o500)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+        monkeypatch.delenv(aliases.REDIRECT_VARIABLE)
+    assert redirects() == expected
+    used = Path(os.environ[aliases.REDIRECT_VARIABLE])
+    assert not used.is_symlink() and used.stat().st_mode & 0o077 == 0
+    assert not used.parent.stat().st_mode & 0o002
+    before = used
+    assert redirects() == expected  # as in a child process, which inherits the variable
+    assert Path(os.environ[aliases.REDIRECT_VARIABLE]) == before
+
+
 def test_a_path_means_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loopus-tiny").mkdir()

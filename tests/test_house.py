@@ -24,7 +24,7 @@ SERVING_RULES = {
     "hooks": {"knobs", "messages", "model", "runners", "frontend"},
 }
 # The same for the package: `serving` stands on the transformers side, tools stand on both.
-BASE = {"files", "backbones", "base_attention", "config", "aliases"}
+BASE = {"extras", "files", "backbones", "base_attention", "config", "aliases"}
 PACKAGE_RULES = {
     "files": set(),
     "backbones": set(),
@@ -35,6 +35,7 @@ PACKAGE_RULES = {
     "architectures": {"config", "modeling"},
     "serving": {*BASE, "modeling", "architectures"},
     "plugin": {"aliases", "architectures", "serving"},
+    "extras": set(),
     "recast": {*BASE, "modeling"},
     "training": {*BASE, "modeling", "recast"},
     "trace": {*BASE, "modeling"},

@@ -1,14 +1,18 @@
-"""Short names for LoopUS models, resolved by vLLM's own redirect hook.
+"""Short names for looped models, resolved by vLLM's own redirect hook.
 
 `LLM("loopus-qwen3-4b")` finds, in this order: a path of that name, the folder or repository that
 the user registered (`vllm-loopus alias add`), the checkpoint embedded in this package, the
 published repository. vLLM reads the table from the file named by `VLLM_MODEL_REDIRECT_PATH`.
 """
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from vllm_loopus.files import write_text
@@ -89,7 +93,7 @@ def remove_alias(name: str) -> None:
 
 
 def install_redirects() -> None:
-    """Point vLLM's redirect hook at a file with all aliases. Safe to call again, in any process.
+    """Points vLLM's redirect hook at a file with all aliases. Safe to call again, in any process.
 
     A redirect file that the user configured stays in force: its entries win over ours.
     """
@@ -103,14 +107,36 @@ def install_redirects() -> None:
     text = json.dumps(table, indent=1, sort_keys=True)
     # Named by its contents: processes that start together never see a file half-written.
     name = f"{FILE_PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"vllm-loopus-{os.getuid()}"):
-        try:
-            if not (folder / name).exists():
-                _write(folder / name, table)
-        except OSError:
-            continue
-        os.environ[REDIRECT_VARIABLE] = str(folder / name)
-        return
+    inherited, cached = Path(current), _cache_folder() / name
+    for file in (inherited, cached):
+        if file.name == name and _is_trusted(file, text):
+            os.environ[REDIRECT_VARIABLE] = str(file)
+            return
+    with suppress(OSError):
+        _write(cached, table)
+    file = cached
+    if not _is_trusted(cached, text):  # no home to write to, or one that others can write to
+        file = _private_folder() / name
+        _write(file, table)
+    os.environ[REDIRECT_VARIABLE] = str(file)
+
+
+def _is_trusted(file: Path, text: str) -> bool:
+    """Whether a file holds `text` and nobody else can change it."""
+    try:
+        status, folder = file.lstat(), file.parent.stat()
+        own = status.st_uid == folder.st_uid == os.getuid() and stat.S_ISREG(status.st_mode)
+        writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or folder.st_mode & stat.S_IWOTH
+        return own and not writable and file.read_text() == text
+    except OSError:
+        return False
+
+
+def _private_folder() -> Path:
+    """A new folder that nobody else can enter; it goes with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="vllm-loopus-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def explain_unknown_alias(model: str) -> None:
@@ -148,3 +174,4 @@ def _read_redirects(file: Path) -> dict[str, str]:
 def _write(file: Path, content: dict[str, str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(content, indent=1, sort_keys=True))
+    file.chmod(0o600)

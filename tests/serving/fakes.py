@@ -373,6 +373,7 @@ class Engine:
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    stop_reasons: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = engine_config(
@@ -444,6 +445,7 @@ class Engine:
                 self.depths[output.request_id] += received(output)
                 if output.finish_reason is not None:
                     self.reasons[output.request_id] = str(output.finish_reason)
+                    self.stop_reasons[output.request_id] = output.stop_reason
         self.steps += 1
         self.check_blocks()
         return scheduled

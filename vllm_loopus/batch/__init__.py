@@ -4,3 +4,7 @@
 output holds, `pipeline` is the work on Ray, `run` puts them together. Nothing is sent to Ray before
 every row was checked.
 """
+
+from vllm_loopus.extras import need
+
+need("vllm-loopus batch", "ray", "pydantic", "ray")

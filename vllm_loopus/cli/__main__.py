@@ -1,5 +1,5 @@
 """`python -m vllm_loopus.cli`: for launchers that start modules."""
 
-from vllm_loopus.cli.main import app
+from vllm_loopus.cli.entry import main
 
-app()
+main()

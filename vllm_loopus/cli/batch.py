@@ -3,7 +3,6 @@
 import os
 import sys
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +58,6 @@ def batch(
     Exit code 1 if rows failed: they are in OUTPUT with their error.
     """
     with redirect_stdout(sys.stderr), errors_told(ValueError, OSError):
-        if find_spec("ray") is None:
-            raise ValueError("Ray is missing: pip install 'vllm-loopus[ray]'")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm_loopus.batch.journal import JournalError
         from vllm_loopus.batch.run import Options, check_files, model_named

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,8 +88,6 @@ def evaluate(
     Each result is kept in OUT: stopped, the same command goes on where it was.
     """
     with errors_told(ValueError, OSError):
-        if find_spec("lm_eval") is None:
-            raise ValueError("lm-evaluation-harness is missing: pip install 'vllm-loopus[eval]'")
         if as_markdown and as_json:
             raise ValueError("--markdown and --json exclude each other")
         _set_environment()

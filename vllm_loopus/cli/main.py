@@ -1,32 +1,56 @@
 """`vllm-loopus`: puts the subcommands together."""
 
+from importlib import import_module
+
 import typer
 
 from vllm_loopus.cli.alias import alias_app
-from vllm_loopus.cli.batch import batch
-from vllm_loopus.cli.bench import bench
-from vllm_loopus.cli.deploy import deploy
-from vllm_loopus.cli.depths import depths
-from vllm_loopus.cli.doctor import doctor
-from vllm_loopus.cli.eval import evaluate
-from vllm_loopus.cli.info import info
-from vllm_loopus.cli.recast import analyze, convert, recast
-from vllm_loopus.cli.trace import trace
-from vllm_loopus.cli.train import train
+from vllm_loopus.cli.output import errors_told
+from vllm_loopus.extras import MissingExtraError
 
 app = typer.Typer(
     name="vllm-loopus",
-    help="Tools around LoopUS models on vLLM.",
+    help="Tools around looped language models on vLLM.",
     epilog="Exit codes: 0 done, 1 a problem was found, 2 the input is wrong.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+# Command -> where it is defined: a module of this package, and the function.
+COMMANDS = {
+    "doctor": ("doctor", "doctor"),
+    "info": ("info", "info"),
+    "recast": ("recast", "recast"),
+    "analyze": ("recast", "analyze"),
+    "convert": ("recast", "convert"),
+    "train": ("train", "train"),
+    "trace": ("trace", "trace"),
+    "depths": ("depths", "depths"),
+    "bench": ("bench", "bench"),
+    "batch": ("batch", "batch"),
+    "deploy": ("deploy", "deploy"),
+    "eval": ("eval", "evaluate"),
+}
+
+
+def _add_missing(name: str, error: MissingExtraError) -> None:
+    """A command that only says what has to be installed for it."""
+
+    def missing(_arguments: typer.Context) -> None:
+        with errors_told():
+            raise error
+
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(name, help=f"Not installed: {error}", context_settings=anything)(missing)
+
+
 app.add_typer(alias_app)
-for command in (doctor, info, recast, analyze, convert, train, trace, depths, bench, batch, deploy):
-    app.command()(command)
-app.command("eval")(evaluate)
+for name, (module, function) in COMMANDS.items():
+    try:
+        app.command(name)(getattr(import_module(f"vllm_loopus.cli.{module}"), function))
+    except MissingExtraError as error:
+        _add_missing(name, error)
 
 
 @app.callback()
 def main() -> None:
-    """Tools around LoopUS models on vLLM."""
+    """Tools around looped language models on vLLM."""

@@ -16,6 +16,8 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
+from vllm_loopus.extras import MissingExtraError
+
 PROBLEM, BAD_INPUT, INTERRUPTED = 1, 2, 130
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -24,10 +26,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 @contextmanager
 def errors_told(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds become a line on standard error and exit code 2."""
+    """Errors of these kinds, and libraries that are not installed, become a line on standard error
+    and exit code 2."""
+    told: tuple[type[Exception], ...] = (MissingExtraError, *kinds)
     try:
         yield
-    except kinds as error:
+    except told as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
 

@@ -29,10 +29,8 @@ def train(
         from vllm_loopus.training.settings import read_settings
 
         settings = read_settings(config, override or ())
-        try:
-            from vllm_loopus.training.run import train as run  # torch and the Trainer: seconds
-        except ImportError as error:
-            raise ImportError(f"{error}; pip install 'vllm-loopus[train]'") from error
+        from vllm_loopus.training.run import train as run  # torch and the Trainer: seconds
+
         summary = run(settings, resume)
     if os.environ.get("RANK", "0") != "0":
         return

@@ -2,3 +2,7 @@
 
 `router` sends requests where the least loop budget is outstanding, `app` writes the application.
 """
+
+from vllm_loopus.extras import need
+
+need("vllm-loopus deploy", "ray", "jinja2", "yaml")

@@ -1,1 +1,5 @@
 """From a pretrained model to a LoopUS checkpoint."""
+
+from vllm_loopus.extras import need
+
+need("vllm-loopus recast", "recast", "accelerate", "jinja2", "matplotlib", "tqdm")

@@ -2,3 +2,7 @@
 
 `reference` computes on the transformers side, `engine` alone imports vLLM.
 """
+
+from vllm_loopus.extras import need
+
+need("vllm-loopus trace", "trace", "jinja2", "matplotlib")

@@ -2,3 +2,7 @@
 
 Builds on transformers' Trainer; imports no vLLM.
 """
+
+from vllm_loopus.extras import need
+
+need("vllm-loopus train", "train", "accelerate", "datasets", "jinja2", "pydantic", "tqdm", "yaml")

@@ -1,0 +1,175 @@
+"""What an installation brings: serving needs little, and a tool names what it lacks."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests import house
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+SERVING = ("__init__", "aliases", "architectures", "backbones", "base_attention", "config",
+           "extras", "files", "modeling", "plugin", "serving")  # fmt: skip
+# With extras of their own, or only named for types.
+LAZY = {"vllm": "cpu, cuda", "ray": "ray: vLLM's executor", "fastapi": "types; vLLM's own"}
+BLOCKED = ("accelerate", "datasets", "jinja2", "lm_eval", "matplotlib", "psutil", "pydantic",
+           "rich", "scipy", "tqdm", "typer", "yaml")  # fmt: skip
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """Names of distributions, with those of our own extras in them."""
+    found = set()
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.name == "vllm-loopus":
+            for extra in requirement.extras:
+                found |= distributions(EXTRAS[extra])
+        else:
+            found.add(requirement.name)
+    return found
+
+
+def modules_of(names: set[str]) -> set[str]:
+    """The top-level modules that installed distributions bring."""
+    brought = metadata.packages_distributions()
+    known = {module: {d.lower().replace("_", "-") for d in of} for module, of in brought.items()}
+    return {module for module, of in known.items() if of & names}
+
+
+def test_serving_imports_what_is_installed_with_it_and_nothing_else() -> None:
+    imported = {
+        target.split(".")[0]
+        for name, file in house.files().items()
+        if name.removeprefix("vllm_loopus").lstrip(".").split(".")[0] in (*SERVING, "")
+        for target in house.imported(file, ())
+    }
+    outside = imported - set(sys.stdlib_module_names) - {"vllm_loopus"} - LAZY.keys()
+    installed = {Requirement(text).name for text in PROJECT["dependencies"]}
+    assert outside <= modules_of(installed)
+    assert modules_of(installed) & outside, "the names of modules were found"
+    unused = {name for name in installed if not modules_of({name}) & outside}
+    assert not unused
+
+
+IMPORT_ALL = f"""
+import importlib, pkgutil, sys
+class Blocked:
+    # For our own modules: what vLLM and transformers import is theirs.
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in {BLOCKED}:
+            return None
+        frame = sys._getframe(1)
+        while "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith("vllm_loopus"):
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+sys.meta_path.insert(0, Blocked())
+import builtins
+original = builtins.__import__
+def guarded(name, globals=None, *rest, **more):
+    # Also where the module is there already, imported by vLLM.
+    ours = (globals or {{}}).get("__name__", "").startswith("vllm_loopus")
+    if ours and name.split(".")[0] in {BLOCKED}:
+        raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+    return original(name, globals, *rest, **more)
+builtins.__import__ = guarded
+import vllm_loopus, vllm_loopus.serving
+from vllm_loopus.plugin import register
+register()
+for found in pkgutil.walk_packages(vllm_loopus.serving.__path__, "vllm_loopus.serving."):
+    importlib.import_module(found.name)
+try:
+    import vllm_loopus.recast
+except ModuleNotFoundError as error:
+    print("BLOCKED", error)
+"""
+
+
+def test_serving_is_imported_without_the_tools() -> None:
+    result = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def needed() -> list[tuple[str, str, list[str]]]:
+    """Package, extra and modules of every `need(...)`."""
+    found = []
+    for name, file in house.files().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "need":
+                _, extra, *modules = (ast.literal_eval(argument) for argument in node.args)
+                found.append((name, extra, modules))
+    return found
+
+
+@pytest.mark.parametrize(("name", "extra", "modules"), needed())
+def test_an_extra_brings_what_is_asked_for(name: str, extra: str, modules: list[str]) -> None:
+    assert set(modules) <= modules_of(distributions(EXTRAS[extra]))
+
+
+def test_tools_import_what_their_extra_brings() -> None:
+    """Every library that a package of tools imports is in the extra that it asks for."""
+    base = distributions([*PROJECT["dependencies"], *EXTRAS["cpu"], *EXTRAS["cuda"]])
+    asked = {name: extra for name, extra, _ in needed() if name != "vllm_loopus.cli.entry"}
+    asked["vllm_loopus.cli"] = "tools"
+    optional = {"datasets", "xformers", "msgspec"}  # asked for where they are used
+    for package, extra in asked.items():
+        brought = modules_of(base | distributions(EXTRAS[extra])) | optional | LAZY.keys()
+        for name, file in house.files().items():
+            if name == package or name.startswith(f"{package}."):
+                imported = {target.split(".")[0] for target in house.imported(file, ())}
+                outside = imported - set(sys.stdlib_module_names) - {"vllm_loopus"}
+                if not name.endswith("original_worker"):  # runs beside the original's code
+                    assert outside <= brought, name
+
+
+CASES = [
+    ("typer", ["--help"], "tools"),
+    ("matplotlib", ["recast", "loopus-tiny-base", "--out", "nowhere"], "recast"),
+    ("matplotlib", ["trace", "loopus-tiny", "--prompt", "1+1="], "trace"),
+    ("yaml", ["train", "configs/loopus-tiny.yaml"], "train"),
+    ("lm_eval", ["eval", "loopus-tiny", "--tasks", "tiny"], "eval"),
+    ("scipy", ["bench", "--plan", "tiny"], "bench"),
+    ("ray", ["batch", "in.jsonl", "out.jsonl"], "ray"),
+]
+# Each in a fork of one process that has imported what takes long.
+ONE_MISSING = f"""
+import importlib.util, os, sys
+import torch, transformers, vllm_loopus
+from vllm_loopus.cli.entry import main
+original = importlib.util.find_spec
+for index, (module, arguments, _) in enumerate({CASES!r}):
+    sys.stdout.flush()
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    sys.stderr = sys.stdout
+    import vllm_loopus.extras as extras
+    extras.find_spec = lambda name, *rest: None if name == module else original(name, *rest)
+    sys.argv = ["vllm-loopus", *arguments]
+    print("CASE", index)
+    try:
+        main()
+    except SystemExit as end:
+        print("CODE", end.code)
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+def test_what_is_missing_is_named_with_its_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_MISSING], capture_output=True, text=True, cwd=ROOT
+    )
+    _, *told = re.split(r"^CASE \d+$", result.stdout, flags=re.MULTILINE)
+    for (module, arguments, extra), text in zip(CASES, told, strict=True):
+        assert f"needs {module}" in text, (arguments, text)
+        assert f"pip install 'vllm-loopus[{extra}]'" in text
+        assert "CODE 2" in text and "Traceback" not in text

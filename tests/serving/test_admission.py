@@ -1,0 +1,87 @@
+"""Knobs of a request in the engine core: parsed once, carried with it, and never fatal."""
+
+from typing import Any
+
+import pytest
+
+from tests.serving.fakes import Engine, answer
+from vllm_loopus.serving.core import admission
+from vllm_loopus.serving.knobs.request import RequestKnobs
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was parsed from now on."""
+    seen: list[Any] = []
+
+    class Counted(RequestKnobs):
+        @classmethod
+        def of(cls, extra_args: Any, defaults: Any) -> RequestKnobs:
+            seen.append(extra_args)
+            return RequestKnobs.of(extra_args, defaults)
+
+    monkeypatch.setattr(admission, "RequestKnobs", Counted)
+    return seen
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("kv_policy", ["exact", "last_exited"])
+def test_knobs_are_parsed_once(parsed: list[Any], runner: str, kv_policy: str) -> None:
+    """Whatever happens to the request: waiting, running, preempted, scheduled again."""
+    engine = Engine(
+        num_blocks=4 * 10 + 1,
+        max_num_seqs=3,
+        quorum=0.3,
+        runner_kind=runner,
+        kv_policy=kv_policy,
+    )
+    depths = [1 + index % 4 for index in range(25)]
+    requests = [engine.add(f"r{i}", [i, 3, 3], 25, exit_depths=depths) for i in range(6)]
+    assert len(parsed) == 6
+    engine.run()
+    assert len(parsed) == 6
+    assert sum(request.num_preemptions for request in requests) > 0
+    assert all(engine.depths[f"r{i}"] == depths for i in range(6))
+
+
+BAD: list[dict[str, Any]] = [
+    {"max_loops": 99},
+    {"min_loops": 0},
+    {"exit_threshold": "high"},
+    {"exit_depths": [1, 2, 77]},
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("kv_policy", ["exact", "last_exited"])
+def test_an_unchecked_request_fails_alone(bad: dict[str, Any], kv_policy: str) -> None:
+    """One that reached the engine core past the front end, before and beside others."""
+    engine = Engine(kv_policy=kv_policy, max_num_seqs=2)
+    engine.add("bad", [7, 8, 9], 5, **bad)
+    for index in range(3):
+        engine.add(f"r{index}", [index, 1, 2], 5)
+    engine.add("late", [7, 8], 5, **bad)
+    engine.run()
+    for name in ("bad", "late"):
+        assert engine.reasons[name] == "error" and engine.outputs[name] == []
+        (field,) = bad
+        assert field in engine.stop_reasons[name]
+    for index in range(3):
+        assert engine.reasons[f"r{index}"] == "length"
+        if kv_policy == "exact":
+            tokens = answer([index, 1, 2], 5, engine.max_loops, engine.max_loops)[0]
+            assert engine.outputs[f"r{index}"] == tokens
+    assert engine.free_blocks == engine.num_blocks - 1
+    assert not engine.scheduler.requests and not engine.scheduler._refused
+
+
+def test_an_unchecked_request_that_is_aborted_leaves_nothing() -> None:
+    from vllm.v1.request import RequestStatus
+
+    engine = Engine()
+    engine.add("bad", [7, 8, 9], 5, max_loops=99)
+    engine.scheduler.finish_requests("bad", RequestStatus.FINISHED_ABORTED)
+    engine.add("good", [1, 2], 3)
+    engine.run()
+    assert engine.reasons == {"good": "length"}
+    assert not engine.scheduler._refused
