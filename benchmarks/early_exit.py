@@ -1,90 +1,80 @@
-"""Early exit on against off, and off against a plain loop, on one machine.
+"""How much faster is a batch with early exit on, and what does the loop cost with it off?
 
-    python benchmarks/early_exit.py            # batches of 4, 16 and 64: hours on a slow CPU
+For developers who change a step, the scheduler or the quorum; the table of docs/early-exit.md, and
+the costs that benchmarks/scale.py plans with.
+
+    python benchmarks/early_exit.py      # batches of 4, 16 and 64: 25 minutes to hours on two cores
     python benchmarks/early_exit.py --seqs 16 --tokens 24 --waves 2 --policies last_exited
 
-Three engines, each in a process of its own, take turns of a second until all have finished the
-same requests, so that a machine whose speed drifts slows all of them down. Exit depths are replayed
-from a seeded truncated geometric law; prompts run to the full depth. The simulated policy
-(`vllm_loopus/bench/policy.py`) gets the costs measured in the same run. `--write FILE` keeps
-everything as JSON.
+Three engines, each in a process of its own, take turns of a second until all have finished the same
+requests, so that a machine whose speed drifts slows all of them down: early exit on, early exit
+off, and the model's own fixed loop under vLLM's own classes (plain). Exit depths are replayed from
+a seeded truncated geometric law; prompts run to the full depth. The simulated policy
+(`vllm_loopus/bench/policy.py`) gets the costs measured in the same run.
 """
 
-import argparse
-import json
-import os
-import sys
 import tempfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from vllm_loopus.bench.costs import shares
 from vllm_loopus.bench.fleet import Fleet, Timed
-from vllm_loopus.bench.models import write_looped
+from vllm_loopus.bench.models import SIZES, write_looped
 from vllm_loopus.bench.ratios import Ratio
+from vllm_loopus.bench.script import begin, finish, script_parser
 from vllm_loopus.bench.sections.decode import compared, workload_of
-from vllm_loopus.bench.setup import (
-    DTYPES,
-    FULL,
-    POLICIES,
-    Setup,
-    about,
-    default_device,
-    default_dtype,
-)
-from vllm_loopus.bench.workers.vllm_worker import OURS, PLAIN
-from vllm_loopus.files import write_text
+from vllm_loopus.bench.setup import DTYPES, FULL, Setup, default_device, default_dtype
+from vllm_loopus.serving.knobs.engine import KV_POLICIES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--seqs", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=KV_POLICIES, default=KV_POLICIES)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a request")
     parser.add_argument("--waves", type=float, default=4, help="requests for each sequence slot")
     parser.add_argument("--mean", type=float, default=3.0, help="mean exit depth")
     parser.add_argument("--quorum", default="auto")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--no-plain", action="store_true", help="leave the plain loop out")
+    parser.add_argument("--no-plain", action="store_true", help="without the plain loop")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the CPU likes it")
     parser.add_argument("--slice", type=float, default=1.0, help="seconds of a turn")
-    parser.add_argument("--size", default="published", help="published, small or tiny")
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="published")
     args = parser.parse_args()
     device = default_device()
+    dtype = default_dtype(device) if args.dtype == "auto" else args.dtype
     plan = replace(
         FULL, size=args.size, tokens=args.tokens, waves=args.waves, mean=args.mean, sections=()
     )
+    report = begin()
+    print(f"{dtype}, {args.size} model\n")
     with tempfile.TemporaryDirectory() as folder:
-        dtype = default_dtype(device) if args.dtype == "auto" else args.dtype
         setup = Setup(plan, Path(folder), dtype, device, print)
-        report = {**about(setup, sys.argv), "runs": []}
-        print(f"{report['date']}  {report['machine']}  {dtype}\n")
+        report |= {**setup.to_dict(), "runs": []}
         looped = setup.folder / "looped"
         write_looped(plan.model, looped, dtype, plan.mean)
         for seqs in args.seqs:
             for policy in args.policies:
                 row = measure(setup, looped, seqs, policy, args)
                 report["runs"].append(row)
-                print(told(row), flush=True)
-    if args.write:
-        write_text(args.write, json.dumps(report, indent=1))
+                print(text_of(row), flush=True)
+    finish(report, args.write)
 
 
-def measure(setup: Setup, looped: Path, seqs: int, policy: str, args: Any) -> dict[str, Any]:
+def measure(setup: Setup, looped: Path, seqs: int, policy: str, args: Namespace) -> dict[str, Any]:
     """One policy at one number of sequences."""
     work = workload_of(setup, seqs)
     max_depth = setup.plan.model.max_loops
     fixed = work.at_depth(max_depth)
     quorum = args.quorum if args.quorum == "auto" else float(args.quorum)
     loopus = {"kv_policy": policy, "exit_quorum": quorum, "prefill_depth": "full"}
-    specs = [setup.engine(name, OURS, looped, seqs, [work], **loopus) for name in ("off", "on")]
+    specs = [setup.engine(name, "ours", looped, seqs, [work], **loopus) for name in ("off", "on")]
     workloads = {"off": fixed, "on": work}
     if not args.no_plain:
-        specs.insert(0, setup.engine("plain", PLAIN, looped, seqs, [work]))
+        specs.insert(0, setup.engine("plain", "plain", looped, seqs, [work]))
         workloads = {"plain": fixed, **workloads}
     timed = {name: Timed() for name in workloads}
     with Fleet(specs, setup.folder) as fleet:
@@ -110,7 +100,7 @@ def measure(setup: Setup, looped: Path, seqs: int, policy: str, args: Any) -> di
     }
 
 
-def told(row: dict[str, Any]) -> str:
+def text_of(row: dict[str, Any]) -> str:
     counts, costs, model = row["counts"], row["costs"], row["simulated"]
     plain = "" if row["off_over_plain"] is None else f"  off/plain {Ratio(**row['off_over_plain'])}"
     rule, parts = model["by_rule"], row["profiles"]["off"]["parts"]

@@ -1,282 +1,218 @@
-"""Memory and prefill by depth: blocks in use, sequences at once, time to first token.
+"""What do K/V planes by depth cost? Blocks in use, sequences at once, time to first token.
 
-    python benchmarks/kv_by_depth.py     # everything: ten minutes on two slow cores
-    python benchmarks/kv_by_depth.py --only ttft
+For developers who change admission, allocation or prefill; docs/kv-layout.md and docs/early-exit.md
+have the numbers.
 
-A small model with dummy weights in float32; exit depths are replayed or bounded by `max_loops`.
-Times are ratios within one process, modes alternating. `--write FILE` keeps everything as JSON.
+    python benchmarks/kv_by_depth.py                     # everything: ten minutes on two slow cores
+    python benchmarks/kv_by_depth.py --only arithmetic   # seconds: nothing is run
+
+A small model with made-up weights in float32; exit depths are replayed, or bounded by `max_loops`.
+The time to first token is in seconds, modes alternating in one process. All else is counts: of rows
+and passes (mixed), which repeat exactly, and of blocks and sequences (memory, concurrency), which
+vary by a percent from run to run, since the engine's quorum follows the time of its passes.
 """
 
-import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 import numpy as np
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-)
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+from vllm_loopus.bench.fleet import ENVIRONMENT
+from vllm_loopus.bench.models import ModelSize, write_config
 from vllm_loopus.bench.policy import geometric
+from vllm_loopus.bench.script import begin, finish, script_parser
+from vllm_loopus.bench.workers.engine import LocalEngine
+from vllm_loopus.bench.workers.probe import Step
+from vllm_loopus.bench.workloads import Generator, Request
+from vllm_loopus.serving.knobs.engine import KV_POLICIES
 
-DEPTH, BLOCK, VOCABULARY = 8, 32, 512
-LAW = geometric(3.0, DEPTH)
+MEAN, DEPTH, BLOCK, VOCABULARY = 3.0, 8, 32, 512
+GENERATOR = Generator(VOCABULARY, DEPTH, MEAN)
 PASS_COST, DECODER_ROW = 16, 0.1  # in rows of a pass: for the clock of the mixed workload
 
 
-def model_config(hidden: int, layers: int) -> dict[str, Any]:
-    """One layer each in encoder and decoder."""
-    base = {
-        "model_type": "qwen3",
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_attention_heads": hidden // 32,
-        "num_key_value_heads": hidden // 64,
-        "head_dim": 32,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
+def engine(model: Path, loopus: dict[str, Any], **options: Any) -> LocalEngine:
+    """`loopus`: our engine options; `options`: further ones of vLLM's."""
+    defaults = {
+        "load_format": "dummy",
+        "dtype": "float32",
+        "block_size": BLOCK,
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
     }
-    return {
-        "model_type": "loopus",
-        "architectures": ["LoopUSForCausalLM"],
-        "base_config": base,
-        "encoder_layer_indices": [0],
-        "reasoning_layer_indices": list(range(1, layers - 1)),
-        "decoder_layer_indices": [layers - 1],
-        "max_loops": DEPTH,
-        "exit_threshold": 2.0,
-    }
+    return LocalEngine("ours", str(model), loopus, {**defaults, **options})
 
 
-class Engine:
-    """vLLM in this process, and what happens at each of its steps."""
-
-    def __init__(self, folder: str, loopus: dict[str, Any], **options: Any) -> None:
-        from vllm import LLM
-
-        defaults = {"max_model_len": 1024, "max_num_seqs": 32, "enable_prefix_caching": False}
-        self.llm = LLM(
-            folder,
-            load_format="dummy",
-            dtype="float32",
-            block_size=BLOCK,
-            skip_tokenizer_init=True,
-            additional_config={"loopus": loopus},
-            **{**defaults, **options},
-        )
-        core = self.llm.llm_engine.engine_core.engine_core
-        self.scheduler = core.scheduler
-        self._sequences = core.model_executor.driver_worker.worker.model_runner._sequences
-        self._count = 0
-        self.rows = 0  # of passes, so far
-        self.clock = 0.0  # what they and the decoder cost, in rows
-        self._sequences.step = self._counting(self._sequences.step)
-
-    def _counting(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            decoded, progress = step(*args)
-            stats = progress.stats
-            self.rows += sum(stats.passes)
-            work = sum(stats.passes) + DECODER_ROW * stats.decoder_rows
-            self.clock += work + PASS_COST * len(stats.passes)
-            return decoded, progress
-
-        return counted
-
-    def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-
-    @property
-    def in_use(self) -> int:
-        pool = self.scheduler.kv_cache_manager.block_pool
-        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-
-    def add(self, prompt: list[int], tokens: int, **knobs: Any) -> str:
-        from vllm import SamplingParams
-
-        self._count += 1
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=knobs
-        )
-        name = f"r{self._count}"
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        return name
-
-    def step(self) -> list[Any]:
-        return self.llm.llm_engine.step()
-
-    def computed(self) -> tuple[set[int], Counter[int]]:
-        """Blocks that hold a computed position, and how many blocks of positions have how many
-        planes, from the worker's watermarks."""
-        pairs: set[int] = set()
-        planes: Counter[int] = Counter()
-        for request in self.scheduler.running:
-            sequence = self._sequences._running[request.request_id].sequence
-            tables = self._sequences._tables
-            table = tables._tables[tables._index[request.request_id]]
-            for column in range(-(-sequence.done[0] // BLOCK)):
-                first, behind = column * BLOCK, (column + 1) * BLOCK
-                taken_over = sequence.last_exited and behind > sequence.prefill_end
-                depths = [
-                    d
-                    for d in range(1, sequence.max_depth + 1)
-                    if sequence.done[d] > first or (taken_over and sequence.done[0] > first)
-                ]
-                pairs |= {int(table[d - 1, column]) for d in depths}
-                planes[len(depths)] += 1
-        return pairs, planes
+def with_budget(rng: np.random.Generator, prompt: int, tokens: int, max_loops: int) -> Request:
+    """A request of which no token exits before `max_loops`."""
+    return Request(GENERATOR.prompt(rng, prompt), tokens, knobs={"max_loops": max_loops})
 
 
-def prompt_of(rng: Any, length: int) -> list[int]:
-    tokens: list[int] = rng.integers(10, VOCABULARY, length).tolist()
-    return tokens
+def with_exits(rng: np.random.Generator, prompt: int, tokens: int) -> Request:
+    """A request whose tokens exit at random depths."""
+    exits = GENERATOR.independent_exits(rng, tokens)
+    return Request(GENERATOR.prompt(rng, prompt), tokens, exits)
 
 
-def drive(engine: Engine, watch: Callable[[], None]) -> None:
-    """Steps until nothing is left, calling `watch` between steps."""
-    while engine.llm.llm_engine.has_unfinished_requests():
-        engine.step()
-        watch()
+def steps(llm: LocalEngine) -> Iterator[None]:
+    """Yields after each step, until all requests have ended."""
+    while llm.unfinished:
+        llm.step()
+        yield
 
 
-def memory(folder: str) -> dict[str, Any]:
-    """Half of the requests with `max_loops` 2, half 8, none leaving early; and random depths."""
+def computed(llm: LocalEngine) -> tuple[set[int], Counter[int]]:
+    """Blocks that hold a computed position, and how many blocks of positions have how many planes,
+    from the worker's watermarks."""
+    sequences = llm.probe.runner._sequences
+    pairs: set[int] = set()
+    planes: Counter[int] = Counter()
+    for request in llm.probe.scheduler.running:
+        sequence = sequences._running[request.request_id].sequence
+        table = sequences._tables._tables[sequences._tables._index[request.request_id]]
+        for column in range(-(-sequence.done[0] // BLOCK)):
+            first, behind = column * BLOCK, (column + 1) * BLOCK
+            taken_over = sequence.last_exited and behind > sequence.prefill_end
+            depths = [
+                d
+                for d in range(1, sequence.max_depth + 1)
+                if sequence.done[d] > first or (taken_over and sequence.done[0] > first)
+            ]
+            pairs |= {int(table[d - 1, column]) for d in depths}
+            planes[len(depths)] += 1
+    return pairs, planes
+
+
+class BlocksInUse:
+    """Blocks of an engine over its steps, beside what allocating every plane would take."""
+
+    def __init__(self, llm: LocalEngine) -> None:
+        self._llm, self._probe = llm, llm.probe
+        self._in_use: list[int] = []
+        self._full: list[int] = []
+        self._over = 0.0  # blocks in use over those with a computed position, at most
+        self._planes: Counter[int] = Counter()
+
+    def watch(self) -> None:
+        pairs, planes = computed(self._llm)
+        self._planes += planes
+        self._in_use.append(self._probe.blocks_in_use)
+        running = self._probe.scheduler.running  # the sampled token's block is reserved too
+        self._full.append(DEPTH * sum(-(-request.num_tokens // BLOCK) for request in running))
+        if pairs:
+            self._over = max(self._over, self._in_use[-1] / len(pairs))
+
+    def row(self) -> dict[str, Any]:
+        total = sum(self._planes.values())
+        return {
+            "blocks over computed pairs, most": self._over,
+            "peak over full allocation": max(self._in_use) / max(self._full),
+            "mean over full allocation": sum(self._in_use) / sum(self._full),
+            "share of blocks with so many planes": {
+                str(n): round(self._planes[n] / total, 3) for n in sorted(self._planes)
+            },
+            "blocks left at the end": self._probe.blocks_in_use,
+        }
+
+
+def memory(model: Path) -> dict[str, Any]:
+    """Half of the requests with `max_loops` 2, half 8, none exiting early; and random depths."""
     result: dict[str, Any] = {}
     prompt, new, count = 64, 64, 24
-    for policy in ("exact", "last_exited"):
-        engine = Engine(folder, {"kv_policy": policy})
+    for policy in KV_POLICIES:
+        llm = engine(model, {"kv_policy": policy})
         for load in ("budgets 2 and 8", "random depths"):
             rng = np.random.default_rng(1)
             for index in range(count):
-                knobs: dict[str, Any] = {"max_loops": 8 if index % 2 else 2}
                 if load == "random depths":
-                    exits = rng.choice(np.arange(1, DEPTH + 1), new, p=LAW)
-                    knobs = {"exit_depths": exits.tolist()}
-                engine.add(prompt_of(rng, prompt), new, **knobs)
-            seen = {"over": 0.0, "peak": 0, "full": 0, "sum": 0, "full_sum": 0}
-            planes: Counter[int] = Counter()
-
-            def watch(
-                engine: Engine = engine, seen: dict[str, Any] = seen, planes: Counter[int] = planes
-            ) -> None:
-                pairs, by_planes = engine.computed()
-                full = DEPTH * sum(
-                    -(-r.num_tokens // BLOCK)
-                    for r in engine.scheduler.running  # the sampled token's block is reserved too
-                )
-                if pairs:
-                    seen["over"] = max(seen["over"], engine.in_use / len(pairs))
-                seen["peak"] = max(seen["peak"], engine.in_use)
-                seen["full"] = max(seen["full"], full)
-                seen["sum"] += engine.in_use
-                seen["full_sum"] += full
-                planes.update(by_planes)
-
-            drive(engine, watch)
-            total = sum(planes.values())
-            result[f"{policy}, {load}"] = row = {
-                "blocks over computed pairs, most": seen["over"],
-                "peak over full allocation": seen["peak"] / seen["full"],
-                "mean over full allocation": seen["sum"] / seen["full_sum"],
-                "share of blocks with so many planes": {
-                    str(n): round(planes[n] / total, 3) for n in sorted(planes)
-                },
-                "blocks left at the end": engine.in_use,
-            }
-            show(f"{policy}, {load}", row)
-        engine.close()
+                    llm.add(with_exits(rng, prompt, new))
+                else:
+                    llm.add(with_budget(rng, prompt, new, 8 if index % 2 else 2))
+            blocks = BlocksInUse(llm)
+            for _ in steps(llm):
+                blocks.watch()
+            result[f"{policy}, {load}"] = blocks.row()
+            show(f"{policy}, {load}", blocks.row())
+        llm.close()
     return result
 
 
-def concurrency(folder: str) -> dict[str, Any]:
+def concurrency(model: Path) -> dict[str, Any]:
     """A pool in which full allocation holds 8 sequences."""
     prompt, new, count = 64, 64, 32
-    blocks = 8 * DEPTH * -(-(prompt + new) // BLOCK) + 1
+    pool = 8 * DEPTH * -(-(prompt + new) // BLOCK) + 1
     result = {}
-    for policy in ("exact", "last_exited"):
-        engine = Engine(
-            folder, {"kv_policy": policy}, num_gpu_blocks_override=blocks, max_model_len=512
-        )
+    for policy in KV_POLICIES:
+        llm = engine(model, {"kv_policy": policy}, num_gpu_blocks_override=pool, max_model_len=512)
+        scheduler = llm.probe.scheduler
         rng = np.random.default_rng(2)
-        for most in (2, 8) * 5:  # what sequences need is learned
-            engine.add(prompt_of(rng, prompt), new, max_loops=most)
-        drive(engine, lambda: None)
+        for most in (2, 8) * 5:  # the scheduler learns what sequences need
+            llm.add(with_budget(rng, prompt, new, most))
+        list(steps(llm))
         for index in range(count):
-            engine.add(prompt_of(rng, prompt), new, max_loops=8 if index % 2 else 2)
-        running: list[int] = []
-        grown: list[int] = []  # of them, those beyond half of their new tokens
-
-        def watch(
-            engine: Engine = engine, running: list[int] = running, grown: list[int] = grown
-        ) -> None:
-            requests = engine.scheduler.running
-            running.append(len(requests))
-            grown.append(sum(r.num_tokens > prompt + new // 2 for r in requests))
-
-        requests: dict[str, Any] = engine.scheduler.requests
-        everything = list(requests.values())
-        drive(engine, watch)
+            llm.add(with_budget(rng, prompt, new, 8 if index % 2 else 2))
+        requests = list(scheduler.requests.values())
+        # Tokens of the sequences that run, step by step.
+        lengths = [[one.num_tokens for one in scheduler.running] for _ in steps(llm)]
+        half = prompt + new // 2
         result[policy] = row = {
-            "blocks": blocks,
-            "running at once, most": max(running),
-            "running, mean": statistics.mean(running),
-            "beyond half their tokens at once, most": max(grown),
-            "preemptions": sum(r.num_preemptions for r in everything),
-            "finished": sum(r.is_finished() for r in everything),
+            "blocks": pool,
+            "running at once, most": max(map(len, lengths)),
+            "running, mean": statistics.mean(map(len, lengths)),
+            "beyond half their tokens at once, most": max(
+                sum(length > half for length in running) for running in lengths
+            ),
+            "preemptions": sum(request.num_preemptions for request in requests),
+            "finished": sum(request.is_finished() for request in requests),
         }
         show(f"at once, {policy}", row)
-        engine.close()
+        llm.close()
     return result
 
 
-def ttft(folder: str, repeats: int) -> dict[str, Any]:
-    """Time to first token of a 512-token prompt that leaves at depth 2."""
+def ttft(model: Path, repeats: int) -> dict[str, Any]:
+    """Time to first token of a 512-token prompt that exits at depth 2."""
     engines = {
-        mode: Engine(folder, {"prefill_depth": mode}, max_num_batched_tokens=2048)
+        mode: engine(model, {"prefill_depth": mode}, max_num_batched_tokens=2048)
         for mode in ("lazy", "full")
     }
     seconds: dict[str, list[float]] = {mode: [] for mode in engines}
     for number in range(repeats + 1):
-        for mode, engine in engines.items():
-            rng = np.random.default_rng(number)
+        for mode, llm in engines.items():
+            prompt = GENERATOR.prompt(np.random.default_rng(number), 512)
             started = time.perf_counter()
-            engine.add(prompt_of(rng, 512), 1, exit_depths=[2])
-            drive(engine, lambda: None)
+            llm.add(Request(prompt, 1, exits=[2]))
+            list(steps(llm))
             if number:  # the first is the warm-up
                 seconds[mode].append(time.perf_counter() - started)
-    for engine in engines.values():
-        engine.close()
+    for llm in engines.values():
+        llm.close()
     lazy, full = (statistics.median(seconds[mode]) for mode in ("lazy", "full"))
     result = {"lazy s": lazy, "full s": full, "lazy over full": lazy / full}
     show("time to first token, 512 tokens, exit depth 2", result)
     return result
 
 
-def mixed(folder: str, repeats: int, load: float) -> dict[str, Any]:
+def mixed(model: Path, repeats: int, load: float) -> dict[str, Any]:
     """Long-tailed prompts that arrive at random, random depths: which `prefill_depth` is better.
 
     By a clock that counts rows and passes, so that the machine does not matter.
     """
     modes = ("lazy", "full")
-    runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
+    runs: dict[str, list[dict[str, float]]] = {}
     for mode in modes:
         loopus = {"prefill_depth": mode, "exit_quorum": 0.5}
-        engine = Engine(folder, loopus, max_num_batched_tokens=512, max_num_seqs=16)
-        runs[mode] = [arrivals(engine, seed, load) for seed in range(repeats)]
-        engine.close()
+        llm = engine(model, loopus, max_num_batched_tokens=512, max_num_seqs=16)
+        runs[mode] = [arrivals(llm, seed, load) for seed in range(repeats)]
+        llm.close()
     result: dict[str, Any] = {"load": load}
     for name in runs["lazy"][0]:
         ratios = [a[name] / b[name] for a, b in zip(runs["lazy"], runs["full"], strict=True)]
@@ -286,33 +222,34 @@ def mixed(folder: str, repeats: int, load: float) -> dict[str, Any]:
     return result
 
 
-def arrivals(engine: Engine, seed: int, load: float, count: int = 40) -> dict[str, float]:
+def arrivals(llm: LocalEngine, seed: int, load: float, count: int = 40) -> dict[str, float]:
     """One run. `load`: arrivals for 1000 rows of the clock."""
     rng = np.random.default_rng(seed)
-    times = engine.clock + np.cumsum(rng.exponential(1000 / load, count))
+    times = np.cumsum(rng.exponential(1000 / load, count))
     lengths = np.clip(rng.lognormal(4.2, 0.9, count), 8, 512).astype(int)
     tokens = np.clip(rng.lognormal(2.8, 0.6, count), 4, 64).astype(int)
     arrived: dict[str, float] = {}
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    rows, number, started = engine.rows, 0, engine.clock
-    while number < count or engine.llm.llm_engine.has_unfinished_requests():
-        if not engine.llm.llm_engine.has_unfinished_requests():
-            engine.clock = max(engine.clock, times[number])
-        while number < count and times[number] <= engine.clock:
-            exits = rng.choice(np.arange(1, DEPTH + 1), tokens[number], p=LAW).tolist()
-            prompt = prompt_of(rng, lengths[number])
-            name = engine.add(prompt, int(tokens[number]), exit_depths=exits)
+    clock, rows, number = 0.0, 0, 0
+    while number < count or llm.unfinished:
+        if not llm.unfinished:
+            clock = max(clock, times[number])
+        while number < count and times[number] <= clock:
+            name = llm.add(with_exits(rng, int(lengths[number]), int(tokens[number])))
             arrived[name] = times[number]
             number += 1
-        for output in engine.step():
-            first.setdefault(output.request_id, engine.clock)
-            last[output.request_id] = engine.clock
+        outputs, step = llm.step()
+        rows += sum(step.rows)
+        clock += cost(step)
+        for output in outputs:
+            first.setdefault(output.request_id, clock)
+            last[output.request_id] = clock
     waits = sorted(first[name] - arrived[name] for name in arrived)
     whole = sorted(last[name] - arrived[name] for name in arrived)
     return {
-        "time in all": engine.clock - started,
-        "rows": engine.rows - rows,
+        "time in all": clock,
+        "rows": rows,
         "time to first token, median": statistics.median(waits),
         "time to first token, p90": waits[int(0.9 * count)],
         "time of a request, median": statistics.median(whole),
@@ -320,15 +257,20 @@ def arrivals(engine: Engine, seed: int, load: float, count: int = 40) -> dict[st
     }
 
 
+def cost(step: Step) -> float:
+    """Of a step, in rows of a pass."""
+    return sum(step.rows) + DECODER_ROW * step.decoder_rows + PASS_COST * len(step.rows)
+
+
 def arithmetic(traces: Path | None) -> dict[str, Any]:
     """Planes that blocks need when depths are independent, and what sharing them could save."""
-    within = np.cumsum(LAW)  # P(depth <= d)
+    within = np.cumsum(geometric(MEAN, DEPTH))  # P(depth <= d)
     result: dict[str, Any] = {}
     for block in (16, 32):
-        # exact: a position is taken along by every later token, so what counts is the deepest of
-        # all tokens from the block on.
+        # exact: a position is computed at the depth of every later token, so what counts is the
+        # deepest of all tokens from the block on.
         exact = {m: mean_most(within, m) for m in (1, block, 4 * block)}
-        # last_exited, with blocks shared by all planes below the deepest exit in them.
+        # last_exited, with blocks shared by all planes up to the deepest exit in them.
         shared = mean_most(within, block)
         result[f"random depths, blocks of {block}"] = {
             "exact: planes with so many tokens from the block on": exact,
@@ -341,7 +283,7 @@ def arithmetic(traces: Path | None) -> dict[str, Any]:
     return result
 
 
-def mean_most(within: Any, draws: int) -> float:
+def mean_most(within: np.ndarray, draws: int) -> float:
     """The mean of the greatest of `draws` independent depths."""
     return float(sum(1 - within[d - 1] ** draws if d else 1.0 for d in range(DEPTH)))
 
@@ -372,31 +314,42 @@ def show(title: str, values: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parts: Iterable[str] = ("arithmetic", "memory", "concurrency", "ttft", "mixed")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parts = ("arithmetic", "memory", "concurrency", "ttft", "mixed")
+    parser = script_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load", type=float, default=0.9, help="arrivals a 1000 rows (mixed)")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--traces", type=Path, help="folder with golden answers")
-    parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    report: dict[str, Any] = {"command": " ".join(sys.argv)}
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    hidden = options.hidden
+    size = ModelSize(
+        layers=options.layers,
+        hidden=hidden,
+        intermediate=3 * hidden,
+        heads=hidden // 32,
+        kv_heads=hidden // 64,
+        head_size=32,
+        vocabulary=VOCABULARY,
+        max_loops=DEPTH,
+        longest=2048,
+    )
+    report = begin()
     with tempfile.TemporaryDirectory() as folder:
-        config = model_config(options.hidden, options.layers)
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+        model = write_config(size.config(), Path(folder) / "model")
         jobs: dict[str, Callable[[], dict[str, Any]]] = {
             "arithmetic": lambda: arithmetic(options.traces),
-            "memory": lambda: memory(folder),
-            "concurrency": lambda: concurrency(folder),
-            "ttft": lambda: ttft(folder, options.repeats),
-            "mixed": lambda: mixed(folder, options.repeats, options.load),
+            "memory": lambda: memory(model),
+            "concurrency": lambda: concurrency(model),
+            "ttft": lambda: ttft(model, options.repeats),
+            "mixed": lambda: mixed(model, options.repeats, options.load),
         }
         for part in options.only:
             report[part] = jobs[part]()
-    if options.write:
-        options.write.write_text(json.dumps(report, indent=1))
+    finish(report, options.write)
 
 
 if __name__ == "__main__":

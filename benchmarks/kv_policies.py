@@ -1,18 +1,22 @@
-"""What `last_exited` costs in quality: both K/V policies on the same held-out text.
+"""How much quality does the K/V policy `last_exited` cost, on the same held-out text as `exact`?
 
-    python benchmarks/kv_policies.py --model loopus-tiny
+For whoever chooses the policy of a model, or changes what it stores; docs/loopus-tiny/README.md has
+the numbers.
+
+    python benchmarks/kv_policies.py                  # loopus-tiny: three minutes, two cores
     python benchmarks/kv_policies.py --model my-loopus --texts texts.jsonl   # {"text": ...} lines
 
 Every token of a text after the first is decoded, not prefilled: a logits processor forces the
 sampler to take the text's next token, while vLLM reports log-probabilities from before it. So every
-position leaves at its own depth, and deeper positions read what the policy put in the planes below
-them. Without `--texts` the texts are conversations of loopus-tiny's tasks, and only answers count.
+position exits at its own depth, and later tokens that go deeper read what the policy stored for it
+at their depth. Without `--texts` the texts are conversations of loopus-tiny's tasks, and only
+answers count.
 """
 
-import argparse
 import gc
 import json
 import math
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +29,17 @@ from vllm import LLM, SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_loopus import exit_depths
+from vllm_loopus.bench.script import begin, finish, script_parser
+from vllm_loopus.serving.knobs.engine import KV_POLICIES
 from vllm_loopus.tiny.dataset import chat_row
+from vllm_loopus.tiny.evaluate import standard_error
 from vllm_loopus.tiny.tasks import EVALUATION_SEEDS, TASKS, conversation
 
 FORCED = "forced_token_ids"
-POLICIES = ("exact", "last_exited")
 
 
 class Forced(AdapterLogitsProcessor):
-    """Leaves only the next token of a given text."""
+    """Allows only the next token of a given text."""
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -78,8 +84,6 @@ class Result:
 
 def conversations(tokenizer: Any, count: int, turns: int, seed: int) -> Iterable[Text]:
     """Held-out conversations of loopus-tiny's tasks; answers count."""
-    import random
-
     rng = random.Random(2 * seed + EVALUATION_SEEDS)
     for index in range(count):
         items = conversation(TASKS[index % len(TASKS)], turns, rng)
@@ -106,7 +110,7 @@ def texts_of(file: Path, tokenizer: Any, limit: int) -> Iterable[Text]:
 
 
 def measure(llm: LLM, texts: list[Text], policy: str, threshold: float) -> Result:
-    """Decode all texts as they stand, and look at what was likely before."""
+    """Decodes all texts as they stand. Raises `RuntimeError` if the engine took other tokens."""
     params = [
         SamplingParams(
             temperature=0,
@@ -137,7 +141,7 @@ def measure(llm: LLM, texts: list[Text], policy: str, threshold: float) -> Resul
         threshold=threshold,
         counted=len(right),
         accuracy=accuracy,
-        standard_error=math.sqrt(accuracy * (1 - accuracy) / len(right)),
+        standard_error=standard_error(accuracy, len(right)),
         perplexity=math.exp(sum(losses) / len(losses)),
         mean_exit_depth=sum(depths) / len(depths),
         counted_exit_depth=sum(counted_depths) / len(counted_depths),
@@ -145,7 +149,7 @@ def measure(llm: LLM, texts: list[Text], policy: str, threshold: float) -> Resul
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="loopus-tiny")
     parser.add_argument("--texts", type=Path, help="JSON lines with text")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a text at most")
@@ -154,10 +158,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--thresholds", type=float, nargs="+", help="default: the model's, and 1")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
     args = parser.parse_args()
+    report = begin()
     results = []
-    for policy in POLICIES:
+    for policy in KV_POLICIES:
         llm = LLM(
             args.model,
             dtype=args.dtype,
@@ -184,8 +188,7 @@ def main() -> None:
         values = asdict(result).values()
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
     Console(width=160).print(table)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    finish({**report, "results": [asdict(result) for result in results]}, args.write)
 
 
 if __name__ == "__main__":

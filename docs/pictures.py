@@ -1,9 +1,9 @@
-"""Makes the pictures of docs/looking-inside.md anew, from what loopus-tiny says today.
+"""Draws the pictures of docs/looking-inside.md again, from what loopus-tiny answers today.
 
     make pictures                      # TRACE_OPTIONS='--max-loops 8' goes to vllm-loopus trace
 
 A question with its answer is traced as a given text; the statistics are of the questions that
-loopus-tiny is evaluated on. The page is photographed by Chromium.
+loopus-tiny is evaluated on. Chromium takes the screenshot of the page.
 """
 
 import json
@@ -28,15 +28,15 @@ WIDTH, SCALE = 1280, 1.5
 
 
 def vllm_loopus(*arguments: str | Path) -> None:
-    command = "from vllm_loopus.cli.main import app; app(prog_name='vllm-loopus')"
+    """Runs a subcommand. Raises `CalledProcessError` where it fails."""
+    command = [sys.executable, "-m", "vllm_loopus.cli", *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # a small model gains nothing from more
-    subprocess.run(
-        [sys.executable, "-c", command, *map(str, arguments)], check=True, env=environment
-    )
+    subprocess.run(command, check=True, env=environment)
 
 
 def photograph(page_file: Path, out: Path) -> None:
-    """The page as it opens down to the grid's legend, with the mouse where the last token left."""
+    """The page as it opens, down to the grid's legend, with the mouse where the last token exited.
+    Needs Chromium."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))))
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])

@@ -171,7 +171,7 @@ def passes(rows: list[int], tiny: bool, compiled: bool) -> tuple[bool, dict[str,
 def one_size(runner: Any, count: int, repeats: int) -> tuple[float, float, float]:
     """Seconds of a pass of `count` sequences, a row each, as it is and as a graph, and how far
     their states are apart."""
-    from vllm_loopus.serving.step.staircase import Rows
+    from vllm_loopus.serving.step.staircase import Chunk
 
     tables, region = runner._sequences._tables, runner._sequences._executor._regions.reasoning
     config, length = runner.vllm_config.model_config, 96
@@ -182,7 +182,7 @@ def one_size(runner: Any, count: int, repeats: int) -> tuple[float, float, float
         own = list(range(1 + index * blocks, 1 + (index + 1) * blocks))
         tables.add(name, [own for _ in depths], 0)
     layout = tables.layout(
-        [Rows(SimpleNamespace(request_id=name), 2, length - 1, length) for name in names]
+        [Chunk(SimpleNamespace(request_id=name), 2, length - 1, length) for name in names]
     )
     generator = torch.Generator().manual_seed(0)
     state = torch.randn(count, config.get_hidden_size(), generator=generator)
@@ -191,8 +191,11 @@ def one_size(runner: Any, count: int, repeats: int) -> tuple[float, float, float
     padding = region._padding
     for name, use in (("eager", None), ("graph", padding)):
         region._padding = use
-        outputs = [output.clone() for output in region(layout, state).outputs]
-        found[name] = (timed(lambda: region(layout, state), repeats, runner.device), outputs)
+        outputs = [output.clone() for output in region(layout, state, None, None).outputs]
+        found[name] = (
+            timed(lambda: region(layout, state, None, None), repeats, runner.device),
+            outputs,
+        )
     region._padding = padding
     for name in names:
         tables.remove(name)
@@ -205,7 +208,7 @@ def one_size(runner: Any, count: int, repeats: int) -> tuple[float, float, float
 
 def reasoning_bytes(model_config: Any) -> int:
     """Of the reasoning block's weights; the backend of CPUs keeps packed ones out of sight."""
-    from vllm_loopus.modeling.checkpoint import expected_shapes
+    from vllm_loopus.modeling.model import expected_shapes
 
     shapes = expected_shapes(model_config.hf_config)
     numbers = sum(math.prod(s) for name, s in shapes.items() if name.startswith("reasoning."))

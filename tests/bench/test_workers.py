@@ -8,7 +8,6 @@ import torch
 from vllm_loopus.bench.cached_loop import generate_cached
 from vllm_loopus.bench.models import SIZES
 from vllm_loopus.bench.process import Worker, WorkerError, script_worker
-from vllm_loopus.bench.ratios import Ratio
 from vllm_loopus.bench.workers.transformers_worker import Reference
 from vllm_loopus.bench.workloads import Generator
 from vllm_loopus.modeling.model import LoopUSForCausalLM
@@ -31,14 +30,6 @@ def test_workloads_are_seeded() -> None:
     assert arrivals == sorted(arrivals)
     assert arrivals[-1] == pytest.approx(64 / 2, rel=0.4)
     assert mixed.at_depth(8).mean_depth == 8
-
-
-def test_ratios_are_taken_within_rounds() -> None:
-    # The machine slows down by a third; the ratio stays.
-    ratio = Ratio.over([20, 20 / 1.5, 20], [10, 10 / 1.5, 10])
-    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
-    assert Ratio(2, 1.9, 2.1, 3).agrees(Ratio(2.2, 2.1, 2.3, 3))
-    assert not Ratio(2, 1.9, 2.05, 3).agrees(Ratio(2.2, 2.1, 2.3, 3))
 
 
 @pytest.mark.parametrize("prompts", [[[11, 12, 13]], [[11, 12, 13, 14], [15], [16, 17]]])

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from vllm_loopus.modeling.blocks import LayerRun, Positions
 from vllm_loopus.modeling.exit_rule import ExitTracker
 from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.layers import LayerRun, Positions
 from vllm_loopus.modeling.model import LoopUSForCausalLM, Pass
 
 
@@ -49,8 +49,8 @@ class CachedLoop:
             update = self._run(model.reasoning, state, ids, depth, start)
             one = Pass(depth, state, update, model.reasoning.gate(update, state))
             state = one.state
-            judged = model.judged(one, (slice(None), -1))
-            now = exits.after(depth, self._rule.evidence(**judged))
+            halting_inputs = model.halting_inputs(one, (slice(None), -1))
+            now = exits.update(depth, self._rule.evidence(**halting_inputs))
             chosen = torch.where(now[:, None, None], state, chosen)
             if not exits.running.any() and not fixed:
                 break
@@ -82,7 +82,7 @@ class CachedLoop:
         keys = torch.tensor(columns, device=self._device)
         queries = torch.arange(start, start + hidden.shape[1], device=self._device)
         seen = (keys <= queries[:, None]) & self._valid[:, None, keys]
-        seen = seen | (keys == queries[:, None])  # padding sees itself: no row without a number
+        seen = seen | (keys == queries[:, None])  # padding sees itself: no row is NaN
         kinds = set(block.attention_types)
         rotary = self._model.rotary_emb(hidden, ids)
         positions = Positions(

@@ -29,7 +29,8 @@ def fit(steps: Steps) -> Costs:
 
 
 def _fitted(columns: list[Any], values: Any) -> list[float]:
-    """Least squares without negative coefficients (a column that wants one is left out)."""
+    """Least squares without negative coefficients: a column whose coefficient is negative is
+    omitted, its coefficient 0."""
     use = list(range(len(columns)))
     while True:
         found = np.linalg.lstsq(np.stack([columns[i] for i in use], 1), values, rcond=None)[0]

@@ -21,8 +21,8 @@ STATES = {True: "reached", False: "missed", None: ""}
 
 @dataclass(frozen=True)
 class Figure:
-    """`wanted`: at least, or with `at_most` at most; None where nothing is asked. `valid`: whether
-    what was compared gave the same answers."""
+    """A ratio and its target. `wanted`: at least this, with `at_most` at most; None without a
+    target. `valid`: whether the engines compared gave the same answers."""
 
     name: str
     value: Ratio

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_loopus.bench.process import Worker, package_worker
+from vllm_loopus.bench.workers.engine import Kind
 from vllm_loopus.bench.workloads import Workload
 
 ENVIRONMENT = {
@@ -24,11 +25,10 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A vLLM engine. `kind`: `ours`, `plain` (a fixed loop under vLLM's own classes) or `base`.
-    `loopus`: our engine options; `options`: those of vLLM's `LLM`."""
+    """A vLLM engine. `loopus`: our engine options; `options`: those of vLLM's `LLM`."""
 
     name: str
-    kind: str
+    kind: Kind
     model: Path
     loopus: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -64,7 +64,8 @@ class Timed:
 
 
 class Fleet:
-    """vLLM engines by name, each in a process of its own; ends them when left."""
+    """vLLM engines by name, each in a process of its own. As a context manager it
+    starts and ends them."""
 
     def __init__(self, specs: Sequence[EngineSpec], logs: Path) -> None:
         self.specs = {spec.name: spec for spec in specs}

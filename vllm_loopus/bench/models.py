@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from vllm_loopus.aliases import CHECKPOINTS
@@ -15,13 +17,13 @@ from vllm_loopus.config import ReleasedLoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 
-FIRST_TOKEN = 10  # prompts hold no token below it: the borrowed tokenizer's special ones
+FIRST_TOKEN = 10  # the least id in prompts: lower ones are special in the borrowed tokenizer
 SAMPLED_TEXTS, SAMPLED_LENGTH = 32, 12  # what the exit threshold is chosen on
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A Qwen3 base with one layer each in encoder and decoder.
+    """A Qwen3 base with one layer each in encoder and decoder. Sizes are numbers of elements.
 
     `published` is the size that the project's speed figures are asked for; `tiny` is for trying the
     benchmark itself.
@@ -53,7 +55,8 @@ class ModelSize:
         }
 
     def config(self) -> dict[str, Any]:
-        """In the released format, which everybody reads. Nobody leaves early unless told to."""
+        """In the released format, which the original reads too. No token exits early unless told
+        to."""
         return {
             "model_type": "lds",
             "architectures": ["LoopUSForCausalLM"],
@@ -79,7 +82,7 @@ class ModelSize:
 
     @property
     def reasoning_weights(self) -> int:
-        """What one pass multiplies a row with."""
+        """Weights that one pass multiplies a row with."""
         return (self.layers - 2) * self.layer_weights + self.gate_weights
 
     @property
@@ -106,26 +109,31 @@ SIZES = {
 }
 
 
-def write_base(size: ModelSize, folder: Path) -> Path:
-    """A config without weights: engines make up random ones."""
+def write_config(config: Mapping[str, Any], folder: Path) -> Path:
+    """A new model folder without weights: engines make up random ones. Returns the folder.
+
+    Raises `FileExistsError` where it exists.
+    """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(size.base_config()))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def write_looped(size: ModelSize, folder: Path, dtype: str, mean: float, seed: int = 0) -> float:
-    """A checkpoint with seeded random weights and a tokenizer; returns its exit threshold.
+    """A checkpoint with seeded random weights and a tokenizer; returns an exit threshold.
 
-    That is chosen so that tokens leave at about a `mean` depth by the head's own choice. The config
-    itself lets nobody leave early, as most runs want it.
+    With that threshold the head lets tokens exit at a depth of about `mean`, on average. The
+    threshold of the config lets no token exit early, as most runs want it.
+
+    Raises `FileExistsError` where the folder exists.
     """
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(size.config()))
+    write_config(size.config(), folder)
     torch.manual_seed(seed)
     model = LoopUSForCausalLM(ReleasedLoopUSConfig.from_pretrained(folder))
     with torch.no_grad():
-        # A random head reads a token much the same at all depths: by `threshold` tokens would leave
-        # at once or never, by `cdf` at all depths, as long as it is not too sure of any.
+        # A random head has about the same confidence in a token at all depths: by `threshold`
+        # tokens would exit at once or never. By `cdf` they exit at all depths, where confidence is
+        # low enough.
         weight = model.q_head.get_parameter("1.weight")
         weight.normal_(0, 1 / size.hidden**0.5)
     model = model.to(getattr(torch, dtype)).eval()
@@ -140,7 +148,7 @@ def write_looped(size: ModelSize, folder: Path, dtype: str, mean: float, seed: i
 
 @torch.inference_mode()
 def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
-    """The threshold at which the positions of random texts leave at `mean` on average."""
+    """The threshold at which positions of random texts exit at `mean` on average."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(
         FIRST_TOKEN,
@@ -152,7 +160,7 @@ def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
     positions = model.positions(embedded)
     everywhere = (slice(None), slice(None))
     found = [
-        model.judged(one, everywhere)["confidence"].flatten().numpy()
+        model.halting_inputs(one, everywhere)["confidence"].flatten().numpy()
         for one in model.passes(model.encode(embedded, positions), positions)
     ]
     reached = 1 - np.cumprod(1 - np.stack(found), axis=0)  # [N, positions]
@@ -160,7 +168,8 @@ def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
     return float(min(candidates, key=lambda each: abs(_mean(reached, each) - mean)))
 
 
-def _mean(reached: Any, threshold: float) -> float:
-    left = reached > threshold
-    left[-1] = True
-    return float((left.argmax(0) + 1).mean())
+def _mean(reached: NDArray[np.float32], threshold: float) -> float:
+    """The mean exit depth. `reached` [N, positions]: the evidence at each depth."""
+    exited = reached > threshold
+    exited[-1] = True
+    return float((exited.argmax(0) + 1).mean())

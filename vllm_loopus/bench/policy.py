@@ -1,7 +1,7 @@
 """What depth-wise continuous batching could reach for given costs: the yardstick of the benchmarks.
 
 The policy of the simulator the project started with, extended by what a real run has: prompts (to
-the full depth, or lazily to the one that their first token leaves at), the decoder's catch-up, and
+the full depth, or lazily to the one that their first token exits at), the decoder's catch-up, and
 a finite number of requests (ramp-down). It shares no code with the engine.
 
 A pass over n rows costs `c0 + c1 n`; a boundary that gives m tokens and runs k rows through the
@@ -10,9 +10,9 @@ decoder costs `d0 + d1 m + d2 k`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 AUTO = "auto"
 QUORUMS = (0.02, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
@@ -38,16 +38,22 @@ class Simulated:
     rows: float
 
 
-def geometric(mean: float, max_depth: int) -> np.ndarray[Any, Any]:
-    """Probabilities of depths 1..max_depth: a geometric law, truncated, with the given mean."""
+def geometric_parameter(mean: float, limit: int) -> float:
+    """The probability p of a geometric law that, cut at `limit`, has this mean."""
+    low, high = 1e-9, 1.0
+    for _ in range(100):
+        p = (low + high) / 2
+        low, high = (p, high) if (1 - (1 - p) ** limit) / p > mean else (low, p)
+    return high
+
+
+def geometric(mean: float, max_depth: int) -> NDArray[np.float64]:
+    """Probabilities [max_depth] of depths from 1 on: a geometric law, truncated, with this mean."""
     if mean >= max_depth:
         return np.eye(max_depth)[-1]
-    low, high = 1e-9, 1 - 1e-9
-    for _ in range(200):
-        p = (low + high) / 2
-        law = p * (1 - p) ** np.arange(max_depth)
-        law[-1] += (1 - p) ** max_depth
-        low, high = (p, high) if law @ np.arange(1, max_depth + 1) > mean else (low, p)
+    p = geometric_parameter(mean, max_depth)
+    law = p * (1 - p) ** np.arange(max_depth)
+    law[-1] += (1 - p) ** max_depth
     return law / law.sum()
 
 
@@ -55,9 +61,10 @@ def geometric(mean: float, max_depth: int) -> np.ndarray[Any, Any]:
 class Policy:
     """`kv`: `exact` or `last_exited`; `max_seqs` sequences at a time.
 
-    `quorum`: the share of them that must have left before a boundary, or `auto`: the boundary comes
-    when one more pass would cost more for each sequence that it is expected to bring than one that
-    leaves bears now.
+    `quorum`: the share of them whose token must have exited before a boundary, or `auto`: the
+    boundary comes when one more pass would cost more, for each exit that it is expected to bring,
+    than each token that has exited pays for the boundary now. `lazy`: prompts go no deeper than
+    their first token.
     """
 
     kv: str
@@ -96,7 +103,7 @@ class _Sequence:
         self.done[deeper] = self.end
         return rows
 
-    def leave(self) -> int:
+    def decode(self) -> int:
         """The boundary: rows through the decoder."""
         depth = self.exits.pop(0)
         if self.takes_over:
@@ -139,14 +146,14 @@ def simulate(
                 break
         if not (ready := [s for s in running if s.refined]):
             continue
-        decoded = sum(s.leave() for s in ready)
+        decoded = sum(s.decode() for s in ready)
         time += costs.d0 + costs.d1 * len(ready) + costs.d2 * decoded
         running = [s for s in running if s.exits]
     return Simulated(1e3 * tokens / time, passes / tokens, rows / passes)
 
 
 def _hazard(exits: Sequence[Sequence[int]], max_depth: int) -> list[float]:
-    """By depth: the share of the tokens that get there that leaves there."""
+    """By depth: of the tokens that get there, the share that exits there."""
     depths = np.array([depth for one in exits for depth in one])
     found = [float((depths == d).sum() / max((depths >= d).sum(), 1)) for d in range(max_depth)]
     return [*found, 1.0]

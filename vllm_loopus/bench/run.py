@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from vllm_loopus.bench.fleet import Fleet
-from vllm_loopus.bench.models import write_base, write_looped
+from vllm_loopus.bench.models import write_config, write_looped
 from vllm_loopus.bench.sections import cache, decode, machine, mixed, quality, served, sweep, uneven
 from vllm_loopus.bench.setup import Setup, about
 
@@ -46,7 +47,7 @@ def run(
             report["machine_limits"] = machine.measure(setup)
     looped, base = setup.folder / "looped", setup.folder / "base"
     threshold = write_looped(plan.model, looped, setup.dtype, plan.mean, plan.seed)
-    write_base(plan.model, base)
+    write_config(plan.model.base_config(), base)
     report["threshold"] = threshold
     report["decode"] = []
     for seqs in plan.seqs:
@@ -66,10 +67,10 @@ def run(
 
 
 def _with_fleet(
-    setup: Setup, seqs: int, looped: Any, base: Any, report: dict[str, Any], section: Section
+    setup: Setup, seqs: int, looped: Path, base: Path, report: dict[str, Any], section: Section
 ) -> None:
     """The sections that run on engines of `seqs` sequences; those beside `decode` do so once, on
-    the engines with the most sequences not above the sweep's greatest batch."""
+    the engines with the most sequences that the sweep's greatest batch allows."""
     plan = setup.plan
     beside = seqs == max(
         (n for n in plan.seqs if n <= max(plan.sweep_batches)), default=plan.seqs[0]

@@ -1,25 +1,23 @@
 """What a run of the benchmark is made of: the plan, and what its sections share."""
 
-import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from vllm_loopus.bench.fleet import EngineSpec
+from vllm_loopus.bench.host import about_run
 from vllm_loopus.bench.models import SIZES, ModelSize
+from vllm_loopus.bench.workers.engine import Kind
 from vllm_loopus.bench.workloads import Generator, Workload
+from vllm_loopus.serving.knobs.engine import KV_POLICIES
 
 BLOCK = {"cpu": 128, "cuda": 16}  # vLLM's own default block sizes
 SPARE = 1.25  # K/V memory over what the workloads need
 GPU_SHARE = 0.05  # of the GPU's memory that must be free when an engine starts
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-POLICIES = ("exact", "last_exited")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Plan:
     mean: float = 3.0
     seed: int = 0
     rounds: int = 3  # at least
-    policies: tuple[str, ...] = POLICIES
+    policies: tuple[str, ...] = KV_POLICIES
     eager_base: bool = False  # not compiled, which vLLM does with the base by default
     sweep_batches: tuple[int, ...] = (1, 4, 16)
     sweep_means: tuple[float, ...] = (2.0, 3.0, 5.0, 8.0)
@@ -94,7 +92,7 @@ TINY = replace(
     seqs=(4,),
     tokens=4,
     rounds=2,
-    policies=POLICIES[:1],
+    policies=KV_POLICIES[:1],
     eager_base=True,
     sweep_batches=(1, 4),
     sweep_tokens=2,
@@ -126,6 +124,15 @@ class Setup:
     tell: Callable[[str], None]
     original: tuple[Path, str] | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What decides about the figures: dtype, device, plan and model."""
+        return {
+            "dtype": self.dtype,
+            "device": self.device,
+            "plan": asdict(self.plan),
+            "model": self.plan.model.to_dict(),
+        }
+
     @property
     def generator(self) -> Generator:
         model = self.plan.model
@@ -142,7 +149,7 @@ class Setup:
     def engine(
         self,
         name: str,
-        kind: str,
+        kind: Kind,
         model: Path,
         seqs: int,
         workloads: Sequence[Workload],
@@ -156,13 +163,13 @@ class Setup:
             "max_model_len": -(-(longest + 1) // 64) * 64,
             "kv_cache_memory_bytes": self._kv_bytes(kind, seqs, workloads),
         }
-        if self.device == "cuda":  # others are there too; the K/V's size is said above
+        if self.device == "cuda":  # other engines are there too; K/V has its size already
             options["gpu_memory_utilization"] = GPU_SHARE
         if kind == "base":
             options |= {"load_format": "dummy", "enforce_eager": self.plan.eager_base}
         return EngineSpec(name, kind, model, loopus, options)
 
-    def _kv_bytes(self, kind: str, seqs: int, workloads: Sequence[Workload]) -> int:
+    def _kv_bytes(self, kind: Kind, seqs: int, workloads: Sequence[Workload]) -> int:
         model, block = self.plan.model, BLOCK[self.device]
         a_layer = 2 * model.kv_heads * model.head_size * self.itemsize
         layers = model.layers
@@ -195,34 +202,4 @@ def default_device() -> str:
 
 def about(setup: Setup, command: Sequence[str]) -> dict[str, Any]:
     """What is needed to repeat a run."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "machine": machine(),
-        "command": " ".join(command),
-        "dtype": setup.dtype,
-        "device": setup.device,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "argv": sys.argv[1:],
-        "plan": asdict(setup.plan),
-        "model": setup.plan.model.to_dict(),
-        "load_at_start": psutil.getloadavg()[0],
-        "memory": psutil.virtual_memory().total,
-    }
-
-
-def machine() -> str:
-    """In words: the GPU, or the CPU with what it can do and how many cores."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {psutil.cpu_count()} cores"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
-    flags = next((text for text in lines if text.startswith("flags")), "")
-    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512"}
-    told = next((name for flag, name in known.items() if flag in flags), None)
-    told = told or ("AVX2" if "avx2" in flags else "no AVX2")
-    name = names[0] if names else platform.machine()
-    return f"{name} ({told}), {psutil.cpu_count()} cores, {platform.system()}"
+    return {**about_run(command), **setup.to_dict()}

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_loopus.bench.models import FIRST_TOKEN
 from vllm_loopus.bench.policy import geometric
@@ -12,8 +13,9 @@ from vllm_loopus.bench.policy import geometric
 
 @dataclass(frozen=True)
 class Request:
-    """`exits`: the depth at which each token is to leave, or None for the head's own choice.
-    `knobs`: further knobs. `arrival`: when it comes, in mean gaps between arrivals; 0 at once."""
+    """`prompt`: token ids. `tokens`: how many are generated. `exits`: the depth at which each of
+    them is to exit, None where the head decides. `knobs`: further knobs. `arrival`: when it comes,
+    in mean gaps between arrivals; 0 at once."""
 
     prompt: list[int]
     tokens: int
@@ -60,7 +62,7 @@ class Workload:
         return Workload(self.name, [replace(request, exits=depths) for request, depths in pairs])
 
     def without_exits(self, **knobs: Any) -> "Workload":
-        """The same requests; where tokens leave is the model's own affair, by these knobs."""
+        """The same requests with these knobs; the head decides where tokens exit."""
         return Workload(
             self.name, [replace(request, exits=None, knobs=knobs) for request in self.requests]
         )
@@ -70,9 +72,10 @@ class Workload:
 
 
 class Generator:
-    """Draws workloads for a model. `mean`: of the depths' law, a truncated geometric one."""
+    """Draws workloads for a model. The law of exit depths is a truncated geometric one."""
 
     def __init__(self, vocabulary: int, max_loops: int, mean: float) -> None:
+        """`mean`: of the law."""
         self._vocabulary, self._max_loops, self._mean = vocabulary, max_loops, mean
 
     def decode(
@@ -80,8 +83,8 @@ class Generator:
     ) -> Workload:
         """Short prompts of one length, answers of one length, all there at once."""
         rng = np.random.default_rng(seed)
-        exits = self._exits(rng, (count, tokens), mean).tolist()
-        prompts = [self._prompt(rng, prompt) for _ in range(count)]
+        exits = self.exits(rng, (count, tokens), mean).tolist()
+        prompts = [self.prompt(rng, prompt) for _ in range(count)]
         pairs = zip(prompts, exits, strict=True)
         return Workload("decode", [Request(text, tokens, depths) for text, depths in pairs])
 
@@ -96,8 +99,8 @@ class Generator:
         times = np.cumsum(rng.exponential(1 / load, count))
         requests = []
         for prompt, answer, time in zip(prompts, answers, times, strict=True):
-            exits = self._exits(rng, int(answer), None).tolist()
-            text = self._prompt(rng, int(prompt))
+            exits = self.exits(rng, int(answer), None).tolist()
+            text = self.prompt(rng, int(prompt))
             requests.append(Request(text, int(answer), exits, arrival=float(time)))
         return Workload("mixed", requests)
 
@@ -107,18 +110,28 @@ class Generator:
         lengths = np.exp(rng.uniform(np.log(shortest), np.log(longest), count)).astype(int)
         requests = []
         for length in lengths:
-            exits = self._exits(rng, tokens, None).tolist()
-            requests.append(Request(self._prompt(rng, length), tokens, exits))
+            exits = self.exits(rng, tokens, None).tolist()
+            requests.append(Request(self.prompt(rng, length), tokens, exits))
         return Workload("long", requests)
 
-    def _prompt(self, rng: Any, length: int) -> list[int]:
+    def prompt(self, rng: np.random.Generator, length: int) -> list[int]:
+        """Random token ids."""
         tokens: list[int] = rng.integers(FIRST_TOKEN, self._vocabulary, length).tolist()
         return tokens
 
-    def _exits(self, rng: Any, shape: Any, mean: float | None) -> Any:
-        """Depths of the law in random order, each as often as the law says: their mean is its."""
+    def exits(
+        self, rng: np.random.Generator, shape: int | tuple[int, ...], mean: float | None
+    ) -> NDArray[np.int64]:
+        """Depths of the law in random order, each as often as the law says: their mean is its.
+        `mean`: of the law, None for that of the generator."""
         law = geometric(self._mean if mean is None else mean, self._max_loops)
         count = int(np.prod(shape))
         ranks = (np.arange(count) + 0.5) / count
         depths = np.searchsorted(np.cumsum(law), ranks).clip(max=self._max_loops - 1) + 1
         return rng.permutation(depths).reshape(shape)
+
+    def independent_exits(self, rng: np.random.Generator, count: int) -> list[int]:
+        """Depths of the law, each drawn by itself: their mean is the law's within chance."""
+        law = geometric(self._mean, self._max_loops)
+        depths: list[int] = rng.choice(np.arange(1, self._max_loops + 1), count, p=law).tolist()
+        return depths

@@ -2,6 +2,7 @@
 many tokens came before (the paper's figure 3 has them by the length of the answer)."""
 
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -12,12 +13,13 @@ from vllm_loopus.bench.workloads import Workload
 
 
 def workload_of(setup: Setup, tokens: int) -> Workload:
+    """One request of so many tokens at the full depth."""
     plan = setup.plan
     depth = plan.model.max_loops
     return setup.generator.decode(plan.seed, 1, plan.prompt, tokens).at_depth(depth)
 
 
-def measure(setup: Setup, fleet: Fleet, looped: Any, base: Any) -> dict[str, Any]:
+def measure(setup: Setup, fleet: Fleet, looped: Path, base: Path) -> dict[str, Any]:
     """The last tokens of each length are timed, the ones before made up: what a token costs is a
     matter of how many came before. `ours` is our engine of the first policy, early exit off."""
     plan = setup.plan

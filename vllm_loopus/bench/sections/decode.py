@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_loopus.bench.costs import counts, fit, ideal_rate, shares, simulated, simulated_rate
-from vllm_loopus.bench.fleet import Cell, Fleet, Timed
+from vllm_loopus.bench.fleet import Cell, EngineSpec, Fleet, Timed
 from vllm_loopus.bench.policy import Policy
 from vllm_loopus.bench.ratios import Ratio
 from vllm_loopus.bench.setup import Setup
@@ -14,6 +14,7 @@ from vllm_loopus.bench.workloads import Workload
 
 
 def workload_of(setup: Setup, seqs: int) -> Workload:
+    """The plan's requests for `seqs` sequences at a time, all there at once."""
     plan = setup.plan
     count = max(seqs, round(plan.waves * seqs))
     return setup.generator.decode(plan.seed + seqs, count, plan.prompt, plan.tokens)
@@ -74,7 +75,8 @@ def compared(
     *,
     lazy: bool,
 ) -> dict[str, Any]:
-    """Ratios, and what the simulated policy makes of the costs of the same run."""
+    """Ratios, and what the simulated policy makes of the costs of the same run. `lazy`: prompts go
+    no deeper than their first token. `peak_blocks`: K/V blocks."""
     costs = fit([*on.steps, *off.steps])
     model = simulated(costs, work, Policy(policy, seqs, max_depth, lazy=lazy), max_depth)
     chosen = Policy(policy, seqs, max_depth, model["quorum"], lazy)
@@ -126,7 +128,7 @@ def explained(found: Mapping[str, float], model: Mapping[str, Any]) -> str | Non
 
 def specs(
     setup: Setup, looped: Path, base: Path, seqs: int, workloads: Sequence[Workload]
-) -> list[Any]:
+) -> list[EngineSpec]:
     """The engines that `measure` and the sections beside it use."""
     ours = [
         setup.engine(policy, "ours", looped, seqs, workloads, kv_policy=policy)

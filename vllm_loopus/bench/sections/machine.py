@@ -9,6 +9,7 @@ ROWS = (1, 4, 16, 64, 256)
 
 
 def measure(setup: Setup) -> dict[str, Any]:
+    """Bytes and operations a second, see `workers/machine_worker.py`."""
     model = setup.plan.model
     worker = Worker("machine", package_worker("machine_worker"), setup.folder / "machine.log")
     try:

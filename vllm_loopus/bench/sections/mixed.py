@@ -1,6 +1,6 @@
 """Prefill included: long-tailed prompts and answers that arrive at random, and long contexts.
 
-Prompts go as deep as their first token leaves (`prefill_depth` `lazy`, the default).
+Prompts go as deep as their first token exits (`prefill_depth` `lazy`, the default).
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def mixed_workload(setup: Setup) -> Workload:
+    """Long-tailed prompts and answers, Poisson arrivals."""
     plan = setup.plan
     return setup.generator.mixed(
         plan.seed, plan.mixed_requests, plan.mixed_prompt, plan.mixed_answer, LOAD
@@ -24,6 +25,7 @@ def mixed_workload(setup: Setup) -> Workload:
 
 
 def long_workload(setup: Setup) -> Workload:
+    """Long contexts, all there at once."""
     plan = setup.plan
     shortest, longest = plan.long_context
     return setup.generator.long(plan.seed, plan.long_requests, shortest, longest, plan.mixed_answer)

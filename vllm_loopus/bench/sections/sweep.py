@@ -11,10 +11,12 @@ from vllm_loopus.bench.workloads import Workload
 
 
 def batches(setup: Setup, seqs: int) -> list[int]:
+    """The plan's batches that an engine of `seqs` sequences can run."""
     return [batch for batch in setup.plan.sweep_batches if batch <= seqs]
 
 
 def workload_of(setup: Setup, batch: int, mean: float) -> Workload:
+    """`batch` requests with exit depths of this mean."""
     plan = setup.plan
     work = setup.generator.decode(
         plan.seed + batch, batch, plan.prompt, plan.sweep_tokens, min(mean, plan.model.max_loops)

@@ -1,4 +1,4 @@
-"""Requests of uneven length, all at once, tokens leaving by the head's own choice: ours (`exact`)
+"""Requests of uneven length, all at once, exits by the head's own choice: ours (`exact`)
 against the original implementation's cached generation, or a stand-in where there is no checkout.
 
 In float32 on all sides: answers are held against the uncached forward.
@@ -10,7 +10,7 @@ from dataclasses import replace
 from statistics import mean
 from typing import Any
 
-from vllm_loopus.bench.fleet import ENVIRONMENT, Fleet
+from vllm_loopus.bench.fleet import ENVIRONMENT, Fleet, Timed
 from vllm_loopus.bench.models import write_looped
 from vllm_loopus.bench.process import Worker, package_worker, script_worker
 from vllm_loopus.bench.ratios import Ratio
@@ -62,7 +62,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     finally:
         reference.close()
         other.close()
-    rates = [found["tokens"] / found["seconds"] for found in ours]
+    rates = Timed(ours).rates
     depths = Counter(str(depth) for check in checks for depth in check["exit_depths"])
     return {
         "against": STAND_IN if other is reference else ORIGINAL,

@@ -8,36 +8,25 @@ import time
 from collections import Counter
 from typing import Any
 
+import torch
+
 from vllm_loopus.bench.workers.channel import serve
-from vllm_loopus.bench.workers.probe import Probe, Step
+from vllm_loopus.bench.workers.engine import Kind, LocalEngine
+from vllm_loopus.bench.workers.probe import Step
+from vllm_loopus.bench.workloads import Request
 
-OURS, PLAIN, BASE = "ours", "plain", "base"
 
+class Driver:
+    """One engine, and the workload that it works on."""
 
-class Engine:
-    """One engine, and the requests that it is given at a time."""
-
-    def __init__(self) -> None:
-        self._llm: Any = None
-        self._probe: Any = None
-        self._count = 0
-
-    def start(self, kind: str, model: str, loopus: dict[str, Any], options: dict[str, Any]) -> Any:
-        """`options`: of vLLM's `LLM`. Returns what the engine is."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        import torch
-        from vllm import LLM, __version__
+    def start(self, kind: Kind, model: str, loopus: dict[str, Any], options: dict[str, Any]) -> Any:
+        """Builds the `LocalEngine`; returns what it is."""
+        self._engine = LocalEngine(kind, model, loopus, options)
+        self._probe = self._engine.probe
+        config = self._engine.config
+        from vllm import __version__
         from vllm.platforms import current_platform
 
-        if kind == PLAIN:  # the model's own forward, a fixed loop, under vLLM's own classes
-            worker = "cpu_worker.CPUWorker" if current_platform.is_cpu() else "gpu_worker.Worker"
-            options["scheduler_cls"] = "vllm.v1.core.sched.scheduler.Scheduler"
-            options["worker_cls"] = f"vllm.v1.worker.{worker}"
-        elif kind == OURS:
-            options["additional_config"] = {"loopus": loopus}
-        self._llm = LLM(model, skip_tokenizer_init=True, enable_prefix_caching=False, **options)
-        self._probe = Probe(self._llm)
-        config = self._llm.llm_engine.vllm_config
         return {
             "vllm": __version__,
             "torch": torch.__version__,
@@ -48,7 +37,7 @@ class Engine:
             "block_size": config.cache_config.block_size,
             "blocks": config.cache_config.num_gpu_blocks,
             "runner": type(self._probe.runner).__name__,
-            "kv_bytes": self._kv_bytes() if kind == OURS else None,
+            "kv_bytes": self._kv_bytes() if kind == "ours" else None,
         }
 
     def _kv_bytes(self) -> dict[str, int]:
@@ -61,7 +50,7 @@ class Engine:
 
     def begin(self, requests: list[dict[str, Any]], gap: float = 0.0) -> None:
         """Takes a workload in. `gap`: seconds between arrivals, on average."""
-        self._waiting = list(reversed(requests))
+        self._waiting = [Request(**fields) for fields in reversed(requests)]
         self._gap = gap
         self._arrived: dict[str, float] = {}
         self._first: dict[str, float] = {}
@@ -73,7 +62,7 @@ class Engine:
         self._started = time.perf_counter()
 
     def advance(self, seconds: float | None = None) -> bool:
-        """Goes on for so long, None: to the end; whether the end has come."""
+        """Works for so many seconds, None: to the end. Returns whether all requests have ended."""
         self._probe.resume()
         begun = time.perf_counter()
         while not (done := self._one_step()):
@@ -83,17 +72,17 @@ class Engine:
         return done
 
     def _one_step(self) -> bool:
-        """Whether nothing is left to do."""
-        engine = self._llm.llm_engine
+        """Returns whether all requests have ended."""
         while self._waiting and self._due(self._waiting[-1]) <= time.perf_counter():
-            self._add(self._waiting.pop())
-        if not engine.has_unfinished_requests():
+            request = self._waiting.pop()
+            self._arrived[self._engine.add(request)] = self._due(request)
+        if not self._engine.unfinished:
             if not self._waiting:
                 return True
             time.sleep(max(0.0, self._due(self._waiting[-1]) - time.perf_counter()))
             self._probe.resume()
             return False
-        outputs, step = self._probe.step()
+        outputs, step = self._engine.step()
         now = time.perf_counter()
         self._steps.append(step)
         self._peak_blocks = max(self._peak_blocks, self._probe.blocks_in_use)
@@ -105,30 +94,13 @@ class Engine:
                 self._last[name], self._outputs[name] = now, output
         return False
 
-    def _due(self, request: dict[str, Any]) -> float:
-        return float(self._started + request["arrival"] * self._gap)
-
-    def _add(self, request: dict[str, Any]) -> None:
-        from vllm import SamplingParams
-
-        self._count += 1
-        name = str(self._count)
-        knobs = dict(request["knobs"])
-        if request["exits"] is not None:
-            knobs["exit_depths"] = request["exits"]
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=request["tokens"],
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=knobs,
-        )
-        self._arrived[name] = self._due(request)
-        prompt = {"prompt_token_ids": request["prompt"]}
-        self._llm.llm_engine.add_request(name, prompt, params)
+    def _due(self, request: Request) -> float:
+        """When a request comes, by the clock of `time.perf_counter`."""
+        return self._started + request.arrival * self._gap
 
     def result(self, answers: bool = False) -> Any:
-        """Of the workload that has come to its end."""
+        """Of the workload that has ended. Times in seconds: `seconds` of work, `first_token` and
+        `whole` of each request from its arrival on."""
         from vllm_loopus.serving.messages.exit_depths import SPAN, exit_depths
 
         depths: Counter[int] = Counter()
@@ -160,10 +132,10 @@ class Engine:
 
 
 def main() -> None:
-    engine = Engine()
-    commands = (engine.start, engine.begin, engine.advance, engine.result, engine.profile)
+    driver = Driver()
+    commands = (driver.start, driver.begin, driver.advance, driver.result, driver.profile)
     serve({command.__name__: command for command in commands})
-    os._exit(0)  # nothing is left to be kept, and vLLM's own end takes seconds
+    os._exit(0)  # there is nothing to save, and vLLM's own shutdown takes seconds
 
 
 if __name__ == "__main__":
