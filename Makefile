@@ -7,7 +7,7 @@ SERVING := requirements/serving.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
+.PHONY: demo test test-fast test-faults test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -26,12 +26,20 @@ serve: .venv
 	$(BIN)/vllm serve loopus-tiny --host 127.0.0.1 --port 8000
 
 test: .venv
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+
+# Without an engine, for the inner loop.
+test-fast: .venv
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not engine and not faults"
+
+# Slow runs with injected faults: killed batches and training, clients that hang up, a soak.
+test-faults: .venv
+	$(BIN)/python -m pytest tests -m faults
 
 # The same with the lowest vLLM of the range, in an environment of its own; a part of it:
 # make test-lowest TESTS=tests/serving/test_golden.py
 test-lowest: .venv-lowest/.complete
-	.venv-lowest/bin/python -m pytest $(or $(TESTS),tests) -n 2 --dist loadfile
+	.venv-lowest/bin/python -m pytest $(or $(TESTS),tests) -n 2 --dist loadgroup
 
 lint: .venv
 	$(BIN)/ruff check .

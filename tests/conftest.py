@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,21 @@ KV_BYTES = 2**26  # of an engine in the tests' own process
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN_LOOPED = GOLDEN.parent / "golden_looped"
 BACKBONES = ("qwen3", "llama", "phi3")
+
+
+ENGINES = {"make_llm", "address", "forked_processes", "cluster"}  # fixtures with a vLLM engine
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that need an engine, and says which tests share a process: those of a module,
+    and all that talk to the one server."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & ENGINES:
+            item.add_marker("engine")
+        module, _, _ = item.nodeid.partition("::")
+        item.add_marker(pytest.mark.xdist_group("server" if "address" in fixtures else module))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,6 +115,10 @@ def _isolated_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("home")
     os.environ["XDG_CONFIG_HOME"] = str(home / "config")
     os.environ["XDG_CACHE_HOME"] = str(home / "cache")
+    # Here vLLM notes what it found in a model's class, for the next process.
+    run = tmp_path_factory.getbasetemp()
+    shared = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
+    os.environ["VLLM_CACHE_ROOT"] = str(shared / "vllm")
     os.environ.pop("VLLM_MODEL_REDIRECT_PATH", None)
 
 
@@ -119,6 +139,22 @@ def quick_starts() -> None:
     core.freeze_gc_heap = gpu_worker.freeze_gc_heap = gc.unfreeze = lambda: None
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def forked_processes(quick_starts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's processes are forks of the test's: a second's start where a new interpreter takes ten.
+
+    `tests/test_plugin.py` starts them as vLLM does.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.engine import coordinator, utils
+    from vllm.v1.executor import multiproc_executor
+
+    cleanup_dist_env_and_memory()  # of an engine in this process: a child would take it for its own
+    context = multiprocessing.get_context("fork")
+    for module in (coordinator, utils, multiproc_executor):
+        monkeypatch.setattr(module, "get_mp_context", lambda: context)
 
 
 @pytest.fixture(scope="module")

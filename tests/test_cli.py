@@ -67,7 +67,7 @@ def test_info_of_other_models(tmp_path: Path) -> None:
     result = run("info", str(tmp_path))
     assert result.exit_code == 2 and "is a gpt2 model, not a LoopUS model" in result.stderr
     (tmp_path / "config.json").unlink()
-    assert "holds no config.json" in run("info", str(tmp_path)).stderr
+    assert "has no config.json" in run("info", str(tmp_path)).stderr
 
 
 def test_doctor_finds_the_plugin_in_real_processes() -> None:
@@ -136,7 +136,7 @@ def test_names_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     Path("loopus-tiny").mkdir()
     told = [f.found for f in checks.names() if f.status == "warning"]
     assert len(told) == 3
-    assert "which is gone" in told[0] and "./loopus-tiny exists" in told[1]
+    assert "which does not exist" in told[0] and "./loopus-tiny exists" in told[1]
     assert "nowhere does not exist" in told[2]
     assert by_check(checks.variables())["VLLM_USE_V2_MODEL_RUNNER"].status == "error"
     aliases.registry_file().write_text("{")

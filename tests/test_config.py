@@ -156,9 +156,9 @@ def test_windows(model_type: str) -> None:
 
 BAD_BASES = [
     ("phi3", {"sliding_window": 0}, "sliding_window=0 must be a number of positions, or null"),
-    ("llama", {"sliding_window": 128}, "sliding_window=128 means nothing to a llama model"),
-    ("mistral", {"layer_types": [FULL] * 4}, "layer_types=.* is not what a mistral model does"),
-    ("gemma3_text", {"layer_types": ["chunked_attention"] * 4}, "layer_types lists .*chunked"),
+    ("llama", {"sliding_window": 128}, "sliding_window=128 has no effect in a llama model"),
+    ("mistral", {"layer_types": [FULL] * 4}, "layer_types=.* does not match the layers"),
+    ("gemma3_text", {"layer_types": ["chunked_attention"] * 4}, "layer_types contains .*chunked"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("llama", {"is_causal": False}, "is_causal=False .* set it to True"),
     ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config="),

@@ -1,7 +1,8 @@
 """Serve looped language models (LoopUS) on vLLM.
 
-Importing the package makes transformers' `AutoConfig` and `AutoModelForCausalLM` know LoopUS
-checkpoints. vLLM finds the package by its plugin entry point; nothing here imports vLLM.
+Importing the package registers LoopUS checkpoints with transformers' `AutoConfig` and
+`AutoModelForCausalLM`. vLLM finds the package through its plugin entry point. This module does not
+import vLLM.
 """
 
 from vllm_loopus.config import LoopUSConfig, register_configs

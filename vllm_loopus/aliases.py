@@ -1,8 +1,8 @@
-"""Short names for looped models, resolved by vLLM's own redirect hook.
+"""Short names for looped models, resolved by vLLM's redirect hook.
 
-`LLM("loopus-qwen3-4b")` finds, in this order: a path of that name, the folder or repository that
-the user registered (`vllm-loopus alias add`), the checkpoint embedded in this package, the
-published repository. vLLM reads the table from the file named by `VLLM_MODEL_REDIRECT_PATH`.
+`LLM("loopus-qwen3-4b")` looks, in this order, for a path of that name, a folder or repository that
+the user registered (`vllm-loopus alias add`), a checkpoint embedded in this package, and a
+published repository. vLLM reads the aliases from the file named by `VLLM_MODEL_REDIRECT_PATH`.
 """
 
 import atexit
@@ -18,32 +18,32 @@ from pathlib import Path
 from vllm_loopus.files import write_text
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-# The looped model, and the plain one it was cut from.
+# The looped model, and the plain model it was recast from.
 EMBEDDED = {name: CHECKPOINTS / name for name in ("loopus-tiny", "loopus-tiny-base")}
-# Repositories that the authors published (read in their model listing on 2026-11-23).
+# Repositories published by the authors (from their model listing, 2026-11-23).
 PUBLISHED = {
     "loopus-qwen3-1.7b": "Thrillcrazyer/Qwen3_1.7B_LoopUS",
     "loopus-qwen3-8b": "Thrillcrazyer/Qwen3-8B_LoopUS",
     "loopus-phi-4": "Thrillcrazyer/Phi4_LoopUS",
 }
-# Models of the paper whose weights no known repository holds: name -> base to recast.
+# Models of the paper without known published weights: name -> base model to recast.
 UNPUBLISHED = {
     "loopus-qwen3-4b": "Qwen/Qwen3-4B",
     "loopus-tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
 PREFIX = "loopus-"
 REDIRECT_VARIABLE = "VLLM_MODEL_REDIRECT_PATH"
-# The file that was configured before ours took its place: child processes inherit both.
+# The redirect file configured by the user, which ours replaces. Child processes inherit both.
 CONFIGURED_VARIABLE = "LOOPUS_CONFIGURED_REDIRECTS"
 FILE_PREFIX = "vllm-loopus-redirects-"
 
 
 class AliasError(ValueError):
-    """An alias that cannot be used, with what to do about it."""
+    """An alias cannot be used; the message says how to fix it."""
 
 
 def registry_file() -> Path:
-    """Where the user's own aliases are kept."""
+    """The file that stores the user's aliases."""
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(home) / "vllm-loopus" / "aliases.json"
 
@@ -58,24 +58,29 @@ def user_aliases() -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise AliasError(f"{file} cannot be read ({error}); correct or delete it") from error
     if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
-        raise AliasError(f"{file} must hold an object of names and paths; correct or delete it")
+        raise AliasError(
+            f"{file} must contain a JSON object of names and paths; correct or delete it"
+        )
     return aliases
 
 
 def known_aliases() -> dict[str, str]:
-    """Every alias that resolves: name -> folder or repository, the user's own first."""
+    """All aliases: name -> folder or repository. The user's aliases take precedence."""
     embedded = {name: str(path) for name, path in EMBEDDED.items()}
     return {**PUBLISHED, **embedded, **user_aliases()}
 
 
 def add_alias(name: str, target: str) -> None:
-    """Register `name` for a checkpoint folder or `owner/name` repository. Raises `AliasError`."""
+    """Registers `name` for a checkpoint folder or an `owner/name` repository.
+
+    Raises `AliasError` for an invalid name or target.
+    """
     if not name or "/" in name or name != name.strip() or any(c.isspace() for c in name):
         raise AliasError(f"name={name!r} must be one word without '/'")
     folder = Path(target).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise AliasError(f"target={target!r} holds no config.json; give a checkpoint folder")
+            raise AliasError(f"target={target!r} has no config.json; give a checkpoint folder")
         target = str(folder.resolve())
     elif target.count("/") != 1 or target.startswith((".", "/", "~")):
         raise AliasError(f"target={target!r} is neither a folder nor a repository (owner/name)")
@@ -83,7 +88,7 @@ def add_alias(name: str, target: str) -> None:
 
 
 def remove_alias(name: str) -> None:
-    """Forget an alias of the user's. Raises `AliasError` when there is none of that name."""
+    """Removes one of the user's aliases. Raises `AliasError` if it does not exist."""
     aliases = user_aliases()
     if name not in aliases:
         own = ", ".join(sorted(aliases)) or "none"
@@ -93,9 +98,9 @@ def remove_alias(name: str) -> None:
 
 
 def install_redirects() -> None:
-    """Points vLLM's redirect hook at a file with all aliases. Safe to call again, in any process.
+    """Points vLLM's redirect hook at a file with all aliases. May be called repeatedly.
 
-    A redirect file that the user configured stays in force: its entries win over ours.
+    Entries of a redirect file that the user configured take precedence over ours.
     """
     table = {name: to for name, to in known_aliases().items() if not Path(name).exists()}
     current = os.environ.get(REDIRECT_VARIABLE, "")
@@ -105,7 +110,7 @@ def install_redirects() -> None:
     if configured.is_file():
         table.update(_read_redirects(configured))
     text = json.dumps(table, indent=1, sort_keys=True)
-    # Named by its contents: processes that start together never see a file half-written.
+    # The name depends on the content, so that processes starting together do not interfere.
     name = f"{FILE_PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     inherited, cached = Path(current), _cache_folder() / name
     for file in (inherited, cached):
@@ -115,14 +120,14 @@ def install_redirects() -> None:
     with suppress(OSError):
         _write(cached, table)
     file = cached
-    if not _is_trusted(cached, text):  # no home to write to, or one that others can write to
+    if not _is_trusted(cached, text):  # the cache folder is not writable, or writable by others
         file = _private_folder() / name
         _write(file, table)
     os.environ[REDIRECT_VARIABLE] = str(file)
 
 
 def _is_trusted(file: Path, text: str) -> bool:
-    """Whether a file holds `text` and nobody else can change it."""
+    """Whether a file contains `text` and no other user can change it."""
     try:
         status, folder = file.lstat(), file.parent.stat()
         own = status.st_uid == folder.st_uid == os.getuid() and stat.S_ISREG(status.st_mode)
@@ -133,14 +138,14 @@ def _is_trusted(file: Path, text: str) -> bool:
 
 
 def _private_folder() -> Path:
-    """A new folder that nobody else can enter; it goes with this process."""
+    """A new folder that only this user can access; it is deleted when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="vllm-loopus-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def explain_unknown_alias(model: str) -> None:
-    """Raises `AliasError` when `model` looks like an alias and is none; says what exists."""
+    """Raises `AliasError` listing the known aliases if `model` looks like an alias but is none."""
     if not model.startswith(PREFIX) or "/" in model or Path(model).exists():
         return
     known = "\n".join(f"  {name} -> {to}" for name, to in sorted(known_aliases().items()))
@@ -152,8 +157,8 @@ def explain_unknown_alias(model: str) -> None:
         else f"model={model!r} is not a known alias"
     )
     raise AliasError(
-        f"{why}. Register a checkpoint folder or repository of yours with\n"
-        f"  vllm-loopus alias add {model} PATH\nAliases that exist:\n{known}"
+        f"{why}. Register your own checkpoint folder or repository with\n"
+        f"  vllm-loopus alias add {model} PATH\nKnown aliases:\n{known}"
     )
 
 
@@ -162,7 +167,7 @@ def _cache_folder() -> Path:
 
 
 def _read_redirects(file: Path) -> dict[str, str]:
-    """A redirect file in either of vLLM's forms: JSON, or a line `name target` each."""
+    """Reads a redirect file in either of vLLM's formats: JSON, or lines of `name target`."""
     text = file.read_text()
     try:
         return dict(json.loads(text))

@@ -1,6 +1,6 @@
-"""What differs between the base models a LoopUS model can be cut from.
+"""The base models that a LoopUS model can be made from, and the differences between them.
 
-Adding a backbone is one entry in `BACKBONES`, and a row in `tests/bases.py`. Classes are named as
+To add a backbone, add an entry to `BACKBONES` and to `tests/bases.py`. Classes are given as
 `module:Class` and imported when first used, so that reading a config imports neither vLLM nor a
 transformers model.
 """
@@ -13,39 +13,39 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Backbone:
-    """One base architecture, keyed by the `model_type` of its transformers config."""
+    """One base architecture, identified by the `model_type` of its transformers config."""
 
     model_type: str
     hf_layer: str
     hf_norm: str
     hf_rotary: str
     vllm_layer: str
-    # vLLM's merged linear layers and the checkpoint's own layers they hold, in order.
+    # vLLM's merged linear layers, and the checkpoint's layers that each contains, in order.
     packed_modules: dict[str, list[str]]
     vllm_norm: str = "vllm.model_executor.layers.layernorm:RMSNorm"
-    # Which layers attend inside `sliding_window`, where it is set: none, all, or those that
-    # `layer_types` lists as sliding.
+    # Which layers use `sliding_window` if it is set: none, all, or those that `layer_types` lists
+    # as sliding.
     windows: Literal["none", "all", "listed"] = "none"
-    # The rotary embedding takes the layer type and gives each type a table of its own.
+    # The rotary embedding has a separate table for each layer type.
     rotary_by_layer_type: bool = False
-    # Heads rotate a part of their channels where `partial_rotary_factor` says so.
+    # `partial_rotary_factor` is supported: heads may rotate only some of their channels.
     partial_rotary: bool = False
     # Embeddings are multiplied by sqrt(hidden_size).
     scaled_embedding: bool = False
     # Config fields of the caps on attention scores and logits (`cap * tanh(x / cap)`).
     attention_softcap: str | None = None
     logit_softcap: str | None = None
-    # Config fields that only one side acts upon, and what switches them off.
+    # Config fields that only one side implements, and the values that disable them.
     not_reproduced: Mapping[str, Any] = field(default_factory=dict)
 
     def value(self, base: Any, difference: str) -> Any:
-        """What `base`, a config, holds in the field that `difference` names; None for no field."""
+        """The value in the config `base` of the field that `difference` names; None without one."""
         name = getattr(self, difference)
         return None if name is None else getattr(base, name)
 
 
 def load_class(path: str) -> Any:
-    """The class that `path` (`module:Class`) names."""
+    """Imports the class given as `module:Class`."""
     module, name = path.split(":")
     return getattr(import_module(module), name)
 
@@ -67,7 +67,7 @@ def _backbone(
     packed_modules: dict[str, list[str]] = _SPLIT,
     **differences: Any,
 ) -> Backbone:
-    """`name` begins the names of the transformers classes, and is their module's in lower case."""
+    """`name`: the prefix of the transformers class names; in lower case, their module's name."""
     module = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
     return Backbone(
         model_type=model_type,
@@ -88,12 +88,12 @@ BACKBONES: dict[str, Backbone] = {
             "Qwen3",
             "qwen3:Qwen3DecoderLayer",
             windows="listed",
-            not_reproduced={"attention_bias": False},  # vLLM's output projection has none
+            not_reproduced={"attention_bias": False},  # vLLM's output projection has no bias
         ),
         _backbone("qwen2", "Qwen2", "qwen2:Qwen2DecoderLayer", windows="listed"),
         _backbone("llama", "Llama", "llama:LlamaDecoderLayer"),
         _backbone("mistral", "Mistral", "llama:LlamaDecoderLayer", windows="all"),
-        # Phi-4 is a "phi3" model; vLLM runs both on its Llama layers.
+        # Phi-4 also has model_type "phi3"; vLLM uses its Llama layers for both.
         _backbone(
             "phi3", "Phi3", "llama:LlamaDecoderLayer", _MERGED, windows="all", partial_rotary=True
         ),

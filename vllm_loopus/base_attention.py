@@ -1,6 +1,6 @@
-"""How the layers of a base attend: windows, rotary tables, caps; and what is refused.
+"""Attention of the base model: sliding windows, rotary tables, caps, and unsupported options.
 
-Transformers and vLLM must agree on it for the looped model to be the same on both sides.
+The looped model gives the same answers in transformers and vLLM only if both implement these.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 from vllm_loopus.backbones import Backbone
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Those whose table is a function of the position alone, but for "longrope": see `exact_context`.
+# Types whose table depends only on the position, and "longrope" (see `exact_context`).
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-# Fields that transformers or vLLM acts upon and the other does not, and what switches them off.
+# Config fields that only transformers or only vLLM implements, and the values that disable them.
 NOT_REPRODUCED: dict[str, Any] = {
     "is_causal": True,
     "use_bidirectional_attention": False,
@@ -24,34 +24,34 @@ NOT_REPRODUCED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class BaseAttention:
-    """What a base's config says of attention, read as its transformers model reads it."""
+    """The attention settings in a base config, interpreted as its transformers model does."""
 
     base: PreTrainedConfig
     backbone: Backbone
 
     @property
     def types(self) -> list[str]:
-        """`full_attention` or `sliding_attention`, one a layer of the base."""
+        """`full_attention` or `sliding_attention` for each layer of the base model."""
         if self.backbone.windows == "listed":
             return list(self.base.layer_types)
         slides = self.backbone.windows == "all" and self._window is not None
         return [SLIDING if slides else FULL] * self.base.num_hidden_layers
 
     def window(self, layer: int) -> int | None:
-        """How many positions a layer of the base attends to, its own included; None for all."""
+        """How many positions a layer attends to, including its own; None for all."""
         return self._window if self.types[layer] == SLIDING else None
 
     @property
     def softcap(self) -> float | None:
-        """The cap on attention scores, None for none."""
+        """The cap on attention scores; None if there is none."""
         return self.backbone.value(self.base, "attention_softcap")
 
     @property
     def exact_context(self) -> int | None:
-        """The longest sequence whose rotary table does not depend on its length; None for any.
+        """The longest sequence whose K/V does not depend on its length; None for no limit.
 
-        LongRoPE rotates by other frequencies once a sequence outgrows the original context, K/V
-        of all its positions included.
+        LongRoPE changes its frequencies, and so the K/V of all positions, when a sequence exceeds
+        the original context.
         """
         lengths = [
             table["original_max_position_embeddings"]
@@ -61,12 +61,12 @@ class BaseAttention:
         return min(lengths, default=None)
 
     def check(self) -> None:
-        """Raises `ValueError` naming field, value and fix for what the two sides do not share."""
+        """Raises `ValueError` with field, value and fix for options that are not supported."""
         for name, value in {**NOT_REPRODUCED, **self.backbone.not_reproduced}.items():
             if getattr(self.base, name, value) not in (value, None):
                 raise ValueError(
-                    f"base_config.{name}={getattr(self.base, name)!r} is not supported: set it to "
-                    f"{value!r} if the context served does without it"
+                    f"base_config.{name}={getattr(self.base, name)!r} is not supported; set it to "
+                    f"{value!r} if the model does not need it for the served context length"
                 )
         self._check_windows()
         for table in self._rope_tables():
@@ -92,19 +92,19 @@ class BaseAttention:
             )
         if window is not None and self.backbone.windows == "none":
             raise ValueError(
-                f"base_config.sliding_window={window} means nothing to a {model_type} model; set "
+                f"base_config.sliding_window={window} has no effect in a {model_type} model; set "
                 "it to null"
             )
         types, listed = self.types, getattr(self.base, "layer_types", None)
         if listed is not None and list(listed) != types:
             raise ValueError(
-                f"base_config.layer_types={list(listed)} with sliding_window={window} is not what "
-                f"a {model_type} model does; it does {types}: remove layer_types"
+                f"base_config.layer_types={list(listed)} with sliding_window={window} does not "
+                f"match the layers of a {model_type} model, {types}; remove layer_types"
             )
         if unknown := set(types) - {FULL, SLIDING}:
             raise ValueError(
-                f"base_config.layer_types lists {sorted(unknown)}; only {FULL} and {SLIDING} are "
-                "supported"
+                f"base_config.layer_types contains {sorted(unknown)}; only {FULL} and {SLIDING} "
+                "are supported"
             )
 
     @property
@@ -113,7 +113,7 @@ class BaseAttention:
         return window
 
     def _rope_tables(self) -> list[dict[str, Any]]:
-        """The base's rotary parameters: one set, or one a layer type."""
+        """The rotary parameters of the base model: one set, or one for each layer type."""
         parameters = getattr(self.base, "rope_parameters", None) or {}
         if self.backbone.rotary_by_layer_type:
             return [table for table in parameters.values() if table]

@@ -1,7 +1,7 @@
-"""`LoopUSConfig`: the one definition of a LoopUS model's layout, budget and halting rule.
+"""`LoopUSConfig`: the layout, the recursion budget and the halting rule of a LoopUS model.
 
-It reads two formats: our own (`model_type: "loopus"`) and the released one (`model_type: "lds"`,
-with `N`, `q_threshold`, `q_eval_interval`, `base_config_dict`), and always writes our own.
+It reads two formats, ours (`model_type: "loopus"`) and the released one (`model_type: "lds"`, with
+`N`, `q_threshold`, `q_eval_interval` and `base_config_dict`), and always writes ours.
 """
 
 import copy
@@ -18,30 +18,31 @@ ARCHITECTURE = "LoopUSForCausalLM"
 HALTING_STRATEGIES = ("threshold", "cdf", "convergence")
 CONFIDENCE_INPUTS = ("state", "update")
 MISSING_BASE = (
-    "base_config is missing; give the base model's whole config (`base_config_dict` in the "
+    "base_config is missing; give the base model's complete config (`base_config_dict` in the "
     "released format)"
 )
-MAX_RECURSION_DEPTH = 256  # more planes than this is a typing mistake, not a model
+MAX_RECURSION_DEPTH = 256  # a larger value is certainly a mistake
 
 
 class LoopUSConfig(PreTrainedConfig):
-    """A base model cut into encoder, reasoning block and decoder.
+    """A base model split into encoder, reasoning block and decoder.
 
-    Fields (names of the released format in brackets; both are accepted everywhere,
-    `hf_overrides` included):
+    Fields (names of the released format in brackets; both are accepted everywhere, including in
+    `hf_overrides`):
 
-    - `base_config` [`base_config_dict`]: the base model's whole config, a dict or a config.
-    - `base_model_name_or_path`: where the base came from; its tokenizer is used when the
+    - `base_config` [`base_config_dict`]: the complete config of the base model, a dict or a config.
+    - `base_model_name_or_path`: the origin of the base model; its tokenizer is used if the
       checkpoint has none.
     - `encoder_layer_indices`, `reasoning_layer_indices`, `decoder_layer_indices`: layers of the
-      base (0-based), three runs in order. Encoder and decoder may be empty.
-    - `max_loops` [`N`]: the recursion budget. `min_loops`: the least depth a token may leave at.
-    - `halting_strategy`: `threshold`, `cdf` or `convergence`; `exit_threshold` [`q_threshold`]
-      (1.0 or more: never early), `exit_interval` [`q_eval_interval`], `convergence_epsilon`.
+      base model (0-based), ascending and in this order. Encoder and decoder may be empty.
+    - `max_loops` [`N`]: the recursion budget. `min_loops`: the minimum exit depth of a token.
+    - `halting_strategy`: `threshold`, `cdf` or `convergence`, with `exit_threshold`
+      [`q_threshold`] (1.0 or more: no early exit), `exit_interval` [`q_eval_interval`] and
+      `convergence_epsilon`.
     - `confidence_input`: what the confidence head reads, the gated `state` or the `update`.
 
-    Raises `ValueError` naming the field, its value and the fix, when built or when
-    `check()` is called after fields were overridden.
+    Raises `ValueError` with field, value and fix when it is built, or when `check()` is called
+    after fields were overridden.
     """
 
     model_type: ClassVar[str] = "loopus"
@@ -75,13 +76,13 @@ class LoopUSConfig(PreTrainedConfig):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
         self.architectures: list[str] = self.architectures or [ARCHITECTURE]
-        # transformers builds a config without arguments to find the defaults: nothing to check.
+        # transformers builds a config without arguments to find the defaults; do not check that.
         if self.base_config is not None:
             self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers. Raises `ValueError` for a checkpoint that does not name its base."""
+        """As in transformers. Raises `ValueError` if the checkpoint has no base config."""
         if not any(config_dict.get(name) for name in ("base_config", "base_config_dict")):
             raise ValueError(MISSING_BASE)
         return super().from_dict(config_dict, **kwargs)
@@ -92,7 +93,7 @@ class LoopUSConfig(PreTrainedConfig):
             value = _base_config_from_dict(value)
         elif name == "base_config" and getattr(value, "tie_word_embeddings", False):
             value = copy.deepcopy(value)
-            value.tie_word_embeddings = False  # as below
+            value.tie_word_embeddings = False  # see `_base_config_from_dict`
         if name in _INTEGERS:
             _check_integer(name, value)
         elif name in _NUMBERS:
@@ -103,34 +104,34 @@ class LoopUSConfig(PreTrainedConfig):
             raise ValueError(f"{name}={value!r} does not have the right type: {error}") from error
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The base model's config: it holds the sizes that vLLM and transformers ask for."""
+        """The base model's config, which contains the sizes that vLLM and transformers read."""
         return self if self.base_config is None else self.base
 
     @property
     def base(self) -> PreTrainedConfig:
-        """`base_config` as a config. Raises `ValueError` when the checkpoint names none."""
+        """`base_config` as a config. Raises `ValueError` if it is missing."""
         if not isinstance(self.base_config, PreTrainedConfig):
             raise ValueError(MISSING_BASE)
         return self.base_config
 
     @property
     def backbone(self) -> Backbone:
-        """The entry of `BACKBONES` for the base. Raises `ValueError` for an unknown base."""
+        """The entry of `BACKBONES` for the base model. Raises `ValueError` if there is none."""
         return _backbone_of(self.base.model_type)
 
     @property
     def attention(self) -> BaseAttention:
-        """How the base's layers attend."""
+        """The attention settings of the base model."""
         return BaseAttention(self.base, self.backbone)
 
     @property
     def exact_context(self) -> int | None:
-        """The longest sequence whose K/V does not depend on its length; None for any."""
+        """The longest sequence whose K/V does not depend on its length; None for no limit."""
         return self.attention.exact_context
 
     @property
     def logit_softcap(self) -> float | None:
-        """The base's cap on logits, None for none."""
+        """The cap on logits of the base model; None if there is none."""
         return self.backbone.value(self.base, "logit_softcap")
 
     @property
@@ -142,7 +143,7 @@ class LoopUSConfig(PreTrainedConfig):
         return int(self.get_text_config().vocab_size) if self.base_config is not None else 0
 
     def check(self) -> None:
-        """Raises `ValueError` naming field, value and fix when fields do not fit together."""
+        """Raises `ValueError` with field, value and fix if the fields are inconsistent."""
         self.base  # noqa: B018  (raises when missing)
         self._check_layers()
         self.attention.check()
@@ -162,14 +163,15 @@ class LoopUSConfig(PreTrainedConfig):
         _check_choice("confidence_input", self.confidence_input, CONFIDENCE_INPUTS)
         if self.exit_threshold < 0:
             raise ValueError(
-                f"exit_threshold={self.exit_threshold} must be 0 or more (1.0 or more: never early)"
+                f"exit_threshold={self.exit_threshold} must be 0 or more (1.0 or more: no early "
+                "exit)"
             )
         if self.convergence_epsilon < 0:
             raise ValueError(f"convergence_epsilon={self.convergence_epsilon} must be 0 or more")
         if self.tie_word_embeddings:
             raise ValueError(
-                "tie_word_embeddings=True is not possible: encoder and decoder hold a matrix each; "
-                "leave it False"
+                "tie_word_embeddings=True is not supported, because encoder and decoder have "
+                "separate matrices; set it to False"
             )
 
     def _check_layers(self) -> None:
@@ -184,7 +186,7 @@ class LoopUSConfig(PreTrainedConfig):
                 _check_integer(name, index)
                 if not 0 <= index < num_layers:
                     raise ValueError(
-                        f"{name}={list(run)} names layer {index}, but the base model has layers "
+                        f"{name}={list(run)} contains layer {index}, but the base model has layers "
                         f"0..{num_layers - 1}; correct the list"
                     )
         if not self.reasoning_layer_indices:
@@ -199,13 +201,13 @@ class LoopUSConfig(PreTrainedConfig):
                 if index in owner:
                     raise ValueError(
                         f"layer {index} is in both {owner[index]} and {name}={list(run)}; "
-                        "give each layer to one block"
+                        "remove it from one of them"
                     )
                 owner[index] = name
                 if index < previous:
                     raise ValueError(
-                        f"{name}={list(run)} is out of order after layer {previous}; encoder, "
-                        "reasoning and decoder must be ascending runs in this order"
+                        f"{name}={list(run)} is out of order after layer {previous}; the layers of "
+                        "encoder, reasoning and decoder must be ascending, in this order"
                     )
                 previous = index
 
@@ -221,7 +223,7 @@ class ReleasedLoopUSConfig(LoopUSConfig):
 
 
 def register_configs() -> None:
-    """Make `AutoConfig` know both formats. Safe to call again."""
+    """Registers both formats with `AutoConfig`. May be called repeatedly."""
     for config_class in (LoopUSConfig, ReleasedLoopUSConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
@@ -236,7 +238,7 @@ def _base_config_from_dict(value: dict[str, Any]) -> PreTrainedConfig:
     _backbone_of(model_type)
     for about_the_file in ("transformers_version", "_name_or_path"):
         fields.pop(about_the_file, None)
-    # The decoder always has a head of its own, whatever the base did.
+    # The LM head of a LoopUS model is never tied, even if that of the base model is.
     fields["tie_word_embeddings"] = False
     try:
         return CONFIG_MAPPING[model_type](**fields)
@@ -259,10 +261,10 @@ def is_integer(value: object) -> bool:
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether `value` is a number that fits a float and is neither NaN nor infinite."""
+    """Whether `value` is a number in the range of floats and neither NaN nor infinite."""
     try:
         return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of floats
+    except OverflowError:  # an integer outside the range of floats
         return False
 
 

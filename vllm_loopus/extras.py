@@ -1,20 +1,20 @@
-"""What is not installed with the package itself: each part says which extra it needs.
+"""Optional dependencies: each part of the package checks that its extra is installed.
 
-`pip install vllm-loopus` brings what serving imports. Tools need more, and say so before they do
-any work.
+`pip install vllm-loopus` installs what serving imports. The tools need more, and report missing
+libraries when they are imported.
 """
 
 from importlib.util import find_spec
 
 
 class MissingExtraError(ModuleNotFoundError):
-    """A part of the package needs libraries that come with an extra."""
+    """A part of the package needs libraries of an extra that are not installed."""
 
 
 def need(part: str, extra: str, *modules: str) -> None:
-    """Raises `MissingExtraError` with the command that installs what is missing of `modules`.
+    """Raises `MissingExtraError` with the install command if any of `modules` is not installed.
 
-    `part`: who needs them. `extra`: the one of pyproject.toml that brings them.
+    `part`: the part of the package that needs them. `extra`: their extra in pyproject.toml.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:

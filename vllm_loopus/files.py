@@ -1,4 +1,4 @@
-"""Files that appear when they are complete, or not at all."""
+"""Atomic writing of files: a file is replaced only when the new one is complete."""
 
 import os
 import shutil
@@ -10,17 +10,17 @@ from pathlib import Path
 
 @contextmanager
 def complete_file(file: Path) -> Iterator[Path]:
-    """A path of the same name to write to, put in the place of `file` at the end and deleted after
-    any error. A file that is there already is kept until then; what is no regular file (a device,
-    a pipe) is written to as it is.
+    """Gives a temporary path to write to, which replaces `file` at the end.
 
-    Raises `OSError` naming `file`, for a full disk too.
+    After an error the temporary file is deleted and an existing `file` is unchanged. If `file` is
+    not a regular file (a device, a pipe), it is written to directly. Raises `OSError` that names
+    `file`, for example if the disk is full.
     """
     try:
         if file.exists() and not file.is_file():
             yield file
             return
-        target = file.resolve()  # a link stays one
+        target = file.resolve()  # a symbolic link is preserved
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         try:
             unfinished = scratch / target.name
@@ -29,11 +29,11 @@ def complete_file(file: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        told = f"{error.strerror or error}; {file} was not written"
-        raise OSError(error.errno, told, str(file)) from error
+        message = f"{error.strerror or error}; {file} was not written"
+        raise OSError(error.errno, message, str(file)) from error
 
 
 def write_text(file: Path, text: str) -> None:
-    """As `Path.write_text`, complete or not at all. Raises `OSError` naming `file`."""
+    """Like `Path.write_text`, but atomic. Raises `OSError` that names `file`."""
     with complete_file(file) as unfinished:
         unfinished.write_text(text)

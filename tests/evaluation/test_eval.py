@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from tests.conftest import GOLDEN
 from vllm_loopus.aliases import EMBEDDED
-from vllm_loopus.cli import eval as command
 from vllm_loopus.cli.main import app
 from vllm_loopus.evaluation import engines, run
 from vllm_loopus.evaluation.models import Setting, looped_model
@@ -34,23 +33,23 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("loopus-tiny", "--tasks", "tiny_chioce"), "'tiny_chioce' is no task of .* tiny_choice"),
-        (("loopus-tiny", "--tasks", ","), "tasks='' names none"),
+        (("loopus-tiny", "--tasks", "tiny_chioce"), "'tiny_chioce' is neither .* tiny_choice"),
+        (("loopus-tiny", "--tasks", ","), "tasks='' has no names"),
         (("loopus-tiny", "--tasks", "arc_easy"), "the data of 'arc_easy' is not on this machine"),
         (("loopus-tiny-base",), "loopus-tiny-base is a qwen3 model, not a LoopUS model"),
-        (("loopus-tini",), "loopus-tini is no folder, no alias"),
+        (("loopus-tini",), "loopus-tini is neither a folder nor an alias"),
         (("loopus-tiny", "--base", "loopus-tiny"), "base=loopus-tiny is a LoopUS model itself"),
         (("loopus-tiny", "--base", "none", "--base", "loopus-tiny-base"), "none excludes"),
         (("loopus-tiny", "--max-loops", "0"), "max_loops=0 must be from 1"),
         (("loopus-tiny", "--exit-threshold", "-1"), "exit_threshold=-1.0 must be 0 or more"),
         (
             ("loopus-tiny", "--no-early-exit", "--exit-threshold", "0.5"),
-            "exit_threshold=0.5 means nothing with --no-early-exit",
+            "exit_threshold=0.5 has no effect with --no-early-exit",
         ),
-        (("loopus-tiny", "--max-length", "1000"), "max_length=1000 is above .* 512"),
+        (("loopus-tiny", "--max-length", "1000"), "max_length=1000 must be at most 512"),
         (("loopus-tiny", "--published"), "the paper has no row .* Qwen3-1.7B"),
         (("loopus-tiny", "--markdown", "--json"), "--markdown and --json exclude each other"),
-        ((GOLDEN / "qwen3", "--base", "none"), "holds no tokenizer files|tiny-qwen3"),
+        ((GOLDEN / "qwen3", "--base", "none"), "has no tokenizer files|tiny-qwen3"),
         ((GOLDEN / "qwen3",), "tiny-qwen3 .*--base none"),
     ],
     ids=str,
@@ -65,12 +64,6 @@ def test_what_cannot_be_is_refused(
     assert result.exit_code == 2, result.stderr
     assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_lm_eval_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    result = invoke("loopus-tiny")
-    assert result.exit_code == 2 and "pip install 'vllm-loopus[eval]'" in result.stderr
 
 
 def test_a_folder_that_cannot_be_written(no_engine: None, tmp_path: Path) -> None:
@@ -97,7 +90,7 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--tasks", "tiny_choice,tiny_generate", "--engine", "hf", "--out", tmp_path)
     arguments = ("loopus-tiny", *options, "--limit", "2")
     stopped = invoke(*arguments)
-    assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
+    assert stopped.exit_code == 130 and "the same command continues" in stopped.stderr
     assert not stopped.stdout
     assert len(files()) == len(asked) == 3
 
@@ -206,7 +199,7 @@ def test_convergence_has_no_confidence_to_leave_at(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = looped_model(str(tmp_path), 3, None, None)
     assert [setting.exit_threshold for setting in model.settings] == [None, 0.5]
-    with pytest.raises(ValueError, match=r"exit_threshold=0.6 means nothing to .* convergence"):
+    with pytest.raises(ValueError, match=r"exit_threshold=0.6 has no effect for .* convergence"):
         looped_model(str(tmp_path), 3, None, 0.6)
 
 

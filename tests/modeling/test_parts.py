@@ -54,7 +54,7 @@ def test_gate_keeps_and_takes(gate: SelectiveGate) -> None:
 def exit_depth(rule: HaltingRule, confidences: list[float], lengths: list[float]) -> int:
     tracker = ExitTracker(rule, 1)
     for depth, (q, length) in enumerate(zip(confidences, lengths, strict=True), start=1):
-        if tracker.after(depth, rule.evidence(torch.tensor([q]), torch.tensor([length]))).item():
+        if tracker.update(depth, rule.evidence(torch.tensor([q]), torch.tensor([length]))).item():
             return depth
     raise AssertionError("it did not exit")
 

@@ -53,14 +53,14 @@ def drop(folder: Path, name: str) -> None:
 MOE = {"num_local_experts": 4, "num_hidden_layers": 4}
 T5 = {"num_layers": 4}
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), r"config.json cannot be read"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "holds no object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "a JSON object"),
     "no model type": (lambda f: (f / "config.json").write_text("{}"), "model_type=None is unknown"),
     "unknown type": (lambda f: change(f, model_type="qwen9"), "model_type='qwen9' is unknown"),
     "classifier": (
         lambda f: change(f, architectures=["Qwen3ForSequenceClassification"]),
-        "is no causal language model",
+        "is not a causal language model",
     ),
     "masked": (lambda f: replace_config(f, "bert"), "'bert'.* is not supported as a base"),
     "encoder-decoder": (lambda f: replace_config(f, "t5", **T5), "is an encoder-decoder model"),
@@ -73,10 +73,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "classifier in a wrapper": (
         lambda f: replace_config(f, "gemma3", architectures=["Gemma3ForSequenceClassification"]),
-        "is no causal language model",
+        "is not a causal language model",
     ),
-    "type is a list": (lambda f: change(f, model_type=["qwen3"]), "are no names"),
-    "architectures are numbers": (lambda f: change(f, architectures=[1]), "are no names"),
+    "type is a list": (lambda f: change(f, model_type=["qwen3"]), "a list of strings"),
+    "architectures are numbers": (lambda f: change(f, architectures=[1]), "a list of strings"),
     "whole numbers": (lambda f: change(f, dtype="int8"), "dtype=torch.int8"),
     "quantised": (
         lambda f: change(f, quantization_config={"quant_method": "awq"}),
@@ -87,9 +87,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "num_hidden_layers=2 has too few layers",
     ),
     "field of the wrong type": (lambda f: change(f, hidden_size="big"), "is not valid"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
-    "no embedding": (lambda f: drop(f, EMBEDDING), "holds no embedding"),
-    "missing shard": (lambda f: sharded(f)[1].unlink(), "lacks model-00002-of-.*; fetch it again"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "no embedding": (lambda f: drop(f, EMBEDDING), "has no embedding"),
+    "missing shard": (lambda f: sharded(f)[1].unlink(), "lacks model-00002-of-.*; download it"),
     "damaged index": (
         lambda f: (sharded(f), (f / "model.safetensors.index.json").write_text("{}")),
         "index.json is damaged",
@@ -101,12 +101,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.safetensors is truncated",
     ),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is truncated"),
-    "noise": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 999), "is truncated or no"),
+    "noise": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 999), "truncated or not"),
     "fp8": (
         lambda f: save_file(
             {EMBEDDING: torch.ones(4, 4).to(torch.float8_e4m3fn)}, f / "model.safetensors"
         ),
-        "take the model before quantisation",
+        "use the model before quantisation",
     ),
 }
 
@@ -133,12 +133,12 @@ def test_a_tensor_under_two_names(base: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     save_file({**tensors, HEAD: torch.ones(2), "model.lm_head.weight": torch.ones(2)},
               base / "model.safetensors")  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"holds lm_head\.weight twice"):
+    with pytest.raises(CheckpointError, match=r"has lm_head\.weight twice"):
         Base.open(str(base))
 
 
 def test_a_revision_of_a_folder(base: Path) -> None:
-    with pytest.raises(CheckpointError, match="revision='main' means nothing to the folder"):
+    with pytest.raises(CheckpointError, match="revision='main' has no effect for the local folder"):
         Base.open(str(base), "main")
 
 
@@ -149,7 +149,7 @@ def test_pickles(kind: str, base: Path) -> None:
         torch.save({"w": Path("x")}, base / "pytorch_model.bin")
     else:
         (base / "pytorch_model.bin").write_bytes(b"PK\x03\x04" * 99)
-    with pytest.raises(CheckpointError, match=r"is damaged, older than PyTorch 1\.6, or holds"):
+    with pytest.raises(CheckpointError, match=r"is damaged, older than PyTorch 1\.6, or contains"):
         Base.open(str(base))
 
 
@@ -201,12 +201,12 @@ def test_a_looped_model_is_no_base() -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_names_that_are_nothing(name: str) -> None:
-    with pytest.raises(CheckpointError, match="is no folder, no alias"):
+    with pytest.raises(CheckpointError, match="is neither a folder nor an alias"):
         Base.open(name)
 
 
 def test_the_hub_is_asked_and_its_absence_told() -> None:
-    with pytest.raises(CheckpointError, match="Qwen/Qwen3-4B could not be fetched from the hub"):
+    with pytest.raises(CheckpointError, match="Qwen/Qwen3-4B could not be downloaded"):
         Base.open("Qwen/Qwen3-4B")
 
 

@@ -13,8 +13,8 @@ from tests.bases import save_base
 from tests.conftest import GOLDEN
 from vllm_loopus.cli.main import app
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.recast.about import file_hash
 from vllm_loopus.recast.cut import Cut
+from vllm_loopus.recast.provenance import file_hash
 
 TINY = "loopus-tiny-base"
 
@@ -176,7 +176,7 @@ def test_the_published_cut_stands_beside_the_rules(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
     assert re.search(
-        r"Published cut: encoder 0..1, reasoning 2..26, decoder 27..27; its place", told
+        r"Published cut: encoder 0..1, reasoning 2..26, decoder 27..27; its rank", told
     )
 
 
@@ -204,15 +204,15 @@ def test_convert_and_back(tmp_path: Path, recast: Path) -> None:
         (("--decoder", "1..3"), "leave no layer of 4"),
         (("--device", "meta"), "cannot be run on meta"),
         (("--device-map", "cuda"), "cannot be run on cuda"),
-        (("--revision", "main"), "revision='main' means nothing"),
+        (("--revision", "main"), "revision='main' has no effect"),
         (("--max-loops", "0"), "max_loops=0 must be from 1"),
         (("--min-loops", "9"), "min_loops=9 must be from 1 to max_loops=8"),
         (("--exit-threshold", "nan"), "exit_threshold=nan must be a finite number"),
-        (("--no-analysis",), "--no-analysis leaves no rule to cut by"),
-        (("--sample", "nowhere.txt"), "sample='nowhere.txt' is no file"),
+        (("--no-analysis",), "--no-analysis needs a cut"),
+        (("--sample", "nowhere.txt"), "sample='nowhere.txt' is neither a file"),
         (("--device", "cuda:7"), "device='cuda:7' cannot be used"),
         (("--device", "abacus"), "device='abacus' cannot be used"),
-        (("--max-shard-size", "huge"), "max_shard_size='huge' is no size"),
+        (("--max-shard-size", "huge"), "max_shard_size='huge' is not a size"),
     ],
 )
 def test_bad_options(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
@@ -223,6 +223,6 @@ def test_bad_options(tmp_path: Path, options: tuple[str, ...], message: str) -> 
 def test_outputs_that_exist(tmp_path: Path, recast: Path) -> None:
     assert "exists; choose another folder" in refused("recast", TINY, "--out", recast)
     assert "exists; choose another folder" in refused("convert", recast, recast)
-    assert "is or holds the model to read" in refused("convert", recast, recast, "--force")
+    assert "is or contains the model to read" in refused("convert", recast, recast, "--force")
     assert "exists; choose another folder" in refused("analyze", TINY, "--out", recast)
     assert (recast / "model.safetensors").is_file()

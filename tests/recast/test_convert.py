@@ -226,15 +226,15 @@ def test_written_whole_or_not_at_all(
 
 def test_force_deletes_checkpoints_only(tmp_path: Path, qwen3: Path) -> None:
     options = WriteOptions(force=True)
-    with pytest.raises(FileExistsError, match="is or holds the model to read"):
+    with pytest.raises(FileExistsError, match="is or contains the model to read"):
         recast(str(qwen3), qwen3, encoder=1, decoder=1, options=options)
-    with pytest.raises(FileExistsError, match="is or holds the model to read"):
+    with pytest.raises(FileExistsError, match="is or contains the model to read"):
         recast(str(qwen3), tmp_path, encoder=1, decoder=1, options=options)
     other = tmp_path / "photos"
     other.mkdir()
     (other / "one.png").touch()
     (other / "config.json").write_text('{"port": 80}')
-    with pytest.raises(FileExistsError, match="something else than a LoopUS checkpoint"):
+    with pytest.raises(FileExistsError, match="is not a LoopUS checkpoint"):
         recast(str(qwen3), other, encoder=1, decoder=1, options=options)
     assert (qwen3 / "config.json").is_file() and (other / "one.png").is_file()
 
@@ -311,7 +311,7 @@ def test_bad_shard_size(size: str) -> None:
 
 
 def test_convert_wants_a_looped_model(tmp_path: Path, qwen3: Path) -> None:
-    with pytest.raises(ValueError, match="is no LoopUS checkpoint; vllm-loopus recast"):
+    with pytest.raises(ValueError, match="is not a LoopUS checkpoint; vllm-loopus recast"):
         convert(str(qwen3), tmp_path / "out", WriteOptions())
 
 

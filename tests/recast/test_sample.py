@@ -36,7 +36,7 @@ def test_data_set(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b'{"text": "a"}\n{"te', "a.jsonl' cannot be read"),
-        (b'{"body": "a"}', "line 1 has no text under text or content"),
+        (b'{"body": "a"}', "line 1 has no text in the field text or content"),
         (b"\xff\xfe\xff", "cannot be read"),
     ],
 )
@@ -47,7 +47,7 @@ def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_no_such_source() -> None:
-    with pytest.raises(ValueError, match="is no file and no data set that could be read"):
+    with pytest.raises(ValueError, match="is neither a file nor a data set that can be read"):
         list(texts("no-such-text.txt"))
 
 

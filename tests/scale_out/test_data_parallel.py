@@ -23,7 +23,9 @@ def by_engine(name: str) -> dict[str, float]:
     }
 
 
-def test_two_ranks_answer_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_answer_as_one_does(
+    forked_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each takes its part of the requests; tokens and depths are the golden ones, and the metrics
     of both add up to what was answered."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")

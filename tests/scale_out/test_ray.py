@@ -1,5 +1,5 @@
-"""Batches and Ray Serve on a Ray of this machine, shared by all tests here: golden answers, also
-after the run and a worker of it were killed."""
+"""Batches, Ray Serve and vLLM's Ray executor on a Ray of this machine that all tests here share:
+golden answers, also after a batch and its worker were killed."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.conftest import GOLDEN
-from tests.serving.test_early_exit import MIXED, by_rule
+from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
+from tests.serving.test_executors import heads_of_rank
 from vllm_loopus.bench.server import free_port
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'vllm-loopus[ray]'")
@@ -75,14 +77,9 @@ def engines() -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.timeout(3 * PATIENCE)
-def test_batch_survives_its_own_death_and_a_workers(
-    cluster: dict[str, str], tmp_path: Path
-) -> None:
-    """Killed in the middle and started again; then its engine is killed: each row answered once, in
-    order, with the golden tokens and depths, and the row that cannot be with its error."""
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows = [
+def batch_rows(times: int) -> list[dict[str, Any]]:
+    """Every golden case `times` times, and at place 7 a row that cannot be answered."""
+    rows: list[dict[str, Any]] = [
         {
             "prompt": case["prompt"],
             "temperature": 0,
@@ -92,55 +89,108 @@ def test_batch_survives_its_own_death_and_a_workers(
             "exit_threshold": case["q_threshold"],
             "custom_id": f"{place}",
         }
-        for place, case in enumerate(CASES * TIMES)
+        for place, case in enumerate(CASES * times)
     ]
     rows.insert(7, {"prompt": [1] * 128, "custom_id": "too long"})
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial = Path(f"{output}.partial")
-    command = [
-        *(sys.executable, "-m", "vllm_loopus.cli", "batch", str(source), str(output)),
-        *("--model", str(GOLDEN / BACKBONE), "--engine-args", json.dumps(ENGINE)),
-        *("--batch-size", "2", "--json"),
-    ]
+    return rows
 
-    def done() -> int:
-        return partial.read_bytes().count(b"\n") - 1 if partial.exists() else 0
 
-    def start() -> subprocess.Popen[bytes]:
+@dataclass(frozen=True)
+class Batch:
+    """`vllm-loopus batch` over a file of `rows` in `folder`."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    environment: dict[str, str]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out.jsonl"
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / "out.jsonl.partial"
+
+    def done(self) -> int:
+        """Rows with an answer on the disk."""
+        return self.partial.read_bytes().count(b"\n") - 1 if self.partial.exists() else 0
+
+    def start(self) -> subprocess.Popen[bytes]:
+        source = self.folder / "in.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        command = [
+            *(sys.executable, "-m", "vllm_loopus.cli", "batch", str(source), str(self.output)),
+            *("--model", str(GOLDEN / BACKBONE), "--engine-args", json.dumps(ENGINE)),
+            *("--batch-size", "2", "--json"),
+        ]
         return subprocess.Popen(
-            command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    with start() as first:
+    def finish(self, run: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """Waits for the end. Every row is answered once, in order, with the golden tokens and
+        depths, and the row that cannot be with its error; returns the summary."""
+        with run:
+            try:
+                told, log = run.communicate(timeout=PATIENCE)
+            finally:
+                run.kill()
+        assert run.returncode == 1, log.decode()[-3000:]  # one failed
+        summary: dict[str, Any] = json.loads(told)
+        assert (summary["rows"], summary["failed"]) == (len(self.rows), 1)
+        answers = [json.loads(line) for line in self.output.read_text().splitlines()]
+        assert [a["custom_id"] for a in answers] == [row["custom_id"] for row in self.rows]
+        failed = answers.pop(7)
+        assert "length 128" in failed["error"]["message"]
+        times = len(answers) // len(CASES)
+        for answer, case in zip(answers, CASES * times, strict=True):
+            assert (answer["token_ids"], answer["exit_depths"]) == (case["tokens"], case["depths"])
+        assert not self.partial.exists()
+        return summary
+
+
+@pytest.mark.timeout(3 * PATIENCE)
+def test_batch(cluster: dict[str, str], tmp_path: Path) -> None:
+    batch = Batch(tmp_path, batch_rows(1), cluster)
+    assert batch.finish(batch.start())["resumed"] == 0
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3 * PATIENCE)
+def test_batch_survives_its_own_death_and_a_workers(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    """Killed in the middle and started again; then its engine is killed."""
+    batch = Batch(tmp_path, batch_rows(TIMES), cluster)
+    with batch.start() as first:
         try:
-            wait_for(lambda: done() > 10, first)
+            wait_for(lambda: batch.done() > 10, first)
         finally:
             first.kill()
         first.communicate()
-    before = done()
-    assert 10 < before < len(rows) and not output.exists()
+    before = batch.done()
+    assert 10 < before < len(batch.rows) and not batch.output.exists()
 
-    with start() as second:
-        try:
-            wait_for(lambda: done() > before, second)
-            (engine,) = engines()
-            assert done() < len(rows)
-            os.kill(engine.pid, signal.SIGKILL)
-            told, log = second.communicate(timeout=PATIENCE)
-        finally:
-            second.kill()
-    assert second.returncode == 1, log.decode()[-3000:]
-    summary = json.loads(told)
-    assert (summary["rows"], summary["failed"]) == (len(rows), 1)
-    assert 10 < summary["resumed"] <= before
+    second = batch.start()
+    try:
+        wait_for(lambda: batch.done() > before, second)
+        (engine,) = engines()
+        assert batch.done() < len(batch.rows)
+        os.kill(engine.pid, signal.SIGKILL)
+    except BaseException:
+        second.kill()
+        raise
+    assert 10 < batch.finish(second)["resumed"] <= before
 
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [answer["custom_id"] for answer in answers] == [row["custom_id"] for row in rows]
-    failed = answers.pop(7)
-    assert "length 128" in failed["error"]["message"]
-    for answer, case in zip(answers, CASES * TIMES, strict=True):
-        assert (answer["token_ids"], answer["exit_depths"]) == (case["tokens"], case["depths"])
-    assert not partial.exists()
+
+def test_two_ranks_on_ray(
+    cluster: dict[str, str], make_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    llm = start(make_llm, MIXED[0], distributed_executor_backend="ray", tensor_parallel_size=2)
+    assert llm.collective_rpc(heads_of_rank) == [1, 1]
+    assert_golden(CASES, generate(llm, CASES))
+    llm.llm_engine.engine_core.shutdown()
 
 
 def ask(port: int, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -216,8 +216,7 @@ def test_rows() -> None:
 def test_catch_up() -> None:
     """Positions 3, 4 and 5 leave at depth 1; position 6 takes them along to 2, 3 and 4."""
     engine = Engine(max_loops=4, prefix_caching=False, prefill_depth="full")
-    request = engine.add("a", [1, 2, 3], 5, max_loops=4)
-    request.sampling_params.extra_args["exit_depths"] = [1, 1, 1, 1, 4]
+    engine.add("a", [1, 2, 3], 5, max_loops=4, exit_depths=[1, 1, 1, 1, 4])
     total = total_of(engine)
     assert engine.depths["a"] == [1, 1, 1, 1, 4]
     assert total.catch_up_rows == 3 * 3
@@ -248,9 +247,8 @@ def test_blocks() -> None:
 def test_log_line() -> None:
     totals = LoopTotals(8)
     totals.add(
-        [1, 5],
         LoopStats(steps=[2], passes=[30, 10], encoded_rows=10, catch_up_rows=4, waiting=3,
-                  quorums=[0.25, 0.75], blocks=[7, 2]),
+                  quorums=[0.25, 0.75], blocks=[7, 2], exit_depths=[1, 5]),
     )  # fmt: skip
     assert str(totals) == (
         "mean exit depth 3.00 of 8, 2.0 passes a step, 20.0 rows a pass (10% catch-up), "

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import pytest
+
 from tests.conftest import GOLDEN
 from tests.serving.soak import OPTIONS, TINY, answers_alone, requests, soak
 
 
+@pytest.mark.faults
 def test_soak(make_llm: Any) -> None:
     items = requests(20, seed=3)
     answers = answers_alone(

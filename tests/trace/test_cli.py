@@ -54,7 +54,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
         assert [d["depth"] for d in token["depths"]] == [1, 2, 3, 4]
         assert all(len(d["top"]) == 3 for d in token["depths"])
         assert token["depths"][depth - 1]["top"][0]["token_id"] == token["token_id"]
-    for word in ("token", "depth", "says", "gate", "left by", "mean exit depth"):
+    for word in ("token", "depth", "predicts", "gate", "exit by", "mean exit depth"):
         assert word in result.stdout
     assert (tmp_path / "trace.html").read_text().startswith("<!doctype html>")
     for picture in ("states.png", "convergence.png"):
@@ -89,7 +89,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     assert [trace["fields"] for trace in data["traces"]] == [{"difficulty": 1}, {"difficulty": 2}]
     assert data["traces"][1]["token_ids"] == [8, 9]
     assert data["convergence"]["num_tokens"] == 3
-    assert "means over 3 tokens" in result.stdout and "left by" not in result.stdout
+    assert "means over 3 tokens" in result.stdout and "exit by" not in result.stdout
     told = json.loads(run("depths", run_file, "--json").stdout)
     assert [row["group"] for row in told["groups"]["label"]] == ["1", "2"]
     text = tmp_path / "prompts.txt"
@@ -132,9 +132,9 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         (("--prompt", ""), "prompt='' has no tokens"),
         (("--prompt", "a", "--answer", ""), "answer='' has no tokens"),
         (("--prompt", "a", "--html", "-"), "--html needs a file"),
-        (("--prompts", "f", "--answer", "a"), "--answer belongs to --prompt"),
-        (("--prompt", "a", "--answers"), "--answers belongs to --prompts"),
-        (("--prompt", "a", "--answer", "b", "--check"), "leave --engine vllm and --check away"),
+        (("--prompts", "f", "--answer", "a"), "--answer needs --prompt"),
+        (("--prompt", "a", "--answers"), "--answers needs --prompts"),
+        (("--prompt", "a", "--answer", "b", "--check"), "omit --engine vllm and --check"),
         (("--prompts", "gone.txt"), "prompts='gone.txt' cannot be read"),
         (("--prompt", "a" * 600), "are 632 tokens, but the model's context is 512"),
         (("--prompt", "a", "--max-tokens", "512"), "max_tokens=512 (512) are 513 tokens"),
@@ -146,9 +146,9 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         (("--prompt", "a", "--tokenizer", "/nowhere"), "tokenizer='/nowhere' cannot be loaded"),
         (("--prompt", "a", "--device", "abacus"), "device='abacus' cannot be used"),
         (("--prompt", "a", "--tokens", "7..9", "--max-tokens", "2"), "7..9 is not within 0.."),
-        (("--prompts", "f", "--tokens", "0"), "--tokens belongs to --prompt"),
+        (("--prompts", "f", "--tokens", "0"), "--tokens needs --prompt"),
         (("--prompt", "a", "--html", "/nowhere/a.html"), "/nowhere/a.html cannot be written"),
-        (("--prompt", "a", "--trajectories", "a.txt"), "a.txt is no picture"),
+        (("--prompt", "a", "--trajectories", "a.txt"), "a.txt is not a picture"),
     ],
 )
 def test_bad_options(options: tuple[str, ...], message: str) -> None:
@@ -158,16 +158,16 @@ def test_bad_options(options: tuple[str, ...], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no prompt"),
+        ("", "has no prompt"),
         ("{", "line 1: is not JSON"),
         ("[]", "line 1: must be an object"),
         ('{"prompt": "a"}\n{"x": 1}', "line 2: has neither `prompt` nor `prompt_token_ids`"),
-        ('{"prompt": 7}', "prompt=7 must be a text"),
+        ('{"prompt": 7}', "prompt=7 must be a string"),
         ('{"prompt": ""}', "prompt='' has no tokens"),
         ('{"prompt_token_ids": []}', "prompt_token_ids has no tokens"),
-        ('{"prompt_token_ids": [999]}', "prompt_token_ids holds token 999, but"),
-        ('{"prompt_token_ids": [-1]}', "prompt_token_ids holds token -1, but"),
-        ('{"prompt_token_ids": [true]}', "holds True, which is no token id"),
+        ('{"prompt_token_ids": [999]}', "prompt_token_ids contains token 999, but"),
+        ('{"prompt_token_ids": [-1]}', "prompt_token_ids contains token -1, but"),
+        ('{"prompt_token_ids": [true]}', "contains True, which is not a token id"),
         ('{"prompt_token_ids": 7}', "prompt_token_ids must be a list"),
     ],
 )
@@ -197,4 +197,4 @@ def test_models_that_cannot_be_traced(tmp_path: Path) -> None:
 
 def test_a_model_without_a_chat_template(hostile: Path) -> None:
     told = refused("trace", hostile, "--prompt", "a", "--chat")
-    assert "has no chat template; leave --chat away" in told
+    assert "has no chat template; omit --chat" in told

@@ -53,7 +53,7 @@ def test_exits_are_the_engines(
         traced = tracing.traced(model, nothing, question, answer)
         assert traced.trace.token_ids == case["tokens"]
         assert traced.trace.exit_depths == traced.trace.engine_exit_depths == case["depths"]
-        assert tracing.difference(traced, traced.by_the_reference) is None
+        assert tracing.difference(traced, traced.reference_answer) is None
     stop = cases[0]["tokens"][3]
     ((tokens, depths),) = tracing.answers_of_vllm(llm, questions[:1], rule, 20, [stop])
     length = cases[0]["tokens"].index(stop) + 1
@@ -95,4 +95,4 @@ def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for engine in (("--engine", "vllm"), ("--check",)):
         result = run("trace", GOLDEN / "qwen3", "--prompts", prompts, *options, *engine)
         assert result.exit_code == 1
-        assert "prompt 0: transformers and vLLM differ. token 2: left at depth" in result.stderr
+        assert "prompt 0: transformers and vLLM differ. token 2: exits at depth" in result.stderr

@@ -225,7 +225,7 @@ def test_hover(
             values["confidence"], rel=1e-3
         )
         leaves = depth == trace["exit_depths"][index]
-        assert ("leaves here by" in told) == leaves
+        assert ("exits here by" in told) == leaves
         if leaves:
             assert reasons[index] in told
     one.page.mouse.move(1, 1)

@@ -136,8 +136,8 @@ def test_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "holds no exit depths; ask the server with vllm_xargs"),
-        ("", "holds no exit depths"),
+        ("{}", "has no exit depths; send requests with vllm_xargs"),
+        ("", "has no exit depths"),
         ('{"exit_depths": [1]}\n{', "line 2 is not JSON"),
         ('{"exit_depths": [1]}\n[1]', "line 2: must be a JSON object"),
         ('{"exit_depths": [0]}', "entry 1: exit_depths must be a list of whole numbers"),
@@ -150,7 +150,7 @@ def test_labels(tmp_path: Path) -> None:
         ('{"exit_depths": 3}', "exit_depths must be a list of whole numbers"),
         ('{"exit_depths": [1], "tokens": ["a", "b"]}', "has 1 exit depths, but 2 tokens"),
         ('{"exit_depths": []}', "the run has no tokens"),
-        ('{"format": "vllm-loopus trace", "version": 9}', "version=9 of a trace is not 1"),
+        ('{"format": "vllm-loopus trace", "version": 9}', "version=9 of a trace is not supported"),
         ("\udc80", "cannot be read"),
     ],
 )
@@ -210,10 +210,10 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tokenizer", "x"), "--tokenizer belongs to --model"),
+        (("--tokenizer", "x"), "--tokenizer needs --model"),
         (("--model", "loopus-tini"), "is not a known alias"),
         (("--by", "nothing"), "no line of"),
-        (("--png", "a.txt"), "a.txt is no picture"),
+        (("--png", "a.txt"), "a.txt is not a picture"),
         (("--png", "/nowhere/a.png"), "cannot be written"),
     ],
 )

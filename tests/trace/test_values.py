@@ -26,7 +26,7 @@ def test_exits_are_the_golden_ones(
         for case in cases:
             traced = trace_case(model, vocabulary, case)
             assert traced.trace.exit_depths == case["depths"]
-            assert traced.by_the_reference == (case["tokens"], None)
+            assert traced.reference_answer == (case["tokens"], None)
             for token in traced.trace.tokens:
                 left = token.depths[token.exit_depth - 1]
                 assert left.top[0].token_id == token.token_id

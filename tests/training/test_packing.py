@@ -18,7 +18,7 @@ from vllm_loopus.tiny.tokenizer import build_tokenizer
 from vllm_loopus.training.documents import DataError, Documents
 from vllm_loopus.training.packing import collate, pack
 from vllm_loopus.training.settings import Data
-from vllm_loopus.training.stream import RowStream, evaluation_rows
+from vllm_loopus.training.stream import PackedStream, evaluation_sequences
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -85,8 +85,8 @@ def test_what_is_too_long() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"txt": "abc"}, "a row has neither text under 'text', nor messages.*it has txt"),
-        ({"messages": CHAT[:2]}, "a row: messages hold no turn of the assistant"),
+        ({"txt": "abc"}, "a row has neither text in 'text', nor messages.*it has txt"),
+        ({"messages": CHAT[:2]}, "a row: messages have no turn of the assistant"),
         ({"messages": "hello"}, "a row: messages must be a list of objects with role and content"),
         ({"messages": [{"content": "a"}]}, "a row: messages must be a list of objects"),
         (
@@ -146,9 +146,9 @@ def test_documents_in_a_row_do_not_see_each_other(attention: str, folders: dict[
         assert (seen - packed[0, 9:20]).abs().max() > 1e-3
 
 
-def make_stream(sources: list[dict[str, Any]], seed: int = 3, **fields: Any) -> RowStream:
+def make_stream(sources: list[dict[str, Any]], seed: int = 3, **fields: Any) -> PackedStream:
     data = Data.model_validate({"max_length": LENGTH, "sources": sources, **fields})
-    return RowStream(data, Documents(build_tokenizer(), LENGTH), seed)
+    return PackedStream(data, Documents(build_tokenizer(), LENGTH), seed)
 
 
 @pytest.mark.parametrize("kind", ["local", "mixed", "streamed"])
@@ -207,7 +207,7 @@ def test_weights(folders: dict[str, Path]) -> None:
 
 
 def test_sources_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"path='nowhere.jsonl' is no file"):
+    with pytest.raises(DataError, match=r"path='nowhere.jsonl' is not a file"):
         make_stream([{"path": "nowhere.jsonl"}])
     (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
     with pytest.raises(DataError, match=r"bad.jsonl, row 1 has neither text"):
@@ -215,7 +215,7 @@ def test_sources_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> Non
     for number, (content, message) in enumerate(
         [
             (b"{no json\n", "cannot be read: JSON parse error"),
-            (b"", "holds no rows"),
+            (b"", "has no rows"),
             (b'{"text": "\xff"}\n', "is not UTF-8"),
         ]
     ):
@@ -235,9 +235,9 @@ def test_evaluation_rows(folders: dict[str, Path]) -> None:
     data = Data.model_validate(
         {"max_length": LENGTH, "sources": [source], "eval": [source], "eval_documents": 7}
     )
-    rows = evaluation_rows(data, Documents(build_tokenizer(), LENGTH))
+    rows = evaluation_sequences(data, Documents(build_tokenizer(), LENGTH))
     assert sum(len(row) for row in rows) == 7
-    more = evaluation_rows(
+    more = evaluation_sequences(
         data.model_copy(update={"eval_documents": 99}), Documents(build_tokenizer(), LENGTH)
     )
     assert sum(len(row) for row in more) == 12

@@ -34,7 +34,7 @@ def test_there_are_recipes() -> None:
         ({"optimizer": {"zzz": 1}}, "optimizer.zzz: unknown key; known keys: learning_rate"),
         ({"tokens": 0}, "tokens=0: .*greater than or equal to 1"),
         ({"tokens": "many"}, "tokens='many': .*integer"),
-        ({"batch_size": True}, "batch_size: true is a truth value"),
+        ({"batch_size": True}, "batch_size: true is a boolean"),
         ({"batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 does not divide"),
         ({"supervision": {"n_supervision": 9, "n_reasoning_steps": 8}}, "n_supervision=9 steps"),
         ({"supervision": {"confidence_input": "both"}}, "confidence_input='both': .*'state'"),
@@ -82,8 +82,8 @@ def test_overrides(content: Callable[..., dict[str, Any]], tmp_path: Path) -> No
     ("text", "message"),
     [
         ("a: [", "is not YAML"),
-        ("- a", "holds no keys"),
-        ("seed: 1\nseed: 2", "'seed' stands twice"),
+        ("- a", "has no keys"),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
         (None, "cannot be"),
     ],
 )

@@ -13,7 +13,6 @@ from vllm_loopus.training.settings import Supervision
 from vllm_loopus.training.supervision import (
     Carried,
     TrainableLoopUS,
-    confidence_logits,
     draw_steps,
     measure_by_depth,
     supervised_step,
@@ -89,10 +88,10 @@ def test_what_the_head_is_trained_on(
     logits = model.decode(new_state, batch["positions"]).flatten(0, 1)[labelled.where]
     right = (logits.argmax(-1) == labelled.targets).float()
     if target == "sequence":
-        q = confidence_logits(model, seen[labelled.last])
+        q = model.q_head(seen[labelled.last])
         wanted = torch.stack([right[labelled.document == d].mean() for d in range(3)])
     else:
-        q, wanted = confidence_logits(model, seen[labelled.where]), right
+        q, wanted = model.q_head(seen[labelled.where]), right
     expected = torch.nn.functional.binary_cross_entropy_with_logits(q, wanted)
     told = step(
         model,

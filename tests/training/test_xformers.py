@@ -21,7 +21,7 @@ def test_document_lengths() -> None:
 def test_refused_without_package_or_cuda() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(SettingsError, match="take attention: sdpa"):
+    with pytest.raises(SettingsError, match="use attention: sdpa"):
         xformers_attention.register(base_config("qwen3"))
 
 

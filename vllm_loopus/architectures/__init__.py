@@ -1,8 +1,8 @@
-"""The looped architectures that can be served, one record each.
+"""The looped architectures that can be served, with one `Architecture` record each.
 
-A new one is a module here with its `Architecture`, listed in `ARCHITECTURES`; a config class; a
-vLLM model that satisfies `serving/model/seam.py`; and a reference model. Nothing else asks which
-architecture a model has.
+To add one, write a config class, a vLLM model that implements `serving/model/seam.py` and a
+reference model, and add a module here with its record, listed in `ARCHITECTURES`. No other code
+depends on the architecture of a model.
 """
 
 from transformers import PreTrainedConfig
@@ -16,7 +16,7 @@ ARCHITECTURES: list[Architecture] = [LOOPUS]
 
 
 def architecture_of(config: PreTrainedConfig | None) -> Architecture | None:
-    """The record of the architecture that a config belongs to; None for a model without a loop."""
+    """The record for a config; None for a model without a loop."""
     for architecture in ARCHITECTURES:
         if isinstance(config, architecture.config_class):
             return architecture

@@ -1,4 +1,4 @@
-"""LoopUS (arXiv 2605.11011): a base model cut into encoder, reasoning block and decoder."""
+"""LoopUS (arXiv 2605.11011): a base model split into encoder, reasoning block and decoder."""
 
 from vllm_loopus.architectures.record import Architecture, LoopLayers
 from vllm_loopus.config import ARCHITECTURE, LoopUSConfig

@@ -1,4 +1,4 @@
-"""What is known of an architecture without loading a model."""
+"""The record of an architecture: what the engine needs to know before it loads a model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,51 +10,53 @@ from vllm_loopus.modeling.exit_rule import ExitRule
 
 
 class LoopedConfig(Protocol):
-    """What the config of every looped model has, beside what transformers asks of it.
+    """The fields that the config of every looped model has, besides those of transformers.
 
-    The names are the same for all: a format with names of its own maps them (transformers'
-    `attribute_map`), so that `hf_overrides` and the knobs of requests mean the same everywhere.
+    A checkpoint format with other names maps them to these (`attribute_map` in transformers), so
+    that `hf_overrides` and request knobs have the same meaning for all models.
     """
 
     max_loops: int
     min_loops: int
     exit_threshold: float
-    base_model_name_or_path: str | None  # whose tokenizer is used if the checkpoint has none
+    base_model_name_or_path: str | None  # its tokenizer is used if the checkpoint has none
 
     @property
     def exact_context(self) -> int | None:
-        """The longest sequence whose K/V does not depend on its length; None for any."""
+        """The longest sequence whose K/V does not depend on its length; None for no limit."""
         ...
 
     def check(self) -> None:
-        """Raises `ValueError` that names field, value and fix if fields do not fit together."""
+        """Raises `ValueError` with field, value and fix if the fields are inconsistent."""
         ...
 
     def get_text_config(self) -> Any:
-        """The config that holds the sizes of layers and vocabulary."""
+        """The config that contains the sizes of the layers and the vocabulary."""
         ...
 
 
 @dataclass(frozen=True)
 class LoopLayers:
-    """Which layers of a model run once before the loop, in every pass of it, and once after it."""
+    """The layers that run once before the loop, in every pass, and once after the loop."""
 
     encoder: Sequence[int]
     reasoning: Sequence[int]
     decoder: Sequence[int]
-    injects: bool = False  # whether every pass has what the encoder gave as a second input
+    injects: bool = False  # whether every pass also takes a constant input from the encoder
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One looped architecture. Classes that need torch or vLLM are named as `module:Class` and
-    imported when they are used.
+    """One looped architecture.
 
-    - `name`: as in `architectures` of config.json. `family`: in messages.
-    - `config_class`: satisfies `LoopedConfig`.
-    - `model`: the vLLM model, which satisfies `serving/model/seam.py`.
-    - `reference`: the transformers model that defines the right answers.
-    - `exit_rule`, `layers`: by a config.
+    - `name`: as in `architectures` of config.json. `family`: the name in messages.
+    - `config_class`: implements `LoopedConfig`.
+    - `model`: the vLLM model, which implements `serving/model/seam.py`.
+    - `reference`: the transformers model that defines the correct answers.
+    - `exit_rule`, `layers`: functions of the config.
+
+    Model classes are given as `module:Class` and imported when they are first used, because they
+    need torch or vLLM.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""`vllm-loopus batch`: a file of requests answered on Ray Data LLM.
+"""`vllm-loopus batch`: answers a file of requests with Ray Data LLM.
 
-`rows` reads and checks the input, `journal` keeps what is done, `answers` says what a row of the
-output holds, `pipeline` is the work on Ray, `run` puts them together. Nothing is sent to Ray before
-every row was checked.
+`rows` reads and checks the input, `journal` stores finished answers, `answers` builds the rows of
+the output, `pipeline` runs the requests on Ray, and `run` combines them. All rows are checked
+before anything is sent to Ray.
 """
 
 from vllm_loopus.extras import need

@@ -1,4 +1,4 @@
-"""What a row of the output holds: the answer of its request, or why there is none."""
+"""Builds the rows of the output: the answer to a request, or its error."""
 
 import time
 import uuid
@@ -10,9 +10,11 @@ from vllm_loopus.serving.frontend.answers import depth_fields
 
 
 def answer(index: int, echo: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """`result`: `text`, `finish_reason`, `exit_depths`, `prompt_tokens` and `tokens` (ids).
+    """The output row of a request that was answered.
 
-    A request in OpenAI's form is answered as by `vllm run-batch`; exit depths stand in its choice.
+    `echo`: see `Row`. `result`: `text`, `finish_reason`, `exit_depths`, `prompt_tokens` and
+    `tokens` (ids). Requests in OpenAI's form get the format of `vllm run-batch`, with exit depths
+    in the choice.
     """
     depths = depth_fields(list(result["exit_depths"]))
     if echo["form"] != "openai":
@@ -27,7 +29,7 @@ def answer(index: int, echo: Mapping[str, Any], result: Mapping[str, Any]) -> di
             "error": None,
         }
     chat = echo["url"] == CHAT
-    said = (
+    content = (
         {"message": {"role": "assistant", "content": result["text"]}}
         if chat
         else {"text": result["text"]}
@@ -39,7 +41,7 @@ def answer(index: int, echo: Mapping[str, Any], result: Mapping[str, Any]) -> di
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": result["model"],
-        "choices": [{"index": 0, **said, "finish_reason": result["finish_reason"], **depths}],
+        "choices": [{"index": 0, **content, "finish_reason": result["finish_reason"], **depths}],
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -55,7 +57,7 @@ def answer(index: int, echo: Mapping[str, Any], result: Mapping[str, Any]) -> di
 
 
 def failure(index: int, echo: Mapping[str, Any], message: str) -> dict[str, Any]:
-    """A row that failed, with its error."""
+    """The output row of a request that failed, with its error."""
     error = {"message": message}
     if echo["form"] != "openai":
         return {**_named(index, echo), "error": error}

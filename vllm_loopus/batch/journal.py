@@ -1,8 +1,8 @@
-"""What is done of a batch, beside its output: `OUTPUT.partial`.
+"""The journal of a batch, `OUTPUT.partial`, which allows to continue after an interruption.
 
-A line for each answered row, appended as answers come; the first line says what the journal belongs
-to. A line that was cut off when the process was killed is dropped. At the end the output is written
-in the order of the input and renamed into its place, and the journal goes.
+The first line identifies the work. Then one line is appended for each answered row. An incomplete
+last line of a killed process is dropped. At the end the output is written in the order of the input
+and the journal is deleted.
 """
 
 import fcntl
@@ -21,24 +21,26 @@ SUFFIX = ".partial"
 
 
 class JournalError(OSError):
-    """The journal or the output cannot be written, a full disk for example; names the file. What
-    the journal holds stays."""
+    """The journal or the output cannot be written, for example because the disk is full.
+
+    The message names the file. Answers in the journal are preserved.
+    """
 
 
 class Journal:
-    """Use as a context manager; one process at a time has it."""
+    """A context manager. Only one process at a time can open a journal."""
 
     def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False) -> None:
-        """Opens the journal of `output`, or begins one; with `restart` it forgets what is there.
+        """Opens or creates the journal of `output`. With `restart`, an existing one is emptied.
 
-        Raises `ValueError` when there is one of other work, or another process has it, and
-        `JournalError` when its first line cannot be written.
+        Raises `ValueError` if the journal belongs to other work or is open in another process, and
+        `JournalError` if its first line cannot be written.
         """
         self.output, self.file = output, output.with_name(output.name + SUFFIX)
         self._places: dict[int, tuple[int, int]] = {}  # index -> offset and length
         self.failed = 0
         try:
-            # Without a buffer: what could not be written is not tried again when it is closed.
+            # Unbuffered, so that data that could not be written is not written again at close.
             self._lines = io.FileIO(self.file, "a+")
         except OSError as error:
             raise ValueError(f"{self.file} cannot be written: {error.strerror}") from error
@@ -68,8 +70,10 @@ class Journal:
         return len(self._places)
 
     def add(self, index: int, answer: dict[str, Any]) -> bool:
-        """Keeps the answer of a row; False, and nothing kept, if the row has one already. Raises
-        `JournalError`."""
+        """Stores the answer of a row, unless it has one already. Returns whether it was stored.
+
+        Raises `JournalError`.
+        """
         if index in self._places:
             return False
         self._append(index, {"index": index, "answer": answer})
@@ -77,20 +81,22 @@ class Journal:
         return True
 
     def sync(self) -> None:
-        """What was added is on the disk when this returns. Raises `JournalError`."""
+        """Flushes all added answers to the disk. Raises `JournalError`."""
         with _naming(self.file):
             os.fsync(self._lines.fileno())
 
     def finish(self, rows: int) -> None:
-        """Writes the output: `rows` lines, in order. Raises `RuntimeError` when one is missing, and
-        `JournalError`."""
+        """Writes the output of `rows` lines in order, and deletes the journal.
+
+        Raises `RuntimeError` if an answer is missing, and `JournalError`.
+        """
         missing = [index for index in range(rows) if index not in self._places]
         if missing or len(self) != rows:
             raise RuntimeError(f"{len(missing)} of {rows} rows have no answer: {missing[:10]}")
         self.sync()
         try:
             self._write(rows)
-        except OSError as error:  # which names the output
+        except OSError as error:  # the message names the output
             raise JournalError(error.strerror or str(error)) from error
         self.file.unlink()
 
@@ -114,7 +120,7 @@ class Journal:
                 if first and entry != identity:
                     raise ValueError(
                         f"{self.file} belongs to another {_differing(entry, identity)}; give the "
-                        "same again, or --restart"
+                        "same as before, or --restart"
                     )
                 if not first:
                     if entry is None:
@@ -132,7 +138,7 @@ class Journal:
         with _naming(self.file):
             try:
                 left = memoryview(line)
-                while left:  # written outlives the process; `sync` lets it outlive the machine
+                while left:  # this survives a crash of the process, `sync` one of the machine
                     left = left[self._lines.write(left) :]
             except OSError:
                 with suppress(OSError):

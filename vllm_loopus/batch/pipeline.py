@@ -1,8 +1,8 @@
-"""The work itself: a Ray Data LLM pipeline from checked rows to results.
+"""The Ray Data LLM pipeline from checked rows to results.
 
-Chat templates are applied and texts decoded outside the engine's step, by Ray's map tasks and by
-vLLM's front end in the engine's actor: Ray's own stages for that want an actor each. Results come
-in any order, and a row once for all Ray knows; who reads them leaves out what it has.
+Chat templates are applied in Ray's map tasks, and texts are decoded by vLLM's front end in the
+engine's actor, because Ray's own stages for these would need an actor each. Results arrive in any
+order, and a row may be answered more than once; the caller must ignore duplicates.
 """
 
 import json
@@ -20,18 +20,18 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from vllm_loopus.batch.rows import Row
 from vllm_loopus.serving.frontend.request_stats import exit_depths_in
 
-FAILED = "__inference_error__"  # Ray's column: why the row failed, or nothing
-MOST_BLOCKS = 2000
-MOST_FAILED_STARTS = 1  # of an engine in a row; Ray would try some more, in vain mostly
+FAILED = "__inference_error__"  # Ray's column with the error of a failed row, else empty
+MAX_RAY_BLOCKS = 2000
+MAX_FAILED_STARTS = 1  # consecutive failed starts of an engine; by default Ray retries more often
 
 
 @dataclass(frozen=True)
 class Work:
-    """How the engine is run.
+    """How the engines are run.
 
-    - `replicas`: engines; `ranks`: of each; `batch_size`: rows that Ray hands over, and would
-      repeat after a lost worker, together.
-    - `environment`: variables for Ray's workers.
+    - `replicas`: number of engines. `ranks`: workers of each.
+    - `batch_size`: rows that Ray sends to an engine, and repeats after losing a worker, together.
+    - `environment`: environment variables of Ray's workers.
     """
 
     model: str
@@ -44,12 +44,12 @@ class Work:
 
 
 class Arguments(UserDict[str, Any]):
-    """Arguments of `SamplingParams`, not a dict: to a column of dicts Arrow would give every row
-    the keys of all, None where a row has not said anything."""
+    """Arguments of `SamplingParams`. Not a dict, because in a column of dicts Arrow would give each
+    row the keys of all rows, with None for missing values."""
 
 
 class Prepare:
-    """From a checked row, as JSON, to what the engine's stage takes."""
+    """Converts a checked row, as JSON, to the input of the engine stage."""
 
     def __init__(self, tokenizer: str, trust_remote_code: bool) -> None:
         self._tokenizer = tokenizer, trust_remote_code
@@ -65,13 +65,13 @@ class Prepare:
             token_ids = _tokenizer(*self._tokenizer).apply_chat_template(
                 request["messages"], tokenize=True, return_dict=False, **request["template"]
             )
-        except Exception as error:  # templates are code of the model's, and raise what they like
+        except Exception as error:  # templates raise many types
             return {FAILED: f"the chat template refused the messages: {error}"}
         return {**prepared, "tokenized_prompt": list(token_ids)}
 
 
 def result_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a row that the engine has answered."""
+    """The result of a row that the engine has answered."""
     metrics = row["metrics"] or {}
     result = {
         "text": row["generated_text"],
@@ -86,8 +86,11 @@ def result_of(row: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def ray_running(address: str | None, work: Work) -> Iterator[None]:
-    """Joins the cluster at `address`, or starts one on this machine, of a CPU for each rank and one
-    for preparing rows, GPUs as Ray finds them; leaves it at the end. One joined before is kept."""
+    """Connects to the Ray cluster at `address` or starts a local one, and disconnects at the end.
+
+    A local cluster has one CPU for each rank, one for preparing rows, and the GPUs that Ray finds.
+    If Ray is initialised already, nothing is done.
+    """
     if ray.is_initialized():
         yield
         return
@@ -104,17 +107,17 @@ def ray_running(address: str | None, work: Work) -> Iterator[None]:
 
 
 def stream(rows: Sequence[Row], work: Work) -> Iterator[tuple[int, dict[str, Any], Any, str]]:
-    """Index, echo, result (None for a failed row) and error of each row, as they come."""
+    """Index, echo, result (None for a failed row) and error of each row, in order of completion."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = MOST_FAILED_STARTS
+    context.max_consecutive_actor_init_deaths = MAX_FAILED_STARTS
     items = [
         {"index": row.index, "echo": json.dumps(row.echo), "request": json.dumps(asdict(row))}
         for row in rows
     ]
-    blocks = min(-(-len(items) // work.batch_size), MOST_BLOCKS)
-    dataset = ray.data.from_items(items, override_num_blocks=blocks)
+    ray_blocks = min(-(-len(items) // work.batch_size), MAX_RAY_BLOCKS)
+    dataset = ray.data.from_items(items, override_num_blocks=ray_blocks)
     for found in _processor(work)(dataset).iter_rows():
         echo = json.loads(found["echo"])
         error = found.get(FAILED) or ""
@@ -147,7 +150,7 @@ def _processor(work: Work) -> Any:
 
 
 def _whole_keys(request: dict[str, Any]) -> dict[str, Any]:
-    """JSON has made texts of the token ids of a bias."""
+    """The sampling parameters with integer keys in `logit_bias`, which JSON turns into strings."""
     params = dict(request["sampling_params"])
     if "logit_bias" in params:
         params["logit_bias"] = {int(token): v for token, v in params["logit_bias"].items()}

@@ -1,13 +1,13 @@
-"""Rows of the input: read, told apart and checked before an engine starts.
+"""Reads and checks the rows of the input before an engine starts.
 
-A row is a JSON object in one of three forms:
+A row is a request, a JSON object in one of three forms:
 
 1. `{"prompt": ...}`: a body of `/v1/completions`;
 2. `{"messages": [...]}`: a body of `/v1/chat/completions`;
-3. `{"custom_id", "method", "url", "body"}`: what `vllm run-batch` and OpenAI's batch API take.
+3. `{"custom_id", "method", "url", "body"}`: the format of `vllm run-batch` and OpenAI's batch API.
 
-Fields are vLLM's own, checked by its own models; knobs of the loop stand beside them or in
-`vllm_xargs`. What would have no effect here is refused, also where vLLM would ignore it.
+Fields are those of vLLM and checked by vLLM's models. Loop knobs are given beside them or in
+`vllm_xargs`. Fields without effect are refused, even if vLLM would ignore them.
 """
 
 import json
@@ -30,7 +30,7 @@ from vllm_loopus.serving.knobs.request import check_request
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
-OWN_FIELDS = ("custom_id", "metadata")  # of the first two forms: given back with the answer
+OWN_FIELDS = ("custom_id", "metadata")  # of the first two forms; returned with the answer
 SAMPLING = (
     *("model", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
@@ -43,19 +43,19 @@ OF_CHAT = (
     *("add_generation_prompt", "continue_final_message"),
 )
 FIELDS = {COMPLETIONS: ("prompt", *SAMPLING), CHAT: (*OF_CHAT, *SAMPLING)}
-# Arguments of the tokenizer's function that are no variables of the template: vLLM refuses the
-# first two; the batch gives the others itself, or would get something else back.
+# Arguments of `apply_chat_template` that are not variables of the template. vLLM refuses the first
+# two; the others are set by the batch or would change the type of the result.
 NOT_OF_THE_TEMPLATE = ("chat_template", "tokenize", "conversation", "return_dict", "return_tensors")
-ONLY: dict[str, Any] = {"n": 1, "stream": False}  # what a row of the output has room for
+ONLY: dict[str, Any] = {"n": 1, "stream": False}  # the only values that the output supports
 
 
 class RowError(ValueError):
-    """A row of the input that cannot be: line, field, value and fix."""
+    """A row of the input is invalid; the message has line, field, value and fix."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request is checked against: the engine as it will be served."""
+    """The properties of the engine that requests are checked against."""
 
     model_config: ModelConfig
     served_names: tuple[str, ...]
@@ -74,10 +74,10 @@ class Limits:
 class Row:
     """A checked request.
 
-    - `prompt`: text or token ids, None for a chat; `messages`: of a chat; `template`: arguments
-      of the chat template.
+    - `prompt`: text or token ids, None for a chat. `messages`: of a chat. `template`: arguments of
+      the chat template.
     - `sampling_params`: arguments of vLLM's `SamplingParams` that differ from its defaults.
-    - `echo`: what the answer says of its request: form, id, metadata.
+    - `echo`: form, id and metadata of the request, for its answer.
     """
 
     index: int
@@ -89,9 +89,9 @@ class Row:
 
 
 def read_rows(file: Path, limits: Limits) -> Iterator[Row]:
-    """The rows of `file` in their order; empty lines are left out.
+    """The rows of `file` in order, without empty lines.
 
-    Raises `RowError` for the first row that cannot be answered, and for an id that comes twice.
+    Raises `RowError` for the first invalid row or duplicate id.
     """
     first_line: dict[str, int] = {}
     index = 0
@@ -106,43 +106,43 @@ def read_rows(file: Path, limits: Limits) -> Iterator[Row]:
             name = row.echo.get("custom_id")
             if name is not None and first_line.setdefault(name, line) != line:
                 raise RowError(
-                    f"{file}, line {line}: custom_id={name!r} stands in line {first_line[name]} "
-                    "too; ids must differ"
+                    f"{file}, line {line}: custom_id={name!r} is also in line {first_line[name]}; "
+                    "give each row its own id"
                 )
             yield row
             index += 1
 
 
 def parse(given: Any, index: int, limits: Limits) -> Row:
-    """Raises `ValueError` or vLLM's client error naming the field, its value and the fix."""
+    """Checks one row. Raises `ValueError` or vLLM's client error with field, value and fix."""
     if not isinstance(given, dict):
-        raise ValueError(f"{_shown(given)} is no JSON object; give one with prompt or messages")
+        raise ValueError(f"{_shown(given)} is not a JSON object; give one with prompt or messages")
     url, body, echo = _form_of(given)
     xargs = body.get("vllm_xargs") or {}
     if not isinstance(xargs, dict):
-        raise ValueError(f"vllm_xargs={_shown(xargs)} must be an object")
+        raise ValueError(f"vllm_xargs={_shown(xargs)} must be a JSON object")
     beside = {name: body[name] for name in REQUEST_KNOBS if name in body}
     if beside and echo["form"] == "openai":
-        raise ValueError(f"{next(iter(beside))} is no field of the body; put it into vllm_xargs")
+        raise ValueError(f"{next(iter(beside))} is not a field of the body; put it into vllm_xargs")
     if twice := [name for name in beside if name in xargs]:
-        raise ValueError(f"{twice[0]} stands beside vllm_xargs and in it; give it once")
+        raise ValueError(f"{twice[0]} is given both in vllm_xargs and beside it; give it once")
     knobs = {**xargs, **beside}
     body = {name: value for name, value in body.items() if name not in beside}
     for name, value in body.items():
         if name not in FIELDS[url]:
-            raise ValueError(f"{name}={_shown(value)} is no field of a row here; {_fix(name, url)}")
+            raise ValueError(f"{name}={_shown(value)} is not a field of a row; {_fix(name, url)}")
     for name, only in ONLY.items():
         if body.get(name) not in (None, only):
-            raise ValueError(f"{name}={_shown(body[name])} must be {json.dumps(only)} here")
+            raise ValueError(f"{name}={_shown(body[name])} must be {json.dumps(only)} in a batch")
     structured = body.get("structured_outputs")
-    if not isinstance(structured, dict | None):  # vLLM's own check stumbles over it
-        raise ValueError(f"structured_outputs={_shown(structured)} must be an object")
+    if not isinstance(structured, dict | None):  # vLLM's check fails with another error
+        raise ValueError(f"structured_outputs={_shown(structured)} must be a JSON object")
     if body.get("model") not in (None, *limits.served_names):
         raise ValueError(
-            f"model={_shown(body['model'])} is not served; leave it out or say "
+            f"model={_shown(body['model'])} is not served; leave it out or give "
             f"{limits.served_names[0]!r}"
         )
-    # The knobs are looked at as they were sent: parsing would make 1 of `true`.
+    # Knobs are checked as sent, because parsing would convert `true` to 1.
     effort = body.get("reasoning_effort")
     budgets = limits.options.reasoning_effort
     if isinstance(effort, str) and effort in budgets and "max_loops" not in knobs:
@@ -153,7 +153,7 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
     else:
         prompt = _prompt(body.get("prompt"), limits)
     request = _parsed(url, {**body, "vllm_xargs": knobs or None})
-    fields = vars(request)  # asking for max_tokens of a chat warns that it is old
+    fields = vars(request)  # the attribute max_tokens of a chat is deprecated and would warn
     most = fields["max_tokens"]
     if fields.get("max_completion_tokens") is not None:
         most = fields["max_completion_tokens"]
@@ -162,7 +162,7 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
     template = dict(body.get("chat_template_kwargs") or {})
     if theirs := [name for name in NOT_OF_THE_TEMPLATE if name in template]:
         raise ValueError(
-            f"chat_template_kwargs has {theirs[0]}={_shown(template[theirs[0]])}, which is no "
+            f"chat_template_kwargs has {theirs[0]}={_shown(template[theirs[0]])}, which is not a "
             "variable of the template; leave it out"
         )
     check_request(knobs, limits.loopus_config, most, limits.model_config.max_model_len)
@@ -181,22 +181,22 @@ def _json_of(raw: bytes) -> Any:
         row = json.loads(raw)
         whole = json.dumps(row, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{_shown(raw.decode(errors='replace').strip())} is no JSON") from error
+        shown = _shown(raw.decode(errors="replace").strip())
+        raise ValueError(f"{shown} is not JSON; give one JSON object per line") from error
     try:
         whole.encode()
     except UnicodeEncodeError as error:
-        # JSON may escape half of a pair, for which UTF-8 has no bytes: the answer could not repeat
-        # it, nor vLLM read it.
+        # JSON can escape half of a surrogate pair, which UTF-8 cannot encode.
         half = error.object[error.start]
         raise ValueError(
-            f"{_place_of(half, row)} has {half!r}, half of a surrogate pair and no character; "
-            "leave it out or give the pair"
+            f"{_place_of(half, row)} has {half!r}, half of a surrogate pair, which is not a "
+            "character; leave it out or give the pair"
         ) from None
     return row
 
 
 def _place_of(text: str, value: Any, name: str = "") -> str | None:
-    """The field of a row that has `text` in it, and its value."""
+    """The field of a row that contains `text`, with its value."""
     if isinstance(value, str):
         return f"{name}={_shown(value)}" if text in value else None
     if isinstance(value, dict):
@@ -211,28 +211,28 @@ def _place_of(text: str, value: Any, name: str = "") -> str | None:
 
 
 def _form_of(given: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The endpoint, the body, and what the answer repeats."""
+    """The endpoint, the body, and the `echo` of a row."""
     if "body" in given or "url" in given:
         for name in given:
             if name not in OPENAI_FIELDS:
-                raise ValueError(f"{name} is no field beside body; put it into body")
+                raise ValueError(f"{name} is not a field beside body; put it into body")
         if not isinstance(given.get("url"), str) or given["url"] not in FIELDS:
             raise ValueError(
-                f"url={_shown(given.get('url'))} is not answered; there are {', '.join(FIELDS)}"
+                f"url={_shown(given.get('url'))} is not supported; give one of {', '.join(FIELDS)}"
             )
         if given.get("method", "POST") != "POST":
             raise ValueError(f"method={_shown(given['method'])} must be POST")
         if not isinstance(given.get("custom_id"), str):
-            raise ValueError(f"custom_id={_shown(given.get('custom_id'))} must be a text")
+            raise ValueError(f"custom_id={_shown(given.get('custom_id'))} must be a string")
         if not isinstance(given.get("body"), dict):
-            raise ValueError(f"body={_shown(given.get('body'))} must be an object")
+            raise ValueError(f"body={_shown(given.get('body'))} must be a JSON object")
         echo = {"form": "openai", "url": given["url"], "custom_id": given["custom_id"]}
         return given["url"], given["body"], echo
     if ("prompt" in given) == ("messages" in given):
         raise ValueError(f"{_shown(given)} must have one of prompt and messages")
     echo = {name: given[name] for name in OWN_FIELDS if name in given}
     if not isinstance(echo.get("custom_id", ""), str):
-        raise ValueError(f"custom_id={_shown(echo['custom_id'])} must be a text")
+        raise ValueError(f"custom_id={_shown(echo['custom_id'])} must be a string")
     body = {name: value for name, value in given.items() if name not in OWN_FIELDS}
     return CHAT if "messages" in given else COMPLETIONS, body, {"form": "plain", **echo}
 
@@ -260,17 +260,17 @@ def _prompt(prompt: Any, limits: Limits) -> str | list[int]:
     ):
         return prompt
     raise ValueError(
-        f"prompt={_shown(prompt)} must be a text, or a list of token ids from 0 to {size - 1}; "
-        "neither may be empty, and a row has one prompt"
+        f"prompt={_shown(prompt)} must be a string, or a list of token ids from 0 to {size - 1}, "
+        "and not empty; a row has one prompt"
     )
 
 
 def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
-    """With contents as texts, parts of text joined by new lines as in vLLM."""
+    """The messages with contents as strings; text parts are joined with newlines as in vLLM."""
     if not limits.has_chat_template:
-        raise ValueError("messages need a chat template, which this model has not; give prompt")
+        raise ValueError("messages need a chat template, but this model has none; give prompt")
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages={_shown(messages)} must be a list with a message in it")
+        raise ValueError(f"messages={_shown(messages)} must be a list with at least one message")
     plain = []
     for place, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -282,11 +282,11 @@ def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
         content = message.get("content")
         if isinstance(content, list):
             if not all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
-                raise ValueError(f"messages[{place}].content={_shown(content)} must be text alone")
+                raise ValueError(f"messages[{place}].content={_shown(content)} must be only text")
             for part in content:
                 if not isinstance(part.get("text"), str):
                     raise ValueError(
-                        f"messages[{place}].content has {_shown(part)}, whose text must be a text"
+                        f"messages[{place}].content has {_shown(part)}, whose text must be a string"
                     )
             content = "\n".join(part["text"] for part in content)
         plain.append({**message, "content": content})
@@ -294,7 +294,7 @@ def _messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
 
 
 def _arguments(params: Any) -> dict[str, Any]:
-    """Those of `SamplingParams` that are not at their defaults; output kind and privates aside."""
+    """The public arguments of `SamplingParams` that differ from their defaults."""
     defaults = msgspec.structs.asdict(type(params)())
     given = {
         name: value
@@ -317,7 +317,7 @@ def _fix(name: str, url: str) -> str:
     if name in ("id", "request_id"):
         return "call it custom_id"
     known = ", ".join((*FIELDS[url], *REQUEST_KNOBS))
-    return f"put what is yours into metadata; there are {known}"
+    return f"put your own fields into metadata; known fields are {known}"
 
 
 def _shown(value: Any) -> str:

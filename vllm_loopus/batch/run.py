@@ -1,4 +1,4 @@
-"""A batch from its input to its output."""
+"""Runs a batch from its input file to its output file."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from vllm_loopus.batch.journal import Journal
 from vllm_loopus.batch.rows import Limits, Row, read_rows
 
 SYNC_SECONDS = 1.0
-# Ray Data LLM sets these itself.
+# Engine arguments that Ray Data LLM sets itself.
 NOT_HERE = ("model", "distributed_executor_backend", "disable_log_stats", "served_model_name")
-PARALLEL = {  # sizes that must be 1, and what to do instead
+PARALLEL = {  # sizes that must be 1, and the alternative
     "data_parallel_size": "give --replicas",
-    "pipeline_parallel_size": "a loop cannot be cut into stages; give tensor_parallel_size",
+    "pipeline_parallel_size": "a loop cannot be split into stages; give tensor_parallel_size",
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asks for."""
+    """The options of a batch; see `vllm-loopus batch --help`."""
 
     model: str
     target: str
@@ -36,8 +36,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Progress:
-    """`rows` of the input, `done` of them, `failed` of those, `resumed` from an earlier run;
-    `tokens` generated in this run and their exit `depths`, summed."""
+    """The progress of a batch.
+
+    `rows`: of the input. `done`: finished rows; `failed`: those with an error; `resumed`: those of
+    an earlier run. `tokens`: generated in this run; `depths`: the sum of their exit depths.
+    """
 
     rows: int
     done: int
@@ -48,11 +51,11 @@ class Progress:
 
 
 def check_files(source: Path, output: Path, force: bool) -> None:
-    """Raises `ValueError` for files that cannot be read or written."""
+    """Raises `ValueError` if the input cannot be read or the output cannot be written."""
     if not source.is_file():
-        raise ValueError(f"{source} is no file; name a file of JSON lines")
+        raise ValueError(f"{source} is not a file; give a file of JSON lines")
     if not output.absolute().parent.is_dir() or output.is_dir():
-        raise ValueError(f"{output} cannot be written; name a file in a folder that exists")
+        raise ValueError(f"{output} cannot be written; name a file in an existing folder")
     if output.exists() and output.samefile(source):
         raise ValueError(f"{output} is the input; name another file")
     if output.exists() and not force:
@@ -60,13 +63,13 @@ def check_files(source: Path, output: Path, force: bool) -> None:
 
 
 def model_named(source: Path) -> str | None:
-    """The model that the rows name first, if any does. What is wrong with them is told later."""
+    """The first model named in the rows, if any. Invalid rows are ignored here."""
     with source.open("rb") as lines:
         return next(filter(None, map(_model_of, lines)), None)
 
 
 def check_parallel_sizes(args: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for sizes of the engine that cannot be: Ray starts as many workers."""
+    """Raises `ValueError` for invalid parallel sizes, by which Ray would start its workers."""
     for name in ("tensor_parallel_size", *PARALLEL):
         size = args.get(name, 1)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -78,8 +81,10 @@ def check_parallel_sizes(args: Mapping[str, Any]) -> None:
 
 
 def limits_of(options: Options) -> Limits:
-    """The model as vLLM would configure it. Raises `ValueError` for engine arguments that cannot
-    be, naming them."""
+    """The limits for requests, from the model config that vLLM creates.
+
+    Raises `ValueError` that names invalid engine arguments.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -107,7 +112,7 @@ def limits_of(options: Options) -> Limits:
 
 
 def identity(source: Path, options: Options) -> dict[str, Any]:
-    """What decides the answers: a journal of other work is not gone on with."""
+    """Everything that affects the answers; a journal with another identity is not continued."""
     with source.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return {"input": digest, "model": options.target, "engine_args": options.engine_args}
@@ -117,19 +122,19 @@ def run(
     source: Path,
     output: Path,
     options: Options,
-    tell: Callable[[Progress], None],
+    report: Callable[[Progress], None],
     restart: bool = False,
 ) -> Progress:
-    """Answers every row of `source` into `output`, going on with a journal of the same work, or
-    with `restart` forgetting what there is.
+    """Writes the answers to all rows of `source` to `output`.
 
-    Raises `ValueError` before an engine starts for rows, options or files that cannot be, and
-    `JournalError` when the disk is full.
+    Continues the journal of the same work if there is one, unless `restart`. `report` is called
+    with the progress. Raises `ValueError` for invalid rows, options or files before an engine
+    starts, and `JournalError` if the disk is full.
     """
     limits = limits_of(options)
     rows = list(read_rows(source, limits))
     if not rows:
-        raise ValueError(f"{source} has no rows; give a JSON object a line")
+        raise ValueError(f"{source} has no rows; give one JSON object per line")
     with Journal(output, identity(source, options), restart) as journal:
         resumed = len(journal)
         tokens = depths = 0
@@ -138,7 +143,7 @@ def run(
             return Progress(len(rows), len(journal), journal.failed, resumed, tokens, depths)
 
         left = [row for row in rows if row.index not in journal]
-        tell(progress())
+        report(progress())
         synced = time.monotonic()
         for index, echo, result, error in _results(left, limits, options) if left else ():
             if result is None:
@@ -149,13 +154,14 @@ def run(
             if time.monotonic() - synced > SYNC_SECONDS:
                 journal.sync()
                 synced = time.monotonic()
-            tell(progress())
+            report(progress())
         journal.finish(len(rows))
         return progress()
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for workers of a running cluster: vLLM's, but no keys, which Ray would show."""
+    """Environment variables for the workers of a running cluster: those of vLLM, except keys and
+    tokens, which Ray would show."""
     return {
         name: value
         for name, value in environment.items()

@@ -1,1 +1,1 @@
-"""The `vllm-loopus` command: one file a subcommand."""
+"""The `vllm-loopus` command, with one module for each subcommand."""

@@ -1,19 +1,19 @@
-"""`vllm-loopus alias`: short names for LoopUS checkpoints."""
+"""`vllm-loopus alias`: manages short names for LoopUS checkpoints."""
 
 from typing import Annotated
 
 import typer
 
 from vllm_loopus import aliases
-from vllm_loopus.cli.output import JsonOption, errors_told, print_json, print_table
+from vllm_loopus.cli.output import JsonOption, print_json, print_table, report_errors
 
 alias_app = typer.Typer(name="alias", help="Short names for checkpoints.", no_args_is_help=True)
 
 
 @alias_app.command("list")
 def list_aliases(as_json: JsonOption = False) -> None:
-    """Every alias, where it leads, and who says so."""
-    with errors_told(aliases.AliasError, OSError):
+    """List all aliases, their targets and origins."""
+    with report_errors(aliases.AliasError, OSError):
         own = aliases.user_aliases()
         known = aliases.known_aliases()
     rows: list[dict[str, str | None]] = [
@@ -29,7 +29,7 @@ def list_aliases(as_json: JsonOption = False) -> None:
         print_json(rows)
         return
     print_table(
-        ("alias", "leads to", "from"), [[cell or "-" for cell in row.values()] for row in rows]
+        ("alias", "target", "from"), [[cell or "-" for cell in row.values()] for row in rows]
     )
 
 
@@ -39,8 +39,8 @@ def add(
     target: Annotated[str, typer.Argument(help="A checkpoint folder, or owner/name on the hub.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Register an alias. It wins over an embedded or published one of the same name."""
-    with errors_told(aliases.AliasError, OSError):
+    """Register an alias. It takes precedence over an embedded or published one."""
+    with report_errors(aliases.AliasError, OSError):
         aliases.add_alias(name, target)
         leads_to = aliases.known_aliases()[name]
     if as_json:
@@ -52,12 +52,12 @@ def add(
 @alias_app.command("remove")
 def remove(
     name: Annotated[
-        str, typer.Argument(help="An alias of yours.", autocompletion=lambda: list(_own()))
+        str, typer.Argument(help="One of your aliases.", autocompletion=lambda: list(_own()))
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Forget an alias of yours."""
-    with errors_told(aliases.AliasError, OSError):
+    """Remove one of your aliases."""
+    with report_errors(aliases.AliasError, OSError):
         aliases.remove_alias(name)
     if as_json:
         print_json({"name": name, "target": None})
@@ -66,7 +66,7 @@ def remove(
 
 
 def _own() -> dict[str, str]:
-    """The user's aliases, for shell completion; none from a damaged file."""
+    """The user's aliases, for shell completion; empty if their file is damaged."""
     try:
         return aliases.user_aliases()
     except aliases.AliasError:

@@ -1,4 +1,4 @@
-"""`vllm-loopus batch INPUT OUTPUT`: a file of requests answered on Ray Data LLM."""
+"""`vllm-loopus batch INPUT OUTPUT`: answers a file of requests with Ray Data LLM."""
 
 import os
 import sys
@@ -14,50 +14,56 @@ from vllm_loopus.cli.output import (
     PROBLEM,
     JsonOption,
     absolute,
-    errors_told,
     json_object,
     print_json,
+    report_errors,
 )
 
 DEFAULT_MODEL = "loopus-tiny"
 
 
 def batch(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON lines, a request each.")],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON lines, an answer each.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="JSON lines, one request per line.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="JSON lines, one answer per line.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(
-            help="An alias, a checkpoint folder, or owner/name on the hub. Default: what the rows "
-            f"name, or {DEFAULT_MODEL}.",
+            help="An alias, a checkpoint folder, or owner/name on the hub. Default: the model "
+            f"named in the rows, or {DEFAULT_MODEL}.",
             autocompletion=known_models,
         ),
     ] = None,
     engine_args: Annotated[
         str,
-        typer.Option(help='Arguments of vLLM\'s engine as JSON: {"max_model_len": 1024}.'),
+        typer.Option(help='vLLM engine arguments as JSON: {"max_model_len": 1024}.'),
     ] = "{}",
-    replicas: Annotated[int, typer.Option(min=1, help="Engines side by side.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of engines.")] = 1,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows handed over, and after a lost worker redone, at once.")
+        int,
+        typer.Option(min=1, help="Rows sent to an engine, and repeated after a failure, at once."),
     ] = 32,
     address: Annotated[
         str | None,
         typer.Option(
-            envvar="RAY_ADDRESS", help="A running Ray cluster. Default: one is started here."
+            envvar="RAY_ADDRESS", help="A running Ray cluster. Default: a local one is started."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget what OUTPUT.partial holds.")
+        bool, typer.Option("--restart", help="Discard the answers in OUTPUT.partial.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a file of requests on Ray, one answer a row, in order; stopped, go on where it was.
+    """Answer a file of requests on Ray, one answer per row, in order.
 
-    Exit code 1 if rows failed: they are in OUTPUT with their error.
+    After an interruption, the same command continues. Exit code 1 if rows failed; they are in
+    OUTPUT with their error.
     """
-    with redirect_stdout(sys.stderr), errors_told(ValueError, OSError):
+    with redirect_stdout(sys.stderr), report_errors(ValueError, OSError):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm_loopus.batch.journal import JournalError
         from vllm_loopus.batch.run import Options, check_files, model_named
@@ -75,18 +81,18 @@ def batch(
         )
         from ray.exceptions import RayError
 
-        goes_on = f"the same command goes on with what is in {output}.partial"
+        resume = f"the same command continues from {output}.partial"
         try:
             done = _run(source, output, options, restart)
         except KeyboardInterrupt:
-            typer.echo(f"\ninterrupted; {goes_on}", err=True)
+            typer.echo(f"\ninterrupted; {resume}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except JournalError as error:
-            raise JournalError(f"{error}; make room, and {goes_on}") from error
+            raise JournalError(f"{error}; free some space, then {resume}") from error
         except RayError as error:
             reason = str(error).strip().rpartition("\n")[2]
             logs = "the cause is in Ray's worker logs (/tmp/ray/session_latest/logs)"
-            typer.echo(f"error: the engine failed: {reason}\n{logs}; {goes_on}", err=True)
+            typer.echo(f"error: the engine failed: {reason}\n{logs}; {resume}", err=True)
             raise typer.Exit(PROBLEM) from error
     mean = round(done.depths / done.tokens, 4) if done.tokens else None
     facts = {
@@ -120,20 +126,20 @@ def _run(source: Path, output: Path, options: Any, restart: bool) -> Any:
     console = Console(file=sys.stderr)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal,
     )  # fmt: skip
     with bar:
-        task = bar.add_task("rows", total=None, told="")
+        task = bar.add_task("rows", total=None, status="")
         printed = [-1]
 
-        def tell(progress: Any) -> None:
+        def report(progress: Any) -> None:
             depth = f", depth {progress.depths / progress.tokens:.2f}" if progress.tokens else ""
-            told = f"{progress.failed} failed{depth}"
-            bar.update(task, total=progress.rows, completed=progress.done, told=told)
+            status = f"{progress.failed} failed{depth}"
+            bar.update(task, total=progress.rows, completed=progress.done, status=status)
             tenth = 10 * progress.done // progress.rows
             if bar.disable and tenth > printed[0]:
-                typer.echo(f"{progress.done}/{progress.rows} rows, {told}", err=True)
+                typer.echo(f"{progress.done}/{progress.rows} rows, {status}", err=True)
                 printed[0] = tenth
 
-        return run(source, output, options, tell, restart)
+        return run(source, output, options, report, restart)

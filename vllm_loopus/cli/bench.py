@@ -1,4 +1,4 @@
-"""`vllm-loopus bench`: engines side by side on this machine."""
+"""`vllm-loopus bench`: compares engines on this machine."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_loopus.cli.output import PROBLEM, JsonOption, errors_told, print_json, print_table
+from vllm_loopus.cli.output import PROBLEM, JsonOption, print_json, print_table, report_errors
 
 if TYPE_CHECKING:
     from vllm_loopus.bench.setup import Setup
@@ -32,7 +32,7 @@ class BenchPlan(StrEnum):
 
 
 class BenchDtype(StrEnum):
-    """What to compute in."""
+    """Dtypes to compute in."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -43,27 +43,27 @@ class BenchDtype(StrEnum):
 def bench(
     plan: Annotated[
         BenchPlan,
-        typer.Option(help="quick: about 15 minutes on two cores; tiny: a small model, to try it."),
+        typer.Option(help="quick: about 15 minutes on two cores; tiny: a tiny model, for a try."),
     ] = BenchPlan.FULL,
     only: Annotated[
-        str | None, typer.Option(help="Sections with commas: machine, decode, sweep, mixed, ...")
+        str | None, typer.Option(help="Sections, separated by commas: machine, decode, sweep, ...")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            file_okay=False, help=f"Folder for the report; {OUT} where something is measured."
+            file_okay=False, help=f"Folder for the report. Default: {OUT}; none with --from."
         ),
     ] = None,
     dtype: Annotated[
         BenchDtype,
-        typer.Option(
-            help="auto: bfloat16 where the machine has instructions for it, else float32."
-        ),
+        typer.Option(help="auto: bfloat16 if the machine has instructions for it, else float32."),
     ] = BenchDtype.AUTO,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="For the measuring; more rounds in more minutes.")
+        float | None, typer.Option(min=0, help="Time for measuring; more time gives more rounds.")
     ] = None,
-    seqs: Annotated[str | None, typer.Option(help="Sequences at a time, with commas.")] = None,
+    seqs: Annotated[
+        str | None, typer.Option(help="Numbers of concurrent sequences, separated by commas.")
+    ] = None,
     original: Annotated[
         Path | None,
         typer.Option(
@@ -71,27 +71,27 @@ def bench(
         ),
     ] = None,
     original_python: Annotated[
-        str, typer.Option(help="The Python that runs it, with transformers of its time.")
+        str, typer.Option(help="The Python for --original, with the transformers that it needs.")
     ] = sys.executable,
     into: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Markdown file to write the table into."),
+        typer.Option(exists=True, dir_okay=False, help="Markdown file to insert the table into."),
     ] = None,
     saved: Annotated[
-        Path | None, typer.Option("--from", help="Measure nothing: a report that is there already.")
+        Path | None, typer.Option("--from", help="Show an existing report; measure nothing.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Report of an earlier run, to hold the ratios against.")
+        Path | None, typer.Option(help="Report of an earlier run to compare the ratios with.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure engines side by side; ratios with their spread, against ideal and simulation.
+    """Measure engines in turn, and compare their ratios with the ideal and a simulation.
 
-    Writes report.json, report.html and report.png. Exit code 1 where a section failed and, with
-    --compare, where spreads of the two runs do not overlap.
+    Writes report.json, report.html and report.png. Exit code 1 if a section failed or, with
+    --compare, if the spreads of the two runs do not overlap.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Stopped from outside, engines and servers are to end too.
+    # Ends engines and servers too when the command is terminated.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     from vllm_loopus.bench import figures, report
     from vllm_loopus.bench.process import WorkerError
@@ -101,20 +101,20 @@ def bench(
     folder_of_run = out or OUT
     if saved is None:
         out = folder_of_run
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         earlier = report.read(compare) if compare else None
         if into is not None:
             figures.place_in(into)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
     if saved is not None:
-        with errors_told(ValueError):
+        with report_errors(ValueError):
             found = report.read(saved)
             if earlier is not None:
                 figures.raise_if_incomparable(found, earlier)
     else:
         with tempfile.TemporaryDirectory(dir=os.environ.get(SCRATCH)) as folder:
-            with errors_told(ValueError, OSError):
+            with report_errors(ValueError, OSError):
                 setup = _setup(plan, only, dtype, minutes, seqs, original, original_python, folder)
                 if earlier is not None:
                     figures.raise_if_incomparable(about(setup, ()), earlier)
@@ -127,7 +127,7 @@ def bench(
             except WorkerError as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(PROBLEM) from error
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         if out is not None:
             report.write(found, out)
         if into is not None:
@@ -153,33 +153,37 @@ def _setup(
     original_python: str,
     folder: str,
 ) -> "Setup":
-    """Raises `ValueError` for options that cannot be."""
+    """The setup of the run. Raises `ValueError` for invalid options."""
     from vllm_loopus.bench.setup import ALL, PLANS, Setup, default_device, default_dtype
 
     chosen = PLANS[plan.value]
     if only is not None:
         wanted = [name.strip() for name in only.split(",") if name.strip()]
-        if unknown := [name for name in wanted if name not in ALL] or not wanted:
-            raise ValueError(f"only={only!r} names {unknown}; sections are {', '.join(ALL)}")
+        if not wanted:
+            raise ValueError(f"only={only!r} names no section; sections are {', '.join(ALL)}")
+        if unknown := [name for name in wanted if name not in ALL]:
+            raise ValueError(
+                f"only={only!r} has unknown sections {unknown}; sections are {', '.join(ALL)}"
+            )
         if "served" in wanted and "decode" not in wanted:
             raise ValueError(
-                f"only={only!r}: the rate that served asks at follows from decode; add it"
+                f"only={only!r}: the request rate of served depends on decode; add decode"
             )
         chosen = replace(chosen, sections=tuple(wanted))
     if seqs is not None:
         numbers = seqs.split(",")
         if not all(number.strip().isdigit() and int(number) for number in numbers):
-            raise ValueError(f"seqs={seqs!r} must be whole numbers above 0, with commas")
+            raise ValueError(f"seqs={seqs!r} must be positive whole numbers, separated by commas")
         chosen = replace(chosen, seqs=tuple(sorted({int(number) for number in numbers})))
     if minutes is not None:
         chosen = replace(chosen, minutes=minutes)
     if original is not None and not (original / "models" / "modeling_lds.py").is_file():
         raise ValueError(
-            f"original={original} is no checkout of the original implementation: it has no "
+            f"original={original} is not a checkout of the original implementation: it has no "
             "models/modeling_lds.py"
         )
     if original is not None and shutil.which(original_python) is None:
-        raise ValueError(f"original_python={original_python!r} is no program; name a Python")
+        raise ValueError(f"original_python={original_python!r} is not a program; give a Python")
     device = default_device()
     return Setup(
         plan=chosen,
@@ -194,13 +198,13 @@ def _setup(
 def _print(found: dict[str, Any], agreement: Sequence[Sequence[str]], out: Path | None) -> None:
     from vllm_loopus.bench import figures
 
-    told = figures.figures(found)
-    print_table(figures.HEADS, [figure.cells() for figure in told])
-    for figure in told:
+    shown = figures.figures(found)
+    print_table(figures.HEADS, [figure.cells() for figure in shown])
+    for figure in shown:
         if figure.note:
             typer.echo(f"{figure.name}: {figure.note}")
     typer.echo(f"\n{figures.headline(found)}")
     if out is not None:
         typer.echo(str(out / "report.html"))
     if agreement:
-        print_table(("figure", "this run", "the earlier one", "spreads overlap"), agreement)
+        print_table(("figure", "this run", "earlier run", "spreads overlap"), agreement)

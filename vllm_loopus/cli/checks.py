@@ -1,7 +1,6 @@
-"""What `doctor` checks: each check gives findings, none raises.
+"""The checks of `doctor`. Each yields findings and does not raise.
 
-What imports vLLM runs in a process of its own (`probe.py`): where vLLM cannot be imported, that is
-what has to be told.
+vLLM is imported in a separate process (`probe.py`), so that a failing import is a finding too.
 """
 
 import json
@@ -25,7 +24,8 @@ CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 @dataclass(frozen=True)
 class Finding:
-    """`status`: ok, note, warning (it works, perhaps not as meant) or error (it will not work)."""
+    """The result of a check. `status`: ok, note, warning (works, but perhaps not as intended) or
+    error (does not work)."""
 
     check: str
     status: str
@@ -34,7 +34,7 @@ class Finding:
 
 
 def examine(model: str) -> list[Finding]:
-    """All checks, in the order in which a start would trip over them."""
+    """Runs all checks, in the order in which they would affect a start."""
     findings = [*versions(), *entry_point()]
     if installed_vllm() is not None:
         findings += [*companions(), *processes(), *devices(), *names(), *variables()]
@@ -57,8 +57,8 @@ def versions() -> Iterator[Finding]:
         yield Finding(
             "vllm metadata",
             ERROR,
-            f"{found[0]} is installed and no distribution is named vllm: the command `vllm` ends "
-            "in PackageNotFoundError",
+            f"{found[0]} is installed but no distribution is named vllm, so the command `vllm` "
+            "fails with PackageNotFoundError",
             "pip install --no-deps ./requirements/vllm-metadata (in a clone of vllm-loopus)",
         )
 
@@ -70,15 +70,16 @@ def entry_point() -> Iterator[Finding]:
         yield Finding(
             "entry point",
             ERROR,
-            f"no plugin {PLUGIN!r} in the group {PLUGIN_GROUP}: vLLM does not know of us",
-            "install the package (pip install -e .); its folder on the path is not enough",
+            f"no plugin {PLUGIN!r} in the group {PLUGIN_GROUP}, so vLLM does not load vllm-loopus",
+            "install the package (pip install -e .); having its folder on the path is not enough",
         )
     elif targets != {"vllm_loopus.plugin:register"}:
         yield Finding(
             "entry point",
             ERROR,
-            f"the plugin {PLUGIN!r} leads to {', '.join(sorted(targets))}",
-            "uninstall the other package of that plugin name",
+            f"the plugin {PLUGIN!r} is also defined by another package: "
+            f"{', '.join(sorted(targets))}",
+            "uninstall the other package",
         )
     else:
         yield Finding("entry point", OK, f"{PLUGIN} -> {points[0].value}")
@@ -87,13 +88,13 @@ def entry_point() -> Iterator[Finding]:
         yield Finding(
             "VLLM_PLUGINS",
             ERROR,
-            f"VLLM_PLUGINS={allowed!r} leaves {PLUGIN!r} out",
-            f"unset it, or VLLM_PLUGINS={','.join(filter(None, [allowed, PLUGIN]))}",
+            f"VLLM_PLUGINS={allowed!r} does not include {PLUGIN!r}",
+            f"unset it, or set VLLM_PLUGINS={','.join(filter(None, [allowed, PLUGIN]))}",
         )
 
 
 def companions() -> Iterator[Finding]:
-    """Packages beside vLLM that are missing, or that stop it from being imported."""
+    """Packages that vLLM needs and that are missing, or that prevent its import."""
     for name in ("openai", "prometheus_client", "fastapi"):
         if util.find_spec(name) is None:
             fix = f"pip install {name}"
@@ -106,14 +107,14 @@ def companions() -> Iterator[Finding]:
             yield Finding(
                 "packages",
                 ERROR,
-                f"{name} cannot be imported beside torch {metadata.version('torch')}, and vLLM "
-                f"imports it where it is installed: {error.splitlines()[-1]}",
+                f"{name} cannot be imported with torch {metadata.version('torch')}, and vLLM "
+                f"imports it if it is installed: {error.splitlines()[-1]}",
                 f"pip uninstall {name} (text models do not need it)",
             )
 
 
 def processes() -> Iterator[Finding]:
-    """The plugin, really loaded, in the front end and in a process spawned like vLLM's."""
+    """Whether the plugin is loaded in the front end and in a process spawned like vLLM's."""
     try:
         result = _run("-m", "vllm_loopus.cli.probe")
     except subprocess.TimeoutExpired:
@@ -146,13 +147,13 @@ def devices() -> Iterator[Finding]:
             yield Finding(
                 "device",
                 NOTE,
-                "no AVX-512: bf16 is emulated, and rows cost much",
+                "no AVX-512: bf16 is emulated, which is slow",
                 "--dtype float32 may be faster",
             )
 
 
 def names() -> Iterator[Finding]:
-    """Aliases, the redirect file, and what hides an alias."""
+    """Aliases, the redirect file, and folders that hide an alias."""
     try:
         own, known = aliases.user_aliases(), aliases.known_aliases()
     except aliases.AliasError as error:
@@ -161,14 +162,14 @@ def names() -> Iterator[Finding]:
     gone = [name for name, to in own.items() if to.startswith("/") and not Path(to).is_dir()]
     for name in gone:
         fix = f"vllm-loopus alias add {name} PATH, or vllm-loopus alias remove {name}"
-        yield Finding("aliases", WARNING, f"{name} leads to {own[name]}, which is gone", fix)
+        yield Finding("aliases", WARNING, f"{name} is {own[name]}, which does not exist", fix)
     for name in known:
         if Path(name).exists():
             yield Finding(
                 "aliases",
                 WARNING,
-                f"./{name} exists here and wins over the alias {name}",
-                "start elsewhere, or rename it",
+                f"./{name} exists here and takes precedence over the alias {name}",
+                "start in another folder, or rename it",
             )
     yield Finding("aliases", OK, f"{len(known)} names, {len(own)} of them yours")
     file = os.environ.get(aliases.REDIRECT_VARIABLE)
@@ -177,14 +178,14 @@ def names() -> Iterator[Finding]:
             "redirect file",
             WARNING,
             f"{aliases.REDIRECT_VARIABLE}={file} does not exist",
-            "unset it; aliases work without",
+            "unset it; aliases do not need it",
         )
     elif file:
-        yield Finding("redirect file", OK, f"{file}: its entries win over aliases")
+        yield Finding("redirect file", OK, f"{file}: its entries take precedence over aliases")
 
 
 def variables() -> Iterator[Finding]:
-    """Environment variables that LoopUS models, or vLLM, cannot live with."""
+    """Environment variables that LoopUS models or vLLM do not support."""
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         triton = util.find_spec("triton") is not None
         yield Finding(
@@ -194,16 +195,16 @@ def variables() -> Iterator[Finding]:
             "unset VLLM_USE_V2_MODEL_RUNNER: LoopUS models then run on the V1 model runner",
         )
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        shown = "set: of models on the hub, only those in the cache can be served"
+        shown = "set: models on the hub can only be served if they are in the cache"
         yield Finding("HF_HUB_OFFLINE", NOTE, shown)
     given = os.environ.get(CPU_CACHE)
     if given and not given.isdigit():
-        fix = "a whole number; for less than 1 GiB --kv-cache-memory-bytes"
+        fix = "give a whole number, or --kv-cache-memory-bytes for less than 1 GiB"
         yield Finding(CPU_CACHE, ERROR, f"{CPU_CACHE}={given!r} is not a number of GiB", fix)
 
 
 def memory(model: str) -> Iterator[Finding]:
-    """Whether K/V of one sequence fits, on a CPU."""
+    """Whether the K/V of one sequence fits in memory, on a CPU."""
     from vllm_loopus.cli.info import estimate_kv, load_config
     from vllm_loopus.serving.hooks.cpu_memory import free_cpu_memory
 
@@ -218,12 +219,12 @@ def memory(model: str) -> Iterator[Finding]:
     free = free_cpu_memory()[0] / 2**30
     if gib is not None and gib > free:
         shown = f"{CPU_CACHE}={given} GiB, but {free:.1f} GiB are free: vLLM will not start"
-        yield Finding("K/V memory", ERROR, shown, "a smaller one, or unset it")
+        yield Finding("K/V memory", ERROR, shown, "set a smaller value, or unset it")
     depth, fit = config.max_loops, estimate.sequences[config.max_loops]
     size, gib = estimate.bytes_a_token[depth] / 1024, estimate.memory_bytes / 2**30
     shown = (
-        f"{model}: {size:.1f} KiB a token at depth {depth} ({estimate.dtype}); {gib:.1f} GiB hold "
-        f"{fit:.1f} sequences of {estimate.max_model_len} tokens"
+        f"{model}: {size:.1f} KiB per token at depth {depth} ({estimate.dtype}); {fit:.1f} "
+        f"sequences of {estimate.max_model_len} tokens fit in {gib:.1f} GiB"
     )
     if fit >= 1:
         yield Finding("K/V memory", OK, shown)
@@ -233,8 +234,8 @@ def memory(model: str) -> Iterator[Finding]:
         "K/V memory",
         WARNING,
         shown,
-        f"--max-model-len {max(longest // 128 * 128, 128)}, fewer loops (--hf-overrides "
-        f"'{{\"max_loops\": ...}}'), or more memory ({CPU_CACHE})",
+        f"set --max-model-len {max(longest // 128 * 128, 128)}, fewer loops (--hf-overrides "
+        f"'{{\"max_loops\": ...}}') or more memory ({CPU_CACHE})",
     )
 
 

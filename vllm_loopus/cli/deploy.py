@@ -1,4 +1,4 @@
-"""`vllm-loopus deploy MODEL`: a Ray Serve LLM application of N engines, as files."""
+"""`vllm-loopus deploy MODEL`: writes the files of a Ray Serve LLM application."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -10,14 +10,14 @@ from vllm_loopus.cli.info import ModelArgument, load_config, resolve
 from vllm_loopus.cli.output import (
     JsonOption,
     absolute,
-    errors_told,
     json_object,
     print_json,
+    report_errors,
 )
 
 
 class Device(StrEnum):
-    """What engines run on."""
+    """Devices of the engines."""
 
     GPU = "gpu"
     CPU = "cpu"
@@ -26,37 +26,40 @@ class Device(StrEnum):
 def deploy(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of engines.")] = 1,
     engine_args: Annotated[
         str,
-        typer.Option(help='Arguments of vLLM\'s engine as JSON: {"tensor_parallel_size": 2}.'),
+        typer.Option(help='vLLM engine arguments as JSON: {"tensor_parallel_size": 2}.'),
     ] = "{}",
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model. Default: MODEL.")
+        str | None, typer.Option(help="The model name that clients use. Default: MODEL.")
     ] = None,
     device: Annotated[
-        Device | None, typer.Option(help="Default: GPUs where this machine has one.")
+        Device | None,
+        typer.Option(help="Device of the engines. Default: gpu if one is here."),
     ] = None,
     accelerator_type: Annotated[
-        str | None, typer.Option(help="Ray's name of the GPU to take, for example H100.")
+        str | None, typer.Option(help="Ray's name of the GPU type, for example H100.")
     ] = None,
-    cpus: Annotated[float, typer.Option(min=0, help="CPUs of Ray's a rank, without GPUs.")] = 1,
-    host: Annotated[str, typer.Option(help="Where Ray Serve listens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    cpus: Annotated[float, typer.Option(min=0, help="Ray CPUs per rank, without GPUs.")] = 1,
+    host: Annotated[str, typer.Option(help="Address that Ray Serve listens on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port that Ray Serve listens on.")
+    ] = 8000,
     max_ongoing_requests: Annotated[
-        int, typer.Option(min=1, help="That a replica takes; others wait.")
+        int, typer.Option(min=1, help="Maximum requests that a replica runs at a time.")
     ] = 256,
     max_queued_requests: Annotated[
-        int, typer.Option(min=-1, help="That wait before Serve answers 503; -1: without end.")
+        int, typer.Option(min=-1, help="Maximum waiting requests before a 503; -1 for no limit.")
     ] = -1,
     default_tokens: Annotated[
-        int, typer.Option(min=1, help="What a request without max_tokens counts, for routing.")
+        int, typer.Option(min=1, help="Tokens assumed for requests without max_tokens in routing.")
     ] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace an application in OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a Ray Serve LLM application whose router balances loop budgets."""
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         config = load_config(model)
         target = absolute(resolve(model))
         from vllm_loopus.deploy import app

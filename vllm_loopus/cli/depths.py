@@ -1,4 +1,4 @@
-"""`vllm-loopus depths`: where the tokens of a saved run left."""
+"""`vllm-loopus depths`: statistics of the exit depths in a saved run."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_loopus.cli.info import known_models, load_config, resolve
-from vllm_loopus.cli.output import JsonOption, check_picture, errors_told, print_json
+from vllm_loopus.cli.output import JsonOption, check_picture, print_json, report_errors
 
 if TYPE_CHECKING:
     from vllm_loopus.trace.tokens import Vocabulary
@@ -17,39 +17,40 @@ def depths(
     run: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines: answers of a server, a batch's output, lines of a script with "
-            "exit_depths, or what `trace --json` wrote."
+            help="JSON lines: answers of a server, the output of a batch, lines of a script with "
+            "exit_depths, or the output of `trace --json`."
         ),
     ],
     by: Annotated[
         str | None,
         typer.Option(
-            help="Field to group answers by, a.b for one inside another. "
-            "Default: difficulty or label."
+            help="Field to group answers by, a.b for a nested field. Default: difficulty or label."
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Whose tokens token_ids are, for the token classes.", autocompletion=known_models
+            help="Model of the token_ids, for token classes.", autocompletion=known_models
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer of --model, where it has none of its own.")
+        str | None, typer.Option(help="Tokenizer of --model, if it has none.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option("--png", help="Draw it (PNG, SVG, PDF).")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--png", help="Draw the statistics (PNG, SVG, PDF).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Exit depths of a saved run: by position, by token class, by difficulty."""
+    """Show the exit depths of a saved run by position, token class and difficulty."""
     from vllm_loopus.trace.runs import read
     from vllm_loopus.trace.workload import statistics
 
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         if picture is not None:
             check_picture(picture)
         found = statistics(read(run, _vocabulary(model, tokenizer), by))
         if picture is not None:
-            from vllm_loopus.trace import pictures  # matplotlib: only where drawn
+            from vllm_loopus.trace import pictures  # imports matplotlib
 
             pictures.save(pictures.draw_workload(found, run.name), picture)
     if as_json:
@@ -61,7 +62,7 @@ def depths(
 def _vocabulary(model: str | None, tokenizer: str | None) -> "Vocabulary | None":
     if model is None:
         if tokenizer is not None:
-            raise ValueError("--tokenizer belongs to --model")
+            raise ValueError("--tokenizer needs --model")
         return None
     from vllm_loopus.trace.reference import load_vocabulary
 
@@ -100,13 +101,13 @@ def _print(found: dict[str, Any]) -> None:
     if UNKNOWN in classes:
         typer.echo(
             f"{classes[UNKNOWN]} of {found['overall']['tokens']} tokens have no known text; "
-            "give --model, and lines with token_ids",
+            "give --model and lines with token_ids",
             err=True,
         )
 
 
 def _shares(row: dict[str, Any]) -> str:
-    """The shares of tokens by exit depth, as bars of eighths from depth 1 on."""
+    """The shares of tokens by exit depth, as bars in steps of 1/8."""
     bars = " ▁▂▃▄▅▆▇█"
     shares = [count / row["tokens"] for count in row["by_depth"].values()]
     return "".join(bars[math.ceil(8 * share)] for share in shares)

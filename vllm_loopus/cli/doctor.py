@@ -1,4 +1,4 @@
-"""`vllm-loopus doctor`: does serving work here, and if not, what to do."""
+"""`vllm-loopus doctor`: checks whether serving works here, and suggests fixes."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -16,13 +16,13 @@ STYLES = {"ok": "[green]ok[/]", "note": "[cyan]note[/]", "warning": "[yellow]war
 def doctor(
     model: Annotated[
         str,
-        typer.Option(help="Estimate K/V for this model.", autocompletion=known_models),
+        typer.Option(help="Estimate the K/V memory of this model.", autocompletion=known_models),
     ] = "loopus-tiny",
     as_json: JsonOption = False,
 ) -> None:
     """Check versions, the plugin in vLLM's processes, devices, memory and common mistakes.
 
-    Exit code 1 when something keeps LoopUS models from being served.
+    Exit code 1 if something prevents serving LoopUS models.
     """
     findings = examine(model)
     if as_json:
@@ -38,5 +38,5 @@ def _row(finding: Finding) -> tuple[str, Text, Text]:
 
     fix = f"\n[bold]fix:[/] {escape(finding.fix)}" if finding.fix else ""
     status = STYLES.get(finding.status, "[bold red]error[/]")
-    told = escape(finding.found) + fix
-    return finding.check, Text.from_markup(status), Text.from_markup(told)
+    details = escape(finding.found) + fix
+    return finding.check, Text.from_markup(status), Text.from_markup(details)

@@ -1,4 +1,4 @@
-"""The script `vllm-loopus`: tells in one line what has to be installed for a subcommand."""
+"""The entry point of `vllm-loopus`, which reports missing libraries in one line."""
 
 import sys
 
@@ -6,8 +6,7 @@ from vllm_loopus.extras import MissingExtraError, need
 
 
 def main() -> None:
-    """Runs the command line. Exit code 2 if a library is missing, with the command that installs
-    it."""
+    """Runs the command line. If a library is missing, prints its install command, exit code 2."""
     try:
         need("vllm-loopus", "tools", "typer", "rich")
         from vllm_loopus.cli.main import app

@@ -1,4 +1,4 @@
-"""`vllm-loopus eval MODEL`: how good a looped model is, beside its base."""
+"""`vllm-loopus eval MODEL`: evaluates a looped model and its base model."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_loopus.cli.info import ModelArgument, known_models
-from vllm_loopus.cli.output import INTERRUPTED, JsonOption, errors_told, print_json, print_table
+from vllm_loopus.cli.output import INTERRUPTED, JsonOption, print_json, print_table, report_errors
 
 if TYPE_CHECKING:
     from vllm_loopus.evaluation.models import Model
@@ -21,14 +21,14 @@ NO_BASE = "none"
 
 
 class Engine(StrEnum):
-    """What computes: our vLLM engine, or the reference model in transformers."""
+    """Engines: vLLM, or the reference model in transformers."""
 
     VLLM = "vllm"
     HF = "hf"
 
 
 class EvalDtype(StrEnum):
-    """What to compute in; auto: the checkpoint's dtype."""
+    """Dtypes to compute in; auto: the checkpoint's."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -41,42 +41,51 @@ def evaluate(
     base: Annotated[
         list[str] | None,
         typer.Option(
-            help="Plain model to compare with, or none; again for more. Default: the one the model "
-            "was recast from.",
+            help="Plain model to compare with, or none; can be repeated. Default: the model that "
+            "MODEL was recast from.",
             autocompletion=known_models,
         ),
     ] = None,
     tasks: Annotated[
         str,
-        typer.Option(help="Names of lm-evaluation-harness, with commas; paper and tiny are sets."),
+        typer.Option(help="Tasks of lm-evaluation-harness, or the presets paper and tiny; commas."),
     ] = "paper",
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
-    max_loops: Annotated[int | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum documents of each task.")
+    ] = None,
+    max_loops: Annotated[
+        int | None, typer.Option(help="Recursion budget. Default: the checkpoint's.")
+    ] = None,
     early_exit: Annotated[
         bool | None,
-        typer.Option("--early-exit/--no-early-exit", help="One of the two. Default: both."),
+        typer.Option("--early-exit/--no-early-exit", help="Evaluate only one. Default: both."),
     ] = None,
     exit_threshold: Annotated[
-        float | None, typer.Option(help="Confidence to leave at. Default: the checkpoint's.")
+        float | None,
+        typer.Option(help="Confidence above which tokens exit. Default: the checkpoint's."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results.")] = Path("eval-results"),
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("eval-results"),
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Take results that are in OUT already.")
+        bool, typer.Option("--resume/--no-resume", help="Reuse results that are in OUT already.")
     ] = True,
     published: Annotated[
-        bool, typer.Option("--published", help="The paper's rows beside ours.")
+        bool, typer.Option("--published", help="Also show the paper's results.")
     ] = False,
-    engine: Annotated[Engine, typer.Option(help="hf: the reference, slow.")] = Engine.VLLM,
-    dtype: Annotated[EvalDtype, typer.Option(help="What to compute in.")] = EvalDtype.AUTO,
+    engine: Annotated[
+        Engine, typer.Option(help="vllm, or hf for the slow reference model.")
+    ] = Engine.VLLM,
+    dtype: Annotated[EvalDtype, typer.Option(help="Dtype of the models.")] = EvalDtype.AUTO,
     max_length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of a text. Default: paper 1024, else all.")
+        int | None,
+        typer.Option(min=8, help="Maximum tokens of a text. Default: 1024 for paper, else none."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of the engine hf.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the engine hf.")] = 16,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples. Default: each task's own.")
+        int | None, typer.Option(min=0, help="Few-shot examples. Default: that of each task.")
     ] = None,
     include: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Task definitions of yours.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder with your task definitions."),
     ] = None,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown instead of a table.")
@@ -85,14 +94,14 @@ def evaluate(
 ) -> None:
     """Run lm-evaluation-harness on a looped model and its base, and print the paper's table.
 
-    Each result is kept in OUT: stopped, the same command goes on where it was.
+    Results are stored in OUT. After an interruption, the same command continues.
     """
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         if as_markdown and as_json:
-            raise ValueError("--markdown and --json exclude each other")
+            raise ValueError("--markdown and --json exclude each other; give one")
         _set_environment()
-    # What lm-eval and vLLM print is no part of the answer.
-    with redirect_stdout(sys.stderr), errors_told(ValueError, OSError):
+    # Messages of lm-eval and vLLM go to standard error.
+    with redirect_stdout(sys.stderr), report_errors(ValueError, OSError):
         from vllm_loopus.evaluation import published as paper
         from vllm_loopus.evaluation.engines import EngineOptions
         from vllm_loopus.evaluation.run import make_plan, measure, quiet
@@ -111,10 +120,10 @@ def evaluate(
         store = Store(out)
         store.check()
     try:
-        with redirect_stdout(sys.stderr), errors_told(OSError):
-            results = measure(plan, store, resume=resume, tell=_tell)
+        with redirect_stdout(sys.stderr), report_errors(OSError):
+            results = measure(plan, store, resume=resume, log=_log)
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; the same command goes on with what is in {out}", err=True)
+        typer.echo(f"\ninterrupted; the same command continues from {out}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     table = Table.of(plan, results, row)
     about = _about(plan, results)
@@ -144,7 +153,7 @@ def _models(
     if bases == [NO_BASE]:
         return [looped]
     if NO_BASE in bases:
-        raise ValueError(f"base={', '.join(bases)}: none excludes the others")
+        raise ValueError(f"base={', '.join(bases)}: none excludes the others; remove it")
     if bases == [None]:
         raise ValueError(f"{name} does not name its base; give --base MODEL, or --base {NO_BASE}")
     try:
@@ -158,19 +167,21 @@ def _models(
 
 
 def _set_environment() -> None:
-    """Before vLLM is imported, here and in its processes."""
+    """Sets defaults for vLLM's logging, before vLLM is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     typer.echo(line, err=True)
 
 
 def _about(plan: Any, results: Any) -> str:
-    """What else a reader of the table has to know."""
+    """The line below the table: date, versions and machine."""
     versions = results[0].identity
-    documents = "all documents" if plan.limit is None else f"{plan.limit} documents a task at most"
+    documents = (
+        "all documents" if plan.limit is None else f"at most {plan.limit} documents per task"
+    )
     date = max(result.about["date"] for result in results)[:10]
     machines = ", then ".join(dict.fromkeys(result.about["machine"] for result in results))
     software = f"vLLM {versions['vllm']}" if "vllm" in versions else "transformers"
@@ -181,7 +192,7 @@ def _about(plan: Any, results: Any) -> str:
 
 
 def _print_wide(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Standard errors below their numbers."""
+    """Prints the table with standard errors below their values."""
     print_table(heads, [[cell.replace(" ± ", "\n± ") for cell in row] for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""`vllm-loopus info MODEL`: what a checkpoint is, and what its K/V costs."""
+"""`vllm-loopus info MODEL`: shows the layout of a checkpoint and the size of its K/V."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from vllm_loopus import aliases
-from vllm_loopus.cli.output import JsonOption, errors_told, print_json, print_table
+from vllm_loopus.cli.output import JsonOption, print_json, print_table, report_errors
 from vllm_loopus.config import LoopUSConfig
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-BLOCK_SIZE = 128  # vLLM's default on a CPU; a GPU's smaller blocks waste less
+BLOCK_SIZE = 128  # vLLM's default on a CPU; the smaller blocks on a GPU waste less
 WEIGHTS = ("*.safetensors", "*.pt", "*.bin")
 
 
 def known_models() -> list[str]:
-    """For shell completion."""
+    """All aliases, for shell completion."""
     try:
         return sorted(aliases.known_aliases())
     except aliases.AliasError:
@@ -34,18 +34,18 @@ ModelArgument = Annotated[
 
 @dataclass(frozen=True)
 class KVEstimate:
-    """What K/V of a model costs, and how many sequences some memory holds."""
+    """The size of a model's K/V, and how many sequences fit in memory."""
 
     dtype: str
     tensor_parallel_size: int
     bytes_a_token: dict[int, int]  # by depth, on one rank
     memory_bytes: int  # on one rank
     max_model_len: int
-    sequences: dict[int, float]  # of max_model_len tokens that all go so deep, by depth
+    sequences: dict[int, float]  # sequences of max_model_len tokens that fit, by exit depth
 
 
 def resolve(model: str) -> str:
-    """The folder or repository that vLLM would load. Raises `AliasError` for an unknown alias."""
+    """The folder or repository that vLLM loads. Raises `AliasError` for an unknown alias."""
     if Path(model).exists():
         return model
     target = aliases.known_aliases().get(model, model)
@@ -55,18 +55,21 @@ def resolve(model: str) -> str:
 
 
 def load_config(model: str) -> LoopUSConfig:
-    """Raises `ValueError` when the model has no config that can be read, or is no LoopUS model."""
+    """The config of a LoopUS model. Raises `ValueError` if it cannot be read or is not one."""
     from transformers import AutoConfig
 
     target = resolve(model)
     if Path(target).is_dir() and not (Path(target) / "config.json").is_file():
-        raise ValueError(f"{target} holds no config.json; give a checkpoint folder")
+        raise ValueError(f"{target} has no config.json; give a checkpoint folder")
     try:
         config = AutoConfig.from_pretrained(target)
     except OSError as error:
         raise ValueError(f"the config of {target} cannot be read: {error}") from error
     if not isinstance(config, LoopUSConfig):
-        raise ValueError(f"{target} is a {config.model_type} model, not a LoopUS model")
+        raise ValueError(
+            f"{target} is a {config.model_type} model, not a LoopUS model; vllm-loopus recast "
+            "makes one from it"
+        )
     return config
 
 
@@ -77,9 +80,10 @@ def estimate_kv(
     dtype: str | None = None,
     tensor_parallel_size: int = 1,
 ) -> KVEstimate:
-    """`memory_gib`: K/V memory of a rank; the default is what a CPU rank takes here and now.
+    """Estimates the K/V of a model.
 
-    Raises `ValueError` for a dtype or length that cannot be.
+    `memory_gib`: K/V memory of a rank; by default that of a CPU rank on this machine. Raises
+    `ValueError` for an invalid dtype or length.
     """
     from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memory
     from vllm_loopus.serving.model.facts import layout_of
@@ -91,7 +95,7 @@ def estimate_kv(
     longest = int(config.base.max_position_embeddings)
     length = longest if max_model_len is None else max_model_len
     if not 1 <= length <= longest:
-        raise ValueError(f"max_model_len={length} must be from 1 to {longest}, the model's own")
+        raise ValueError(f"max_model_len={length} must be from 1 to {longest}, the model's maximum")
     layout = layout_of(config, DTYPE_BYTES[dtype], tensor_parallel_size)
     if memory_gib is None:
         memory = int(CPU_CACHE_SHARE * free_cpu_memory()[0])
@@ -116,15 +120,17 @@ def info(
     model: ModelArgument,
     memory: Annotated[
         float | None,
-        typer.Option(min=0, help="K/V memory of a rank in GiB; default: what a CPU takes here."),
+        typer.Option(min=0, help="K/V memory of a rank in GiB. Default: that of a CPU rank here."),
     ] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Maximum tokens of a sequence. Default: the model's.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """What a checkpoint is: cut, loops, halting rule, and what its K/V costs."""
-    with errors_told(ValueError):
+    """Show the cut, loops, halting rule and K/V size of a checkpoint."""
+    with report_errors(ValueError):
         config = load_config(model)
         estimate = estimate_kv(config, memory, max_model_len, dtype, tensor_parallel_size)
         facts = _facts(model, config)
@@ -134,7 +140,7 @@ def info(
     rows = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
     sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in estimate.bytes_a_token.items()]
     rows += [
-        ("K/V a token", f"{', '.join(sizes)} ({estimate.dtype}, one rank)"),
+        ("K/V per token", f"{', '.join(sizes)} ({estimate.dtype}, one rank)"),
         (
             f"fit in {estimate.memory_bytes / 2**30:.2f} GiB",
             f"sequences of {estimate.max_model_len} tokens: "
@@ -166,6 +172,6 @@ def _facts(model: str, config: LoopUSConfig) -> dict[str, Any]:
 
 
 def _dtype_of(config: LoopUSConfig) -> str:
-    """What vLLM's `auto` makes of it: float32 checkpoints are served in bfloat16."""
+    """The dtype that vLLM uses by default: float32 checkpoints are served in bfloat16."""
     dtype = str(config.dtype or config.base.dtype or "bfloat16").removeprefix("torch.")
     return "bfloat16" if dtype == "float32" else dtype

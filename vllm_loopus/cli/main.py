@@ -1,21 +1,21 @@
-"""`vllm-loopus`: puts the subcommands together."""
+"""The `vllm-loopus` command with all its subcommands."""
 
 from importlib import import_module
 
 import typer
 
 from vllm_loopus.cli.alias import alias_app
-from vllm_loopus.cli.output import errors_told
+from vllm_loopus.cli.output import report_errors
 from vllm_loopus.extras import MissingExtraError
 
 app = typer.Typer(
     name="vllm-loopus",
-    help="Tools around looped language models on vLLM.",
+    help="Tools for looped language models on vLLM.",
     epilog="Exit codes: 0 done, 1 a problem was found, 2 the input is wrong.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-# Command -> where it is defined: a module of this package, and the function.
+# Command -> module of this package, and function.
 COMMANDS = {
     "doctor": ("doctor", "doctor"),
     "info": ("info", "info"),
@@ -33,10 +33,10 @@ COMMANDS = {
 
 
 def _add_missing(name: str, error: MissingExtraError) -> None:
-    """A command that only says what has to be installed for it."""
+    """Adds a command that only reports which libraries are missing."""
 
     def missing(_arguments: typer.Context) -> None:
-        with errors_told():
+        with report_errors():
             raise error
 
     anything = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -53,4 +53,4 @@ for name, (module, function) in COMMANDS.items():
 
 @app.callback()
 def main() -> None:
-    """Tools around looped language models on vLLM."""
+    """Tools for looped language models on vLLM."""

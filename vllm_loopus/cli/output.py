@@ -1,7 +1,7 @@
-"""What the subcommands share: JSON or a table, errors as one line, exit codes.
+"""Functions that the subcommands share: output as JSON or table, errors, exit codes.
 
 Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`, `batch`, `bench`); 2 the input is
-wrong, also when typer says so; 130 stopped with Ctrl-C (`eval`, `batch`).
+wrong, including errors reported by typer; 130 interrupted with Ctrl-C (`eval`, `batch`).
 """
 
 import json
@@ -25,13 +25,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 @contextmanager
-def errors_told(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, and libraries that are not installed, become a line on standard error
-    and exit code 2."""
-    told: tuple[type[Exception], ...] = (MissingExtraError, *kinds)
+def report_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Prints errors of these kinds and missing libraries as one line on standard error, and exits
+    with code 2."""
+    reported: tuple[type[Exception], ...] = (MissingExtraError, *kinds)
     try:
         yield
-    except told as error:
+    except reported as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
 
@@ -41,7 +41,7 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-    """Outside a terminal as wide as the table is."""
+    """Prints a table; outside a terminal it is not wrapped."""
     table = Table(*(Column(as_text(column)) for column in columns))
     for row in rows:
         table.add_row(*map(as_text, row))
@@ -53,7 +53,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) ->
 
 
 def as_text(cell: str | Text) -> Text:
-    """A cell as it is: names of a checkpoint are no markup, and do not move a terminal's cursor."""
+    """A cell as text without markup or control characters, which names of a checkpoint may have."""
     if isinstance(cell, Text):
         return cell
     shown = (c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in cell)
@@ -61,20 +61,20 @@ def as_text(cell: str | Text) -> Text:
 
 
 def check_writable(file: Path) -> None:
-    """Raises `ValueError` for a file that cannot be written, before work for it starts."""
+    """Raises `ValueError` if a file cannot be written."""
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise ValueError(f"{file} cannot be written; name a file in a folder that exists")
+        raise ValueError(f"{file} cannot be written; name a file in an existing folder")
 
 
 def check_picture(file: Path) -> None:
-    """Raises `ValueError` for a picture's file that cannot be written, or of an unknown kind."""
+    """Raises `ValueError` if a picture cannot be written or its format is unknown."""
     check_writable(file)
     if file.suffix not in PICTURES:
-        raise ValueError(f"{file} is no picture: its name must end in {', '.join(PICTURES)}")
+        raise ValueError(f"{file} is not a picture; its name must end in {', '.join(PICTURES)}")
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
-    """An option that is a JSON object. Raises `ValueError` naming it."""
+    """Parses an option that is a JSON object. Raises `ValueError` that names it."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -85,5 +85,6 @@ def json_object(name: str, text: str) -> dict[str, Any]:
 
 
 def absolute(target: str) -> str:
-    """A folder's full path, for processes in other working folders; other names as they are."""
+    """The absolute path of a folder, for processes with another working folder; other names are
+    returned unchanged."""
     return str(Path(target).resolve()) if Path(target).exists() else target

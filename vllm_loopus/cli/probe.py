@@ -1,9 +1,9 @@
-"""Run by `doctor` in an interpreter of its own: is the plugin loaded in vLLM's processes?
+"""Run by `doctor` in a separate interpreter: checks that vLLM's processes load the plugin.
 
     python -m vllm_loopus.cli.probe
 
-prints a line of JSON, the last one on standard output: for the front end and for a process spawned
-as engine cores and workers are, what vLLM knows there after it has loaded its plugins.
+prints JSON as the last line of standard output, with the state after vLLM has loaded its plugins,
+of the front end and of a process that is spawned like engine cores and workers.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def state() -> dict[str, Any]:
-    """What this process knows of LoopUS models."""
+    """Whether LoopUS models are registered in this process, and how many patches are applied."""
     from importlib import import_module
     from operator import attrgetter
 

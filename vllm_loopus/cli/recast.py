@@ -1,4 +1,4 @@
-"""`vllm-loopus recast`, `analyze` and `convert`: from a pretrained model to a LoopUS checkpoint."""
+"""`vllm-loopus recast`, `analyze` and `convert`: make LoopUS checkpoints."""
 
 import os
 import shlex
@@ -13,54 +13,54 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_loopus.cli.output import JsonOption, errors_told, print_json
+from vllm_loopus.cli.output import JsonOption, print_json, report_errors
 from vllm_loopus.recast import convert as writing
-from vllm_loopus.recast.about import Conversion, Story
 from vllm_loopus.recast.analysis import AnalysisOptions, analyse_base, can_analyse
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.cut import Cut, ScoredCut, parse_decoder, parse_encoder, range_text
 from vllm_loopus.recast.output import check_output
+from vllm_loopus.recast.provenance import ConversionRecord, RecastRecord
 
 DEFAULTS = AnalysisOptions()
 
 BaseArgument = Annotated[
     str, typer.Argument(help="The pretrained model: a folder, an alias, or owner/name on the hub.")
 ]
-OutOption = Annotated[Path, typer.Option(help="Folder to write. It appears when it is complete.")]
+OutOption = Annotated[Path, typer.Option(help="Folder to write; created only when complete.")]
 EncoderOption = Annotated[
-    str | None, typer.Option(help="Layers of the encoder, 0..1 or none. Default: the rule's.")
+    str | None, typer.Option(help="Encoder layers: 0..1 or none. Default: by the cutting rule.")
 ]
 DecoderOption = Annotated[
-    str | None, typer.Option(help="Layers of the decoder, 27..27 or none. Default: the rule's.")
+    str | None, typer.Option(help="Decoder layers: 27..27 or none. Default: by the cutting rule.")
 ]
 SampleOption = Annotated[
     str,
     typer.Option(
-        help="Text to analyse on: a file (text, JSONL), a data set (name:config:split), built-in."
+        help="Text for the analysis: a file (text, JSONL), a data set (name:config:split) or "
+        "built-in."
     ),
 ]
 FieldOption = Annotated[
-    str | None, typer.Option("--text-field", help="The text's field in JSONL and data sets.")
+    str | None, typer.Option("--text-field", help="Field with the text in JSONL and data sets.")
 ]
-TokensOption = Annotated[int, typer.Option(min=16, help="Tokens to analyse at most.")]
+TokensOption = Annotated[int, typer.Option(min=16, help="Maximum tokens to analyse.")]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")]
-TokenizerOption = Annotated[
-    str | None, typer.Option(help="Tokenizer, where the model has none of its own.")
-]
+TokenizerOption = Annotated[str | None, typer.Option(help="Tokenizer, if the model has none.")]
 DeviceOption = Annotated[
-    str, typer.Option(help="Where to analyse: cpu, cuda, cuda:1, or auto. Weights are streamed.")
+    str,
+    typer.Option(help="Device of the analysis: cpu, cuda, cuda:1 or auto. Weights are streamed."),
 ]
 DeviceMapOption = Annotated[
     str | None,
-    typer.Option(help="Keep the model on its devices instead, by transformers' device_map (auto)."),
+    typer.Option(help="Load the whole model instead, with transformers' device_map (auto)."),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-ShardOption = Annotated[str, typer.Option(help="Size of a weight file at most.")]
+ShardOption = Annotated[str, typer.Option(help="Maximum size of a weight file.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a checkpoint at OUT.")]
 
 
 class Dtype(StrEnum):
-    """What to compute the analysis in; auto: the checkpoint's dtype where the device is fast."""
+    """Dtypes of the analysis; auto: the checkpoint's if the device supports it natively."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -69,15 +69,15 @@ class Dtype(StrEnum):
 
 
 class Format(StrEnum):
-    """Layout of a checkpoint: ours, or the released one."""
+    """Checkpoint formats: ours, and the released one."""
 
     LOOPUS = "loopus"
     LDS = "lds"
 
 
-DtypeOption = Annotated[Dtype, typer.Option(help="What to compute the analysis in.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the analysis.")]
 FormatOption = Annotated[
-    Format, typer.Option("--format", help="loopus, or lds: the released layout.")
+    Format, typer.Option("--format", help="loopus, or lds for the released format.")
 ]
 
 
@@ -87,16 +87,18 @@ def recast(
     encoder: EncoderOption = None,
     decoder: DecoderOption = None,
     max_loops: Annotated[int, typer.Option(help="The recursion budget N.")] = 8,
-    min_loops: Annotated[int, typer.Option(help="The least depth a token may leave at.")] = 1,
-    exit_threshold: Annotated[float, typer.Option(help="Confidence to leave at.")] = 0.6,
+    min_loops: Annotated[int, typer.Option(help="Minimum exit depth of a token.")] = 1,
+    exit_threshold: Annotated[
+        float, typer.Option(help="Confidence above which tokens exit.")
+    ] = 0.6,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Of gate and confidence head.")
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of gate and confidence head.")
     ] = 0,
     checkpoint_format: FormatOption = Format.LOOPUS,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
     analysis: Annotated[
-        bool, typer.Option("--analysis/--no-analysis", help="Analyse the base's hidden states.")
+        bool, typer.Option("--analysis/--no-analysis", help="Analyse the model's hidden states.")
     ] = True,
     sample: SampleOption = DEFAULTS.sample,
     text_field: FieldOption = None,
@@ -109,29 +111,29 @@ def recast(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a pretrained model into a LoopUS checkpoint that vLLM serves.
+    """Convert a pretrained model to a LoopUS checkpoint that vLLM can serve.
 
-    Where to cut follows from the model's own hidden states, or is given by hand.
+    The cut is found by analysing the model's hidden states, or given by --encoder and --decoder.
     """
     wanted = AnalysisOptions(
         sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value
     )
     fields = {"max_loops": max_loops, "min_loops": min_loops, "exit_threshold": exit_threshold}
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
         opened = Base.open(base, revision)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
         ends = {"encoder": first, "decoder": last}
         given = [name for name, end in ends.items() if end is not None]
         by_hand = len(given) == len(ends)
-        # Whatever can be wrong is found before the long part begins.
+        # Check everything before the long part starts.
         writing.plan(opened, Cut(opened.num_layers, first or 0, last or 0), seed, **fields)
         check_output(out, force=force, needed=opened.nbytes, reads=opened.folder)
         if not analysis and not by_hand:
-            raise ValueError("--no-analysis leaves no rule to cut by; give --encoder and --decoder")
+            raise ValueError("--no-analysis needs a cut; give --encoder and --decoder")
         found = None
         if by_hand and analysis and not can_analyse(opened, wanted):
-            typer.echo(f"{base} has no tokenizer: not analysed, no report", err=True)
+            typer.echo(f"{base} has no tokenizer, so it is not analysed; no report", err=True)
         elif by_hand and analysis:
             found = analyse_base(opened, wanted)
         elif analysis:
@@ -143,14 +145,14 @@ def recast(
             cut = found.ranking[0].cut
         config, _ = writing.plan(opened, cut, seed, **fields)
         command = ["vllm-loopus", *sys.argv[1:]]
-        story = Story(opened, cut, config, seed, given, command, found)
+        record = RecastRecord(opened, cut, config, seed, given, command, found)
         writing.recast(
             opened,
             out,
             encoder=cut.encoder,
             decoder=cut.decoder,
             seed=seed,
-            options=replace(options, finish=story.write),
+            options=replace(options, finish=record.write),
             **fields,
         )
     if as_json:
@@ -162,7 +164,7 @@ def recast(
         return
     if found is not None:
         _print_ranking(found.ranking, cut)
-    typer.echo(f"{out}: {cut}. {story.chosen_by}.")
+    typer.echo(f"{out}: {cut}. {record.chosen_by}.")
     if found is not None:
         typer.echo(f"Curves: {out / 'report.html'}")
     typer.echo(f"Serve it: vllm serve {_as_path(out)} --host 127.0.0.1")
@@ -171,11 +173,11 @@ def recast(
 def analyze(
     base: BaseArgument,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for report.html, the picture and the numbers.")
+        Path | None, typer.Option(help="Folder for report.html, the picture and the JSON.")
     ] = None,
     encoder: EncoderOption = None,
     decoder: DecoderOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Write into OUT if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write to OUT even if it exists.")] = False,
     sample: SampleOption = DEFAULTS.sample,
     text_field: FieldOption = None,
     tokens: TokensOption = DEFAULTS.tokens,
@@ -187,11 +189,11 @@ def analyze(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how a model's hidden states change by layer, and where the rule would cut it."""
+    """Show how a model's hidden states change by layer, and the cuts by the rule."""
     wanted = AnalysisOptions(
         sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value
     )
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         opened = Base.open(base, revision)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
         if out is not None:
@@ -201,18 +203,18 @@ def analyze(
         found = analyse_base(opened, wanted, first, last)
         cut, numbers = found.ranking[0].cut, found.to_dict()
         if out is not None:
-            from vllm_loopus.recast.report import write_report  # matplotlib: only where drawn
+            from vllm_loopus.recast.report import write_report  # imports matplotlib
 
             write_report(out, numbers, cut, found.against_published or "The best by the rule")
     if as_json:
         print_json(numbers)
         return
-    table = Table("layer", "block", "similarity", "update / input", "norm", "lens KL")
-    blocks = [block for block, run in cut.runs.items() for _ in run]
+    table = Table("layer", "part", "similarity", "update / input", "norm", "lens KL")
+    parts = [part for part, run in cut.runs.items() for _ in run]
     for layer, similarity in enumerate(numbers["similarity"]):
         values = (numbers[name][layer] for name in ("step", "norm", "lens_kl"))
         cells = (f"{value:.3f}" for value in values)
-        table.add_row(str(layer), blocks[layer], f"{similarity:.4f}", *cells)
+        table.add_row(str(layer), parts[layer], f"{similarity:.4f}", *cells)
     Console().print(table)
     _print_ranking(found.ranking, cut)
     if found.against_published:
@@ -221,17 +223,17 @@ def analyze(
 
 def convert(
     source: Annotated[str, typer.Argument(help="A LoopUS checkpoint: folder, alias, owner/name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write. It appears when it is complete.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; created only when complete.")],
     checkpoint_format: FormatOption = Format.LOOPUS,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Rewrite a LoopUS checkpoint in the other format; tensors keep every byte."""
-    with errors_told(ValueError, OSError):
+    """Convert a LoopUS checkpoint to the other format; tensors are copied byte for byte."""
+    with report_errors(ValueError, OSError):
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
-        story = Conversion(source, checkpoint_format.value, ["vllm-loopus", *sys.argv[1:]])
-        config = writing.convert(source, out, replace(options, finish=story.write))
+        record = ConversionRecord(source, checkpoint_format.value, ["vllm-loopus", *sys.argv[1:]])
+        config = writing.convert(source, out, replace(options, finish=record.write))
     if as_json:
         result = {"out": str(out), "format": checkpoint_format.value, "max_loops": config.max_loops}
         print_json(result)
@@ -242,11 +244,11 @@ def convert(
 def _by_hand(
     encoder: str | None, decoder: str | None, num_layers: int
 ) -> tuple[int | None, int | None]:
-    """Layers of encoder and decoder where given. Raises `ValueError`."""
+    """The numbers of encoder and decoder layers; None if not given. Raises `ValueError`."""
     first = None if encoder is None else parse_encoder(encoder, num_layers)
     last = None if decoder is None else parse_decoder(decoder, num_layers)
     one_end = (first is None) != (last is None)
-    # Raises when nothing is left to loop; the rule gives the other end a layer at least.
+    # Raises if nothing is left to loop. The rule gives the other part at least one layer.
     Cut(num_layers, (first or 0) + one_end, last or 0)
     return first, last
 
@@ -261,5 +263,5 @@ def _print_ranking(ranking: Sequence[ScoredCut], cut: Cut, most: int = 5) -> Non
 
 
 def _as_path(out: Path) -> str:
-    """How `out` is written for vLLM: a bare name would be taken for a repository's."""
+    """`out` as an argument for vLLM, which takes a name without `/` for a repository."""
     return shlex.quote(str(out) if out.is_absolute() or out.parts[0] == ".." else f"./{out}")

@@ -1,4 +1,4 @@
-"""`vllm-loopus trace`: what each depth would have said, where tokens left and why."""
+"""`vllm-loopus trace`: predictions at each depth, exit depths and their reasons."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_loopus.cli.info import ModelArgument, load_config, resolve
-from vllm_loopus.cli.output import PROBLEM, check_picture, check_writable, errors_told, print_json
+from vllm_loopus.cli.output import PROBLEM, check_picture, check_writable, print_json, report_errors
 from vllm_loopus.files import write_text
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ STDOUT = Path("-")
 
 
 class Engine(StrEnum):
-    """Which side generates."""
+    """Engines that generate answers."""
 
     TRANSFORMERS = "transformers"
     VLLM = "vllm"
@@ -36,14 +36,14 @@ class Halting(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What both sides compute in."""
+    """Dtypes to compute in."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
 
 
-OwnDefault = "Default: the checkpoint's."
+DEFAULT = "Default: the checkpoint's."
 
 
 def trace(
@@ -51,10 +51,10 @@ def trace(
     prompt: Annotated[str | None, typer.Option(help="The prompt to answer.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A file of prompts: a line each, or JSON lines with `prompt`."),
+        typer.Option(help="A file of prompts: one per line, or JSON lines with `prompt`."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
+        bool, typer.Option("--chat", help="Apply the model's chat template to prompts.")
     ] = False,
     answer: Annotated[
         str | None, typer.Option(help="Trace this answer to --prompt instead of generating one.")
@@ -62,52 +62,56 @@ def trace(
     answers: Annotated[
         bool, typer.Option("--answers", help="Trace the `answer` of each line of --prompts.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 32,
-    max_loops: Annotated[int | None, typer.Option(help=f"Recursion budget. {OwnDefault}")] = None,
-    min_loops: Annotated[
-        int | None, typer.Option(help=f"The least depth to leave at. {OwnDefault}")
-    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")] = 32,
+    max_loops: Annotated[int | None, typer.Option(help=f"Recursion budget. {DEFAULT}")] = None,
+    min_loops: Annotated[int | None, typer.Option(help=f"Minimum exit depth. {DEFAULT}")] = None,
     exit_threshold: Annotated[
-        float | None, typer.Option(help=f"Confidence to leave at. {OwnDefault}")
+        float | None, typer.Option(help=f"Confidence above which tokens exit. {DEFAULT}")
     ] = None,
-    halting_strategy: Annotated[Halting | None, typer.Option(help=OwnDefault)] = None,
-    exit_interval: Annotated[int | None, typer.Option(help=OwnDefault)] = None,
-    convergence_epsilon: Annotated[float | None, typer.Option(help=OwnDefault)] = None,
+    halting_strategy: Annotated[
+        Halting | None, typer.Option(help=f"Halting strategy. {DEFAULT}")
+    ] = None,
+    exit_interval: Annotated[
+        int | None, typer.Option(help=f"Loops between checks of the exit rule. {DEFAULT}")
+    ] = None,
+    convergence_epsilon: Annotated[
+        float | None, typer.Option(help=f"Step length below which tokens exit. {DEFAULT}")
+    ] = None,
     engine: Annotated[
-        Engine, typer.Option(help="Which side generates. Values are the transformers side's.")
+        Engine,
+        typer.Option(help="Engine that generates. Values are always computed by transformers."),
     ] = Engine.TRANSFORMERS,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Ask both sides and compare; exit code 1 if they differ."),
+        typer.Option("--check", help="Run both engines and compare; exit code 1 if they differ."),
     ] = False,
-    top: Annotated[int, typer.Option(min=1, help="Tokens of each depth to keep.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Most probable tokens to store per depth.")] = 5,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the trace as JSON; - for standard output.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page to look at.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the trace as an HTML page.")] = None,
     trajectories: Annotated[
-        Path | None, typer.Option(help="Draw how states move (PNG, SVG, PDF); of the first prompt.")
+        Path | None,
+        typer.Option(help="Draw the state trajectories of the first prompt (PNG, SVG, PDF)."),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Tokens whose states to follow: 0,2,5..8. Default: spread evenly."),
+        typer.Option(help="Tokens of the trajectories: 0,2,5..8. Default: evenly spaced."),
     ] = None,
     convergence: Annotated[
         Path | None, typer.Option(help="Draw the convergence over all prompts (PNG, SVG, PDF).")
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer, where the model has none of its own.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What both sides compute in.")] = Dtype.FLOAT32,
-    device: Annotated[str, typer.Option(help="Of the transformers side: cpu, cuda.")] = "cpu",
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if the model has none.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of both engines.")] = Dtype.FLOAT32,
+    device: Annotated[str, typer.Option(help="Device of transformers: cpu, cuda.")] = "cpu",
 ) -> None:
-    """Show what each depth would have said for every token, where it left and why."""
+    """Show the predictions at each depth for every token, its exit depth and the reason."""
     from vllm_loopus.modeling.halting import HaltingRule
 
-    with errors_told(ValueError, OSError):
+    with report_errors(ValueError, OSError):
         _check_options(prompt, prompts, answer, answers, tokens, engine, check)
         if html == STDOUT:
-            raise ValueError("--html needs a file; only --json can go to standard output")
+            raise ValueError("--html needs a file; only --json can write to standard output")
         for file in (json_file, html):
             if file is not None and file != STDOUT:
                 check_writable(file)
@@ -142,29 +146,31 @@ def trace(
         disable_progress_bar()
         reasoner = reference.load_model(source, config, dtype.value, device)
         stops = reference.stop_tokens(reasoner, vocabulary)
-        told = _ask_vllm(
+        by_vllm = _ask_vllm(
             engine is Engine.VLLM or check, source, rule, questions, vocabulary, dtype.value,
             max_tokens, stops,
         )  # fmt: skip
         generated = (
-            told
+            by_vllm
             if engine is Engine.VLLM
             else tracing.answers_of_transformers(reasoner, questions, max_tokens, stops)
         )
         found = []
         for question, one in zip(questions, generated, strict=True):
-            found.append(_follow(tracing.traced(reasoner, vocabulary, question, one, top), tokens))
+            found.append(
+                _with_trajectories(tracing.traced(reasoner, vocabulary, question, one, top), tokens)
+            )
     document = _document(model, engine, dtype, HaltingRule.from_config(config), found)
     _write(document, json_file, html, trajectories, convergence)
     if json_file != STDOUT:
         from vllm_loopus.cli.trace_tables import print_tables
 
         print_tables(document)
-    by_vllm = engine is Engine.VLLM
-    _tell_differences(
+    compare_vllm = check and engine is not Engine.VLLM
+    _report_differences(
         found,
-        told if check and not by_vllm else [one.by_the_reference for one in found],
-        f"Both sides agree in tokens and exit depths of {len(found)} answers." if told else "",
+        by_vllm if compare_vllm else [one.reference_answer for one in found],
+        f"Both sides agree in tokens and exit depths of {len(found)} answers." if by_vllm else "",
         dtype is Dtype.FLOAT32,
     )
 
@@ -181,13 +187,13 @@ def _check_options(
     if (prompt is None) == (prompts is None):
         raise ValueError("give one of --prompt TEXT and --prompts FILE")
     if answer is not None and prompt is None:
-        raise ValueError("--answer belongs to --prompt; lines of a file have answers of their own")
+        raise ValueError("--answer needs --prompt; with --prompts, give --answers")
     if answers and prompts is None:
-        raise ValueError("--answers belongs to --prompts; give --answer TEXT")
+        raise ValueError("--answers needs --prompts; with --prompt, give --answer TEXT")
     if tokens is not None and prompt is None:
-        raise ValueError("--tokens belongs to --prompt: answers of a file differ in length")
+        raise ValueError("--tokens needs --prompt, because the answers to a file differ in length")
     if (answer is not None or answers) and (engine is Engine.VLLM or check):
-        raise ValueError("a given answer is not generated: leave --engine vllm and --check away")
+        raise ValueError("a given answer is not generated; omit --engine vllm and --check")
 
 
 def _ask_vllm(
@@ -212,15 +218,14 @@ def _ask_vllm(
         engine.shut_down(llm)
 
 
-def _follow(traced: "Traced", tokens: str | None) -> "Traced":
-    """With trajectories in its trace, and without the states, which are large."""
+def _with_trajectories(traced: "Traced", tokens: str | None) -> "Traced":
+    """Adds trajectories to a trace, and removes the states, which are large."""
     from vllm_loopus.trace.trajectories import chosen_tokens, trajectories
 
     chosen = None if tokens is None else chosen_tokens(tokens, len(traced.trace.tokens))
-    moved = trajectories(traced.values, chosen)
     return replace(
         traced,
-        trace=replace(traced.trace, trajectories=moved),
+        trace=replace(traced.trace, trajectories=trajectories(traced.values, chosen)),
         values=replace(traced.values, states=traced.values.states[:, :0]),
     )
 
@@ -250,7 +255,7 @@ def _write(
 ) -> None:
     from vllm_loopus.trace import page, record
 
-    with errors_told(OSError):
+    with report_errors(OSError):
         if json_file == STDOUT:
             print_json(document)
         elif json_file is not None:
@@ -258,7 +263,7 @@ def _write(
         if html is not None:
             write_text(html, page.render(document))
         if trajectories is not None or convergence is not None:
-            from vllm_loopus.trace import pictures  # matplotlib: only where drawn
+            from vllm_loopus.trace import pictures  # imports matplotlib
 
             name = document["model"]
             if trajectories is not None:
@@ -269,10 +274,10 @@ def _write(
                 pictures.save(figure, convergence)
 
 
-def _tell_differences(
+def _report_differences(
     found: "Sequence[Traced]", others: "Sequence[Answer]", agreed: str, exact: bool
 ) -> None:
-    """Exit code 1 where answers differ and rounding does not explain it (`exact`: float32)."""
+    """Prints differences. Exits with code 1 if one is not due to rounding (`exact`: float32)."""
     from vllm_loopus.trace.tracing import difference
 
     differences = {

@@ -1,4 +1,4 @@
-"""A trace in the terminal."""
+"""Prints a trace in the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from vllm_loopus.trace.tokens import visible
 
 
 def print_tables(document: Mapping[str, Any]) -> None:
-    """One prompt: every token at every depth. Several: values by depth over all of them."""
+    """Prints values by depth over all prompts; for a single prompt, also every token."""
     console = Console()
     traces = document["traces"]
     if len(traces) == 1:
@@ -24,15 +24,15 @@ def print_tables(document: Mapping[str, Any]) -> None:
 
 
 def _print_trace(console: Console, trace: Mapping[str, Any]) -> None:
-    """A row a depth of every token; what it left with is bold, what was not computed is dim."""
-    table = Table("token", "depth", "says", "p", "q", "gate", "step", "left by")
+    """A row for each token and depth. The exit is bold; depths deeper than it are dim."""
+    table = Table("token", "depth", "predicts", "p", "q", "gate", "step", "exit by")
     for index, token in enumerate(trace["tokens"]):
         for depth in token["depths"]:
             here = depth["depth"] == token["exit_depth"]
             best = depth["top"][0]
             name = f"{index}: {visible(token['text'])}" if depth["depth"] == 1 else ""
             cells = [
-                Text(name),  # never markup: a model may say [red]
+                Text(name),  # without markup: a token may be [red]
                 Text(str(depth["depth"])),
                 Text(visible(best["text"])),
                 _number(best["probability"], ".3f"),

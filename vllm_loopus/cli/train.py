@@ -1,4 +1,4 @@
-"""`vllm-loopus train`: post-train a LoopUS model, or a plain one as its control."""
+"""`vllm-loopus train`: post-trains a LoopUS model, or trains a plain model as a control."""
 
 import os
 from dataclasses import asdict
@@ -7,29 +7,29 @@ from typing import Annotated
 
 import typer
 
-from vllm_loopus.cli.output import JsonOption, errors_told, print_json, print_table
+from vllm_loopus.cli.output import JsonOption, print_json, print_table, report_errors
 
 
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the output's last complete checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")
     ] = False,
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE over the file's, such as supervision.beta=0.5."),
+        typer.Option("--set", help="Override KEY=VALUE, such as supervision.beta=0.5; repeatable."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Post-train a LoopUS model by random deep supervision, as a YAML file says.
+    """Post-train a LoopUS model by random deep supervision, configured by a YAML file.
 
     On several GPUs or machines: accelerate launch -m vllm_loopus.cli train CONFIG.
     """
-    with errors_told(ValueError, OSError, ImportError, FloatingPointError):
+    with report_errors(ValueError, OSError, ImportError, FloatingPointError):
         from vllm_loopus.training.settings import read_settings
 
         settings = read_settings(config, override or ())
-        from vllm_loopus.training.run import train as run  # torch and the Trainer: seconds
+        from vllm_loopus.training.run import train as run  # slow to import
 
         summary = run(settings, resume)
     if os.environ.get("RANK", "0") != "0":

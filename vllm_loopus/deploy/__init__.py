@@ -1,6 +1,7 @@
-"""`vllm-loopus deploy`: a Ray Serve LLM application of N engines.
+"""`vllm-loopus deploy`: a Ray Serve LLM application with several engines.
 
-`router` sends requests where the least loop budget is outstanding, `app` writes the application.
+`app` writes the application. `router` sends each request to the engine with the least outstanding
+loop budget, which `budgets` computes.
 """
 
 from vllm_loopus.extras import need

@@ -1,4 +1,4 @@
-"""The files of a Ray Serve LLM application."""
+"""Writes the files of a Ray Serve LLM application."""
 
 import copy
 import difflib
@@ -21,14 +21,14 @@ SERVE_OPTIONS = ("model", "served_model_name", "distributed_executor_backend")
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a user asks for.
+    """Options of the application.
 
-    - `name`: what clients ask for; `target`: where the checkpoint is, on every node.
-    - `accelerator`: Ray's name of the GPU a rank needs, or None for any; `on_cpus`: no GPUs.
-    - `cpus`: CPUs of Ray's for a rank, where `on_cpus`.
-    - `max_ongoing`: requests that a replica takes before others wait; `max_queued`: that wait in an
-      ingress process before it answers 503, or -1.
-    - `default_tokens`: what a request without a limit counts, for routing.
+    - `name`: the served model name. `target`: the checkpoint, at the same path on every node.
+    - `accelerator`: Ray's name of the GPU type, None for any. `on_cpus`: run without GPUs.
+    - `cpus`: Ray CPUs per rank, if `on_cpus`.
+    - `max_ongoing`: maximum requests that a replica runs at a time. `max_queued`: maximum requests
+      that wait in an ingress process before it answers 503; -1 for no limit.
+    - `default_tokens`: tokens assumed for routing if a request has no limit.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Deployment:
 
 
 def check(deployment: Deployment) -> None:
-    """Raises `ValueError` naming the option, its value and the fix."""
+    """Raises `ValueError` with option, value and fix for invalid options."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     args = deployment.engine_args
@@ -56,30 +56,31 @@ def check(deployment: Deployment) -> None:
     known = {known.name for known in fields(AsyncEngineArgs)}
     if unknown := [name for name in args if name not in known]:
         close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = (
-            f"did you mean {close[0]!r}?" if close else "names are those of vLLM's AsyncEngineArgs"
-        )
+        hint = f"did you mean {close[0]!r}?" if close else "use the names of vLLM's AsyncEngineArgs"
         raise ValueError(f"engine_args has {unknown[0]!r}, which vLLM does not know; {hint}")
     if args.get("data_parallel_size", 1) != 1:
         raise ValueError(
-            f"engine_args has data_parallel_size={args['data_parallel_size']!r}; give --replicas"
+            f"engine_args has data_parallel_size={args['data_parallel_size']!r}, which is not "
+            "supported; give --replicas"
         )
     if deployment.max_queued != -1 and deployment.max_queued < 1:
         raise ValueError(
             f"max_queued_requests={deployment.max_queued} must be -1 (no limit) or 1 or more"
         )
     if deployment.accelerator is not None and deployment.on_cpus:
-        raise ValueError(f"accelerator_type={deployment.accelerator!r} excludes --device cpu")
+        raise ValueError(
+            f"accelerator_type={deployment.accelerator!r} excludes --device cpu; remove one"
+        )
 
 
 def application(deployment: Deployment, config: LoopUSConfig) -> dict[str, Any]:
-    """What `serve run` and `serve deploy` read. `config`: the checkpoint's.
+    """The configuration that `serve run` and `serve deploy` read. `config`: of the checkpoint.
 
-    Raises `ValueError` for overrides and options that do not fit it.
+    Raises `ValueError` for overrides and options that do not fit the checkpoint.
     """
     overrides = deployment.engine_args.get("hf_overrides") or {}
     if not isinstance(overrides, dict):
-        raise ValueError(f"hf_overrides={overrides!r} must be an object")
+        raise ValueError(f"hf_overrides={overrides!r} must be a JSON object")
     served = copy.deepcopy(config)
     for name, value in overrides.items():
         setattr(served, name, value)
@@ -121,7 +122,7 @@ def application(deployment: Deployment, config: LoopUSConfig) -> dict[str, Any]:
                 "import_path": BUILDER,
                 "args": {
                     "llm_configs": [engine],
-                    # One process sees all requests: its router then knows all budgets.
+                    # With a single ingress process, its router knows the budgets of all requests.
                     "ingress_deployment_config": {"num_replicas": 1},
                 },
             }
@@ -130,7 +131,7 @@ def application(deployment: Deployment, config: LoopUSConfig) -> dict[str, Any]:
 
 
 def write(deployment: Deployment, config: LoopUSConfig, out: Path) -> list[Path]:
-    """Writes the application into the folder `out`; the files written. Raises `ValueError`."""
+    """Writes the application to the folder `out`. Returns the files. Raises `ValueError`."""
     check(deployment)
     content = yaml.safe_dump(application(deployment, config), sort_keys=False)
     templates = Environment(

@@ -1,4 +1,4 @@
-"""What a request may cost: its loop budget, in passes."""
+"""The loop budget of a request: the maximum number of passes of its tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,12 @@ def loop_budget(
     default_tokens: int,
     efforts: Mapping[str, int] | None = None,
 ) -> int:
-    """The most passes that a request's tokens may take: loops a token times tokens, `n` times.
+    """The maximum number of passes of a request: loops per token times tokens times `n`.
 
-    `request`: a parsed body of the OpenAI API. `max_loops`: the served budget; `default_tokens`:
-    for a request without a limit; `efforts`: the engine's `reasoning_effort`. Depths that the
-    request gives (`exit_depths`) count as they are. What is malformed counts as if it were not
-    there: the engine refuses it.
+    - `request`: a parsed body of the OpenAI API. Its `exit_depths` are used if given; malformed
+      fields are ignored, because the engine will refuse the request.
+    - `max_loops`: that of the engine. `default_tokens`: for requests without a limit. `efforts`:
+      the engine option `reasoning_effort`.
     """
     xargs = getattr(request, "vllm_xargs", None)
     knobs: Mapping[str, Any] = xargs if isinstance(xargs, Mapping) else {}
@@ -27,11 +27,11 @@ def loop_budget(
     tokens = next((limit for limit in limits if limit), default_tokens)
     depths = knobs.get("exit_depths")
     given = [_whole(depth) for depth in depths[:tokens]] if isinstance(depths, list) else []
-    of_depths = sum(min(depth, max_loops) for depth in given)
-    of_a_choice = of_depths + min(loops, max_loops) * (tokens - len(given))
-    return of_a_choice * (_whole(getattr(request, "n", None)) or 1)
+    at_given_depths = sum(min(depth, max_loops) for depth in given)
+    per_choice = at_given_depths + min(loops, max_loops) * (tokens - len(given))
+    return per_choice * (_whole(getattr(request, "n", None)) or 1)
 
 
 def _whole(value: Any) -> int:
-    """A number of one or more, or 0."""
+    """`value` if it is a positive whole number, else 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -1,12 +1,12 @@
-"""A router of Ray Serve that knows loop budgets, by Ray's public interface for routers.
+"""A Ray Serve router by loop budget, which uses Ray's public interface for custom routers.
 
-Ray's own routers count requests: one with eight loops and a thousand tokens weighs as much as one
-with a single loop and ten. This one keeps, for each replica, the passes that its outstanding
-requests may still take at most, and sends a request where they are fewest. Requests whose body it
-cannot read count with the served budget.
+Ray's routers count requests, so that eight loops and a thousand tokens have the same weight as one
+loop and ten tokens. This router sums, for each replica, the loop budgets of its outstanding
+requests, and sends a request to the replica with the least sum. Requests whose body it cannot read
+count with the defaults.
 
-A router lives in each process that sends requests (Serve's ingress replicas) and knows what it sent
-itself; among equals the replica with the shorter queue, which all see, is taken.
+Each ingress process of Serve has a router, which only knows the requests that it has sent. Replicas
+with equal sums are ordered by the length of their queues, which all routers can see.
 """
 
 import random
@@ -18,11 +18,11 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from vllm_loopus.deploy.budgets import loop_budget
 
-MOST_ENDED = 4096  # ends remembered of requests that were not routed, or not yet
+MOST_ENDED = 4096  # maximum number of stored ends of requests that are not (yet) routed
 
 
 class LoopBudgetRouter(RequestRouter):
-    """Least outstanding loop budget first."""
+    """Sends requests to the replica with the least outstanding loop budget."""
 
     def initialize_state(
         self,
@@ -34,14 +34,14 @@ class LoopBudgetRouter(RequestRouter):
         self._max_loops, self._default_tokens, self._efforts = max_loops, default_tokens, efforts
         self._outstanding: defaultdict[ReplicaID, int] = defaultdict(int)
         self._sent: dict[tuple[ReplicaID, str], int] = {}
-        self._ended: dict[tuple[ReplicaID, str], None] = {}  # in the order in which they ended
+        self._ended: dict[tuple[ReplicaID, str], None] = {}  # in order of their end
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """A rank for each replica: the first with room gets the request."""
+        """The replicas in order of preference; the first with free capacity gets the request."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         ranked = random.sample(candidate_replicas, len(candidate_replicas))
@@ -51,7 +51,7 @@ class LoopBudgetRouter(RequestRouter):
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        """Serve calls this once the replica has taken the request, which may have ended by then."""
+        """Called by Serve after a replica has accepted a request, which may have ended already."""
         key = replica_id, pending_request.metadata.internal_request_id
         if key in self._ended:
             del self._ended[key]
@@ -62,12 +62,11 @@ class LoopBudgetRouter(RequestRouter):
         self._outstanding[replica_id] += budget
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Serve calls this once for each attempt, also for one that failed or that the replica
-        refused, and then perhaps while another replica has the request.
+        """Called by Serve once for each attempt, including those that failed or were refused.
 
-        An attempt that was not routed looks like one that ends before Serve says that it was. A
-        replica that refuses a request and takes it later may thus have it uncounted: better than
-        counted for ever.
+        An attempt that was never routed cannot be distinguished from one whose end is reported
+        before its routing. So if a replica refuses a request and accepts it later, it may not be
+        counted; otherwise it could be counted forever.
         """
         key = replica_id, internal_request_id
         budget = self._sent.pop(key, None)

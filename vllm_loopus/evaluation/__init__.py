@@ -1,4 +1,4 @@
-"""How good a looped model is: lm-evaluation-harness on our engine, base against looped."""
+"""Evaluation of looped models and their base models with lm-evaluation-harness."""
 
 from vllm_loopus.extras import need
 

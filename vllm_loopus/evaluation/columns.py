@@ -1,9 +1,9 @@
-"""Columns of the table, and the sets of tasks that have a name."""
+"""The columns of the table, and presets of tasks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# In the order in which the column of a task without a preset looks for its metric.
+# The metrics that a column can show. For a task without a preset, the first one it has is used.
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
 ACCURACIES = ("acc", "exact_match", "acc_norm", "f1", "pass@1")
 NORMALISED = "acc_norm"
@@ -11,10 +11,10 @@ NORMALISED = "acc_norm"
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a task: `metric` is lm-evaluation-harness's name without the filter.
+    """One metric of a task. `metric`: its name in lm-evaluation-harness, without the filter.
 
-    `normalised`: lm-eval also gives the accuracy by length-normalised log-likelihood, which some
-    tables show instead.
+    `normalised`: whether the task also has the accuracy by length-normalised log-likelihood, which
+    some tables show instead.
     """
 
     title: str
@@ -29,18 +29,19 @@ class Column:
 
 @dataclass(frozen=True)
 class Preset:
-    """Tasks that make one table. `max_length`: tokens of a scored text at most, None: the model's.
+    """The tasks of a table. `max_length`: maximum tokens of a scored text; None: the model's.
 
-    Every task runs with its own few-shot setting in lm-evaluation-harness, for all of these none.
+    Tasks run with their few-shot setting in lm-evaluation-harness, which is zero for all of these.
     """
 
     columns: tuple[Column, ...]
     max_length: int | None = None
 
 
-# What the paper shows. From the released code (utils/lm_eval_harness.py, evaluate.py): the names of
-# the tasks, no few-shot examples, 1,024 tokens. The main table's metric is not stated; its base
-# rows are of the size of `acc`. The TinyLlama table says `acc_norm` (but for WinoGrande).
+# The table of the paper. Task names, zero-shot and 1,024 tokens are from the released code
+# (utils/lm_eval_harness.py, evaluate.py). The paper does not state the metric of the main table,
+# but its values for the base models agree with `acc`. The TinyLlama table uses `acc_norm` (except
+# for WinoGrande).
 PAPER = Preset(
     (
         Column("Wiki", "wikitext", "word_perplexity"),
@@ -55,7 +56,7 @@ PAPER = Preset(
     ),
     max_length=1024,
 )
-# The four formats of tasks, on what loopus-tiny learns; data is made here, nothing is fetched.
+# The four task formats, on the tasks of loopus-tiny. The data is generated, nothing is downloaded.
 TINY = Preset(
     (
         Column("Text", "tiny_text", "byte_perplexity"),
@@ -68,7 +69,7 @@ PRESETS = {"paper": PAPER, "tiny": TINY}
 
 
 def expand(names: Sequence[str]) -> tuple[list[str], int | None]:
-    """Task names with presets written out, each once, and the presets' least `max_length`."""
+    """The task names with presets expanded, without duplicates, and the least `max_length`."""
     tasks: dict[str, None] = {}
     lengths = []
     for name in names:
@@ -80,9 +81,9 @@ def expand(names: Sequence[str]) -> tuple[list[str], int | None]:
 
 
 def column_of(task: str, metrics: Sequence[str], normalised: bool = False) -> Column | None:
-    """The column of a task with these metrics; None when none of them is known.
+    """The column of a task with these metrics; None if none of them can be shown.
 
-    `normalised`: by length-normalised accuracy where the column has it.
+    `normalised`: use the length-normalised accuracy if the column has it.
     """
     known = [column for preset in PRESETS.values() for column in preset.columns]
     for column in known:

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness's own model types on looped models: `vllm`, and `hf` for the reference.
+"""Runs models with the model types of lm-evaluation-harness: `vllm`, and `hf` for the reference.
 
-A log-likelihood task gives context and continuation. The whole text is one sequence, and all its
-positions are at the depth at which its *last* token exits, as in the released code's uncached
-forward. In vLLM, that is what a prompt with `prompt_logprobs` gets.
+A log-likelihood request has a context and a continuation. The whole text is one sequence, and all
+its positions are at the exit depth of its *last* token, as in the uncached forward of the released
+code. In vLLM this is a prompt with `prompt_logprobs`.
 """
 
 import gc
@@ -15,14 +15,17 @@ from vllm_loopus.evaluation.models import Model
 
 VLLM, TRANSFORMERS = "vllm", "hf"
 ENGINES = (VLLM, TRANSFORMERS)
-# vLLM keeps a token of the sequence for the one it generates, lm-eval another in rolling windows.
+# Positions not available for the text: vLLM generates one token, and lm-eval's rolling windows
+# need another one.
 RESERVED = 2
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What all models of a run share. `max_length`: tokens of a text at most, None: the model's.
-    `batch_size`: of `hf`; vLLM makes its own batches."""
+    """Options that all models of a run share.
+
+    `max_length`: maximum tokens of a text; None: the model's. `batch_size`: only for `hf`.
+    """
 
     engine: str = VLLM
     dtype: str = "auto"
@@ -32,7 +35,7 @@ class EngineOptions:
 
 @contextmanager
 def running_engine(model: Model, options: EngineOptions) -> Iterator[Any]:
-    """An lm-eval model with `apply(setting)`, `work()` and `close()`, closed at the end."""
+    """An lm-eval model with `apply(setting)`, `work()` and `close()`; closed at the end."""
     started = _vllm_model(model, options) if options.engine == VLLM else _hf_model(model, options)
     try:
         yield started
@@ -43,7 +46,7 @@ def running_engine(model: Model, options: EngineOptions) -> Iterator[Any]:
 
 
 def _vllm_model(model: Model, options: EngineOptions) -> Any:
-    # Imported where it is used: importing vLLM takes seconds, and `hf` does without.
+    # Imported here because importing vLLM is slow and `hf` does not need it.
     from vllm_loopus.evaluation.vllm_engine import VLLMModel, plain_memory
 
     memory = {} if model.is_looped else plain_memory()

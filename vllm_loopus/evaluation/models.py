@@ -1,4 +1,4 @@
-"""What is evaluated: models found on disk, each in one or two settings."""
+"""The models to evaluate, each with one or two settings."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.recast.base import find_checkpoint, is_snapshot
 
-HASHED_WHOLE = 2**30  # bytes of a weight file; of a larger one, size and time say enough
+HASHED_WHOLE = 2**30  # bytes; of larger files only size and modification time are hashed
 READ_AT_ONCE = 2**24
-# What of a looped model's config decides where its tokens leave.
+# The fields of a looped model's config that determine exit depths.
 HALTING = (
     *("max_loops", "min_loops", "halting_strategy", "exit_threshold", "exit_interval"),
     *("convergence_epsilon", "confidence_input"),
@@ -23,8 +23,11 @@ HALTING = (
 
 @dataclass(frozen=True)
 class Setting:
-    """How deep a model goes: a plain one (`max_loops` None) once; a looped one at most `max_loops`
-    deep, with the threshold at which tokens leave early, or (None) every token to the end."""
+    """The depth of a model.
+
+    A plain model has `max_loops` None. A looped model runs up to `max_loops` loops, with early exit
+    at `exit_threshold`, or at full depth if that is None.
+    """
 
     max_loops: int | None = None
     exit_threshold: float | None = None
@@ -35,7 +38,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """What the table says beside the model's name."""
+        """The text in the `depth` column of the table."""
         if self.max_loops is None:
             return "no loop"
         if self.exit_threshold is None:
@@ -43,14 +46,14 @@ class Setting:
         return f"≤ {self.max_loops} loops, exit at {self.exit_threshold:g}"
 
     def knobs(self) -> dict[str, Any]:
-        """Knobs of each request: `extra_args` in vLLM, fields of the config in transformers."""
-        # Whatever the halting strategy, nobody leaves before `min_loops`.
+        """Request knobs: `extra_args` in vLLM, config fields in transformers."""
+        # With every halting strategy, no token exits before `min_loops`.
         return {"min_loops": self.max_loops} if self.max_loops and self.is_fixed else {}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint folder and the settings it is to be evaluated in."""
+    """A checkpoint folder and the settings to evaluate."""
 
     name: str
     folder: Path
@@ -63,34 +66,37 @@ class Model:
 
     @property
     def tokenizer(self) -> str:
-        """Where the tokenizer is: here, or with the base. Raises `ValueError` when nowhere."""
+        """The folder with the tokenizer, of the model or its base model.
+
+        Raises `ValueError` if there is none.
+        """
         if any((self.folder / name).is_file() for name in TOKENIZER_FILES):
             return str(self.folder)
         base = getattr(self.config, "base_model_name_or_path", None)
         if not base:
             raise ValueError(
-                f"{self.name} holds no tokenizer files and names no base_model_name_or_path; put "
-                "the tokenizer's files into its folder"
+                f"{self.name} has no tokenizer files and no base_model_name_or_path; add the "
+                "tokenizer files to its folder"
             )
         return str(find_checkpoint(base))
 
     @property
     def max_length(self) -> int:
-        """The longest sequence of tokens the model was made for."""
+        """The maximum number of tokens of a sequence."""
         return int(self.config.get_text_config().max_position_embeddings)
 
     def overrides(self) -> dict[str, Any]:
-        """Fields of a looped model's config that hold for its engine (vLLM's `hf_overrides`)."""
+        """Config fields of a looped model for its engine (vLLM's `hf_overrides`)."""
         if not isinstance(self.config, LoopUSConfig):
             return {}
         return {name: getattr(self.config, name) for name in HALTING}
 
     def decides(self, setting: Setting) -> dict[str, Any]:
-        """What of `overrides` matters in one of the settings."""
+        """The part of `overrides` that affects the results of a setting."""
         return {"max_loops": setting.max_loops} if setting.is_fixed else self.overrides()
 
     def fingerprint(self) -> str:
-        """Of every file that decides an answer: equal models in other folders have the same."""
+        """A hash of all files that affect answers. Copies of a model have the same fingerprint."""
         digest = hashlib.sha256()
         files = sorted(
             file
@@ -114,9 +120,9 @@ class Model:
 def looped_model(
     name: str, max_loops: int | None, early_exit: bool | None, exit_threshold: float | None
 ) -> Model:
-    """The looped model, at fixed depth, with early exit, or (`early_exit` None) both.
+    """The looped model at fixed depth, with early exit, or with both (`early_exit` None).
 
-    Raises `ValueError` for a model that is no LoopUS model, and for numbers that cannot be.
+    Raises `ValueError` if it is not a LoopUS model, and for invalid values.
     """
     folder, config = _read(name)
     if not isinstance(config, LoopUSConfig):
@@ -126,7 +132,7 @@ def looped_model(
         )
     if early_exit is False and exit_threshold is not None:
         raise ValueError(
-            f"exit_threshold={exit_threshold} means nothing with --no-early-exit; leave one out"
+            f"exit_threshold={exit_threshold} has no effect with --no-early-exit; remove one"
         )
     if max_loops is not None:
         config.max_loops = max_loops
@@ -137,7 +143,7 @@ def looped_model(
     by_convergence = config.halting_strategy == "convergence"
     if by_convergence and exit_threshold is not None:
         raise ValueError(
-            f"exit_threshold={exit_threshold} means nothing to {name}, whose halting_strategy is "
+            f"exit_threshold={exit_threshold} has no effect for {name}, whose halting_strategy is "
             "convergence; leave it out"
         )
     threshold = config.convergence_epsilon if by_convergence else config.exit_threshold
@@ -147,7 +153,7 @@ def looped_model(
 
 
 def plain_model(name: str) -> Model:
-    """A base model. Raises `ValueError` for a looped one, and for what is no model."""
+    """A base model. Raises `ValueError` if it is a looped model or not a model."""
     folder, config = _read(name)
     if isinstance(config, LoopUSConfig):
         raise ValueError(
@@ -160,7 +166,7 @@ def plain_model(name: str) -> Model:
 def _read(name: str) -> tuple[Path, PreTrainedConfig]:
     folder = find_checkpoint(name)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name} holds no config.json; give a checkpoint folder")
+        raise ValueError(f"{name} has no config.json; give a checkpoint folder")
     try:
         return folder, AutoConfig.from_pretrained(folder)
     except (OSError, json.JSONDecodeError) as error:

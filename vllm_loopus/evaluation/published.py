@@ -1,4 +1,4 @@
-"""The paper's rows, to be put beside ours."""
+"""The results in the paper, for comparison with ours."""
 
 import tomllib
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ FILE = Path(__file__).with_name("published.toml")
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """What the paper reports for one base model, by column title: perplexities, accuracies in %.
+    """The paper's results for one base model by column title: perplexities, and accuracies in %.
 
-    `normalised`: accuracies are `acc_norm` where the task has it.
+    `normalised`: whether accuracies are `acc_norm` for tasks that have it.
     """
 
     base: str
@@ -22,7 +22,7 @@ class PublishedRow:
 
 
 def published_rows() -> list[PublishedRow]:
-    """All rows of the paper that we know."""
+    """All stored rows of the paper."""
     rows: list[dict[str, Any]] = tomllib.loads(FILE.read_text())["rows"]
     return [PublishedRow(**row) for row in rows]
 
@@ -30,16 +30,16 @@ def published_rows() -> list[PublishedRow]:
 def published_row(base: str | None) -> PublishedRow:
     """The row of a base model, by the last part of its name (`Qwen/Qwen3-4B`, `/models/Qwen3-4B`).
 
-    Raises `ValueError` naming the rows there are.
+    Raises `ValueError` that names the available rows if there is none.
     """
     rows = published_rows()
     name = Path(base or "").name.lower()
     for row in rows:
-        # TinyLlama's checkpoints carry size and training step in their names.
+        # The names of TinyLlama checkpoints contain size and training step.
         if name == row.base.lower() or (row.base == "TinyLlama" and name.startswith("tinyllama")):
             return row
     known = ", ".join(row.base for row in rows)
     raise ValueError(
-        f"--published: the paper has no row for the base {base or 'of this model'!r}; there are "
-        f"{known}. Leave --published out"
+        f"--published: the paper has no row for the base {base or 'of this model'!r}, only for "
+        f"{known}; leave --published out"
     )

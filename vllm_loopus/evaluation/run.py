@@ -1,4 +1,4 @@
-"""From a request to results: everything is checked first, then measured where it is missing."""
+"""Plans an evaluation, checks it, and measures the results that are not stored yet."""
 
 import logging
 import os
@@ -22,12 +22,12 @@ from vllm_loopus.evaluation.scores import items_of
 from vllm_loopus.evaluation.store import Result, Store
 from vllm_loopus.evaluation.tasks import LoadedTask, load_tasks
 
-BOOTSTRAPS = 1000  # for standard errors that have no formula
+BOOTSTRAPS = 1000  # samples for standard errors without a formula
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task for one model in one setting. `identity`: see `store`."""
+    """One task for one model in one setting. `identity`: see `store.py`."""
 
     model: Model
     setting: Setting
@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a table, model by model."""
+    """All cells of a table, ordered by model."""
 
     cells: list[Cell]
     options: EngineOptions
@@ -52,16 +52,16 @@ def make_plan(
     num_fewshot: int | None = None,
     include: Any = None,
 ) -> Plan:
-    """Loads tasks and fingerprints everything. Raises `ValueError` for what cannot be evaluated."""
+    """Loads tasks and computes fingerprints. Raises `ValueError` for invalid models or options."""
     tasks, length = expand(names)
     if not tasks:
-        raise ValueError(f"tasks={','.join(names)!r} names none; give a set or task names")
+        raise ValueError(f"tasks={','.join(names)!r} has no names; give a preset or task names")
     for model in models:
-        model.tokenizer  # noqa: B018  (raises when there is none)
+        model.tokenizer  # noqa: B018  (raises if there is none)
         if options.max_length is not None and options.max_length > model.max_length:
             raise ValueError(
-                f"max_length={options.max_length} is above what {model.name} was made for, "
-                f"{model.max_length}"
+                f"max_length={options.max_length} must be at most {model.max_length}, the maximum "
+                f"of {model.name}"
             )
     if options.max_length is None:
         options = replace(options, max_length=length)
@@ -86,9 +86,9 @@ def make_plan(
 
 
 def measure(
-    plan: Plan, store: Store, *, resume: bool = True, tell: Callable[[str], None] = print
+    plan: Plan, store: Store, *, resume: bool = True, log: Callable[[str], None] = print
 ) -> list[Result]:
-    """The results of all cells, in order; those that `store` has are taken from there."""
+    """The results of all cells, in order. With `resume`, results in `store` are reused."""
     results: dict[int, Result] = {}
     for index, cell in enumerate(plan.cells):
         found = store.load(cell.model.name, cell.task.name, cell.identity) if resume else None
@@ -96,26 +96,26 @@ def measure(
             # The same checkpoint may have been measured under another name.
             results[index] = replace(found, model=cell.model.name, setting=cell.setting.label)
     if results:
-        tell(f"{len(results)} of {len(plan.cells)} results are in {store.folder} already")
+        log(f"{len(results)} of {len(plan.cells)} results are in {store.folder} already")
     missing = [index for index in range(len(plan.cells)) if index not in results]
     done = len(results)
     for _, group in groupby(missing, lambda index: plan.cells[index].model.name):
         indices = list(group)
         model = plan.cells[indices[0]].model
-        tell(f"starting {plan.options.engine} with {model.name}")
+        log(f"starting {plan.options.engine} with {model.name}")
         with running_engine(model, plan.options) as engine:
             for index in indices:
                 cell = plan.cells[index]
                 done += 1
                 where = f"[{done}/{len(plan.cells)}]"
-                tell(f"{where} {cell.task.name}: {model.name}, {cell.setting.label}")
+                log(f"{where} {cell.task.name}: {model.name}, {cell.setting.label}")
                 results[index] = _evaluate(engine, cell, plan)
                 store.save(results[index])
     return [results[index] for index in range(len(plan.cells))]
 
 
 def _evaluate(engine: Any, cell: Cell, plan: Plan) -> Result:
-    # Its pool of processes would copy the engine's.
+    # lm-eval must not fork: its worker processes would copy the engine.
     os.environ["DISABLE_MULTIPROC"] = "1"
     engine.apply(cell.setting)
     before, started = engine.work(), time.monotonic()
@@ -159,7 +159,7 @@ def _device() -> str:
 def _options(options: EngineOptions) -> dict[str, Any]:
     found = asdict(options)
     if options.engine == VLLM:
-        del found["batch_size"]  # vLLM makes its own
+        del found["batch_size"]  # not used by vLLM
     return found
 
 
@@ -175,5 +175,5 @@ def _versions(options: EngineOptions) -> dict[str, str]:
 
 
 def quiet() -> None:
-    """lm-evaluation-harness tells much at the level of warnings that is none."""
+    """Hides the warnings of lm-evaluation-harness, which are mostly irrelevant."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

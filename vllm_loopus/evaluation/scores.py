@@ -1,4 +1,4 @@
-"""From results to the numbers of a table: values, standard errors, averages, differences."""
+"""Computes the values of a table from results: scores, standard errors, averages, differences."""
 
 import math
 from collections import defaultdict
@@ -9,19 +9,19 @@ from typing import Any
 from vllm_loopus.evaluation.columns import Column
 from vllm_loopus.evaluation.store import Result
 
-WEIGHTED = ("word_perplexity", "byte_perplexity")  # an item's value is (log-likelihood, weight)
+WEIGHTED = ("word_perplexity", "byte_perplexity")  # values of items are (log-likelihood, weight)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number and its standard error; an accuracy is a share, not percent."""
+    """A value and its standard error. Accuracies are from 0 to 1."""
 
     value: float
     error: float | None = None
 
 
 def score(result: Result, column: Column) -> Score:
-    """The number of a column. Raises `ValueError` when the task did not give it."""
+    """The score of a column. Raises `ValueError` if the task does not have its metric."""
     metrics = result.metrics[result.task]
     for name, value in metrics.items():
         metric, _, filtered = name.partition(",")
@@ -35,7 +35,7 @@ def score(result: Result, column: Column) -> Score:
 
 
 def by_difficulty(result: Result, column: Column) -> dict[int, Score]:
-    """Accuracy by the documents' difficulty; empty where they have none."""
+    """Accuracy by difficulty of the documents; empty if they have none."""
     groups: dict[int, list[float]] = defaultdict(list)
     for items in result.items.values():
         for item in items:
@@ -56,14 +56,14 @@ def average(scores: Sequence[Score]) -> Score:
 def difference(result: Result, base: Result, column: Column) -> Score:
     """`result` minus `base` in one column.
 
-    Both have answered the same documents, so that the error is that of the mean of the documents'
-    differences; where documents cannot be paired, of two independent numbers.
+    Both have the same documents, so the error is that of the mean difference per document. If
+    documents cannot be paired, the scores are treated as independent.
     """
     ours, theirs = score(result, column), score(base, column)
     value = ours.value - theirs.value
     pairs = list(zip(_values(result, column.metric), _values(base, column.metric), strict=False))
     paired = _mean([float(a) - float(b) for a, b in pairs]) if pairs else Score(math.inf)
-    # A group may weigh its tasks equally, whatever their sizes.
+    # The values differ if a group weighs tasks equally, independent of their sizes.
     if math.isclose(paired.value, value, abs_tol=1e-9):
         return Score(value, paired.error)
     if ours.error is None or theirs.error is None:
@@ -84,8 +84,8 @@ def _mean(values: Sequence[float]) -> Score:
 
 
 def _weighted_error(values: Sequence[Sequence[float]]) -> float | None:
-    """Standard error of `exp(-sum of log-likelihoods / sum of weights)`, documents drawn at random
-    (delta method for a ratio). lm-evaluation-harness gives none."""
+    """Standard error of `exp(-sum of log-likelihoods / sum of weights)` over documents, by the
+    delta method for a ratio. lm-evaluation-harness does not compute it."""
     if len(values) < 2:
         return None
     total = sum(weight for _, weight in values)
@@ -95,7 +95,7 @@ def _weighted_error(values: Sequence[Sequence[float]]) -> float | None:
 
 
 def items_of(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """What a result keeps of lm-evaluation-harness's samples."""
+    """The part of lm-evaluation-harness's samples that a result stores."""
     return {task: [_item(sample) for sample in entries] for task, entries in samples.items()}
 
 

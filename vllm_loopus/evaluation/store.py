@@ -1,7 +1,7 @@
-"""Results on disk: a file for each (model, setting, task), written whole or not at all.
+"""Stores results on disk, one file for each model, setting and task, written atomically.
 
-A result is found again by its *identity*: everything that decides its numbers. Another threshold,
-limit, dtype or checkpoint is another file.
+A result is identified by everything that affects its values, its *identity*. With another
+threshold, limit, dtype or checkpoint it is another file.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from typing import Any
 from vllm_loopus.evaluation.work import Work
 from vllm_loopus.files import write_text
 
-FORMAT = 1  # of the file
+FORMAT = 1  # version of the file format
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one task gave.
+    """The result of one task.
 
-    - `identity`: see above; `model`, `setting`: for people.
-    - `metrics`: by task (of a group too, and of the group itself), as lm-eval gives them.
-    - `items`: by task, one entry a document: responses, metrics, difficulty where it has one.
-    - `seconds`: of wall clock, loading of model and data not included.
-    - `about`: date, machine, versions.
+    - `identity`: see above. `model`, `setting`: names for display.
+    - `metrics`: by task (for a group: of the group and its tasks), as lm-eval returns them.
+    - `items`: by task, for each document its responses, metrics and difficulty (if it has one).
+    - `seconds`: wall-clock time without loading model and data.
+    - `about`: date and machine.
     """
 
     identity: dict[str, Any]
@@ -42,12 +42,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of results. Several runs may share it."""
+    """A folder of results, which several runs can share."""
 
     folder: Path
 
     def check(self) -> None:
-        """Raises `ValueError` when nothing can be written there."""
+        """Raises `ValueError` if the folder cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -56,13 +56,13 @@ class Store:
             raise ValueError(f"out={self.folder} cannot be written: {error.strerror}") from error
 
     def file(self, model: str, task: str, identity: dict[str, Any]) -> Path:
-        """Where the result of this identity is, or would be."""
+        """The file of the result with this identity."""
         text = json.dumps(identity, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self.folder / _file_name(Path(model).name) / f"{_file_name(task)}-{digest}.json"
 
     def load(self, model: str, task: str, identity: dict[str, Any]) -> Result | None:
-        """None when there is none, or when the file is damaged."""
+        """The stored result; None if there is none or its file is damaged."""
         try:
             content = json.loads(self.file(model, task, identity).read_text())
             if content.pop("format") != FORMAT or content["identity"] != identity:
@@ -72,7 +72,7 @@ class Store:
             return None
 
     def save(self, result: Result) -> Path:
-        """Complete or not at all. Raises `OSError` naming the file."""
+        """Writes a result atomically. Raises `OSError` that names the file."""
         file = self.file(result.model, result.task, result.identity)
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, **asdict(result)}

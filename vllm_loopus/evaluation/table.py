@@ -1,4 +1,4 @@
-"""The table: a row for each model and setting, in the paper's layout; as text, Markdown or JSON."""
+"""The table in the paper's layout, a row for each model and setting; as text, Markdown or JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ from vllm_loopus.evaluation.store import Result
 
 @dataclass(frozen=True)
 class Row:
-    """`scores` by column title. `average` of the accuracies, and `delta` of it to the first base.
+    """One row of the table.
 
-    `passes`: passes of the reasoning block a token, over all tasks; None where it is not counted.
-    `levels`: accuracies by difficulty, by column title.
+    - `scores`: by column title. `average`: of the accuracies; `delta`: its difference from that of
+      the first base model.
+    - `passes`: mean passes of the reasoning block per token over all tasks; None if not counted.
+    - `levels`: accuracies by column title and difficulty.
     """
 
     model: str
@@ -45,7 +47,7 @@ class Table:
 
     @classmethod
     def of(cls, plan: Plan, results: Sequence[Result], published: PublishedRow | None) -> "Table":
-        """Raises `ValueError` when a task gives no number that a column can show."""
+        """Builds the table. Raises `ValueError` if a task has no metric that a column can show."""
         columns = columns_of(plan, published)
         grouped: dict[tuple[str, str], list[Result]] = {}
         for result in results:
@@ -59,14 +61,14 @@ class Table:
         return cls(columns, rows, sorted(levels))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: accuracies as shares."""
+        """The table as JSON; accuracies are from 0 to 1."""
         return {
             "columns": [vars(c) for c in self.columns],
             "rows": [_as_dict(r) for r in self.rows],
         }
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows, written out."""
+        """The column heads and the rows, as text."""
         titles = [f"{c.title} {'↓' if c.is_perplexity else '↑'}" for c in self.columns]
         accuracies = any(row.average for row in self.rows)
         counted = any(row.passes is not None for row in self.rows)
@@ -87,7 +89,7 @@ class Table:
         return heads, rows
 
     def cells_by_difficulty(self) -> tuple[list[str], list[list[str]]]:
-        """The same for the columns that know difficulties."""
+        """The table by difficulty, for the columns that have difficulties."""
         titles = [c for c in self.columns if any(c.title in (r.levels or {}) for r in self.rows)]
         heads = ["model", "depth", "task", *(f"k={k}" for k in self.difficulties)]
         rows = [
@@ -105,22 +107,22 @@ class Table:
 
 
 def columns_of(plan: Plan, published: PublishedRow | None = None) -> list[Column]:
-    """A column a task. Raises `ValueError` for a task whose metrics are all unknown."""
+    """The column of each task. Raises `ValueError` if none of a task's metrics can be shown."""
     columns = {}
     for cell in plan.cells:
         metrics = cell.task.metrics
         column = column_of(cell.task.name, metrics, bool(published and published.normalised))
         if column is None:
             raise ValueError(
-                f"tasks: {cell.task.name!r} gives {', '.join(metrics) or 'no metric'}, of which no "
-                "column can be made; ask lm-evaluation-harness itself"
+                f"tasks: {cell.task.name!r} has {', '.join(metrics) or 'no metric'}, which the "
+                "table cannot show; run lm-evaluation-harness directly"
             )
         columns[cell.task.name] = column
     return list(columns.values())
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table. Names of models are text in it, no HTML and no cells."""
+    """A Markdown table. HTML and cell separators in names of models are escaped."""
     rows = [[escape(cell, quote=False).replace("|", "\\|") for cell in row] for row in rows]
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -152,7 +154,7 @@ def _row(columns: list[Column], results: list[Result], base: list[Result] | None
 
 
 def _published(columns: list[Column], published: PublishedRow) -> list[Row]:
-    """The paper's two rows, with averages over the columns shown."""
+    """The two rows of the paper, with averages over the columns shown."""
     rows: list[Row] = []
     for setting, numbers in (("base", published.before), ("LoopUS", published.after)):
         scores = {

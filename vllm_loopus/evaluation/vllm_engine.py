@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's `vllm` model type, with the knobs of a LoopUS request and its metrics."""
+"""The `vllm` model type of lm-evaluation-harness with loop knobs and metrics."""
 
 import os
 from typing import Any
@@ -14,25 +14,28 @@ from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memor
 
 
 def plain_memory() -> dict[str, int]:
-    """Engine arguments for a plain model on a CPU, where vLLM's own default claims 92 % of all
-    memory and often cannot start. For looped models `serving/hooks/cpu_memory.py` does this."""
+    """Engine arguments that limit the K/V memory of a plain model on a CPU.
+
+    vLLM's default of 92 % of all memory often prevents the start. Looped models are limited by
+    `serving/hooks/cpu_memory.py`.
+    """
     if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {}
     return {"kv_cache_memory_bytes": int(CPU_CACHE_SHARE * free_cpu_memory()[0])}
 
 
 class VLLMModel(VLLM):
-    """lm-eval's `vllm` type; one engine serves all settings of a model, in turn."""
+    """lm-eval's `vllm` type. One engine evaluates all settings of a model, one after the other."""
 
     knobs: dict[str, Any]
 
     def apply(self, setting: Setting) -> None:
-        """What follows is asked at this depth, and finds nothing in the prefix cache."""
+        """Applies a setting to all later requests, and empties the prefix cache."""
         self.knobs = setting.knobs()
         self.model.reset_prefix_cache()
 
     def work(self) -> Work:
-        """Of a plain model nothing is known: it has no such metrics."""
+        """The work from the loop metrics; empty for a plain model, which has none."""
         found = {
             metric.name.removeprefix(PREFIX): metric
             for metric in self.model.get_metrics()
@@ -57,7 +60,7 @@ class VLLMModel(VLLM):
         generate: bool = False,
         sampling_params: list[SamplingParams] | SamplingParams | None = None,
     ) -> Any:
-        """As in lm-eval, which makes the parameters of log-likelihood requests itself."""
+        """As in lm-eval, with the loop knobs in all sampling parameters."""
         if not generate or sampling_params is None:
             sampling_params = SamplingParams(
                 temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False

@@ -1,14 +1,14 @@
-"""How much an engine has computed."""
+"""The amount of work that an engine has done."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine has computed so far, from its metrics.
+    """The work of an engine so far, from its metrics.
 
-    - `positions`: tokens that entered the loop; `rows`: positions times passes.
-    - `exits`: tokens decoded, a scored text counting once; `depths`: the sum of their exit depths.
+    - `positions`: tokens that entered the loop. `rows`: rows of all passes.
+    - `exits`: decoded tokens, where a scored text counts once. `depths`: sum of their exit depths.
     """
 
     positions: float = 0
@@ -23,10 +23,10 @@ class Work:
 
     @property
     def passes_per_token(self) -> float | None:
-        """Passes of the reasoning block that a token took, catching up included."""
+        """Mean passes of the reasoning block per token, including catch-up."""
         return self.rows / self.positions if self.positions else None
 
     @property
     def mean_exit_depth(self) -> float | None:
-        """A scored text counts once: it has one depth."""
+        """Mean exit depth; a scored text counts once."""
         return self.depths / self.exits if self.exits else None

@@ -1,5 +1,5 @@
-"""The transformers side of a LoopUS model: training, recasting and reference answers use it.
+"""The LoopUS model in transformers, used for training, recasting and reference answers.
 
-Nothing here imports vLLM. The serving side shares the gate, the confidence head, the halting rule
-and the checkpoint names.
+Nothing here imports vLLM. The serving side uses the gate, the confidence head, the halting rule
+and the checkpoint tensor names from this package.
 """

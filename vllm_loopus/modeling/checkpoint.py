@@ -1,4 +1,4 @@
-"""Tensor names of a LoopUS checkpoint, in every format that was ever written."""
+"""Tensor names of LoopUS checkpoints in all formats, and checks of their tensors."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ T = TypeVar("T")
 # Regular expressions for transformers' `key_mapping`: old name -> current name.
 RENAMED = {r"^module\.": "", r"\.module\.": ".", r"^plateau\.": "reasoning."}
 LEGACY_WEIGHTS = "combined_model.pt"
-# A checkpoint that holds one of these has a tokenizer of its own.
+# A checkpoint that contains one of these files has its own tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,14 +21,14 @@ TOKENIZER_FILES = (
     "vocab.json",
     "tekken.json",
 )
-# Others are a quantised checkpoint's, or no weights.
+# Accepted dtypes. Any other dtype belongs to a quantised checkpoint or is not a weight.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Rotary tables that some savers write; every model builds its own.
+# Rotary tables that some tools save. They are ignored, because every model computes its own.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 def current_name(name: str) -> str:
-    """The current name of a tensor: wrappers of data parallel training and old block names go."""
+    """The current name of a tensor, without data-parallel wrappers and old module names."""
     name = name.removeprefix("module.").replace(".module.", ".")
     if name.startswith("plateau."):
         name = "reasoning." + name.removeprefix("plateau.")
@@ -37,11 +37,11 @@ def current_name(name: str) -> str:
 
 @dataclass
 class CheckpointCheck:
-    """Compares the tensors that pass by with what a config expects.
+    """Compares the tensors of a checkpoint with the `expected` shapes while they are loaded.
 
-    `passed()` renames them and holds back the ones that do not fit; `raise_if_wrong()` then names
-    everything that is missing, unexpected, misshapen or no weights at once. `dtype` is the one that
-    they are to be loaded in.
+    `checked()` yields the valid tensors under their current names and records the others;
+    `raise_if_wrong()` then reports all missing, unexpected, misshapen and unusable tensors in one
+    error. `dtype`: the dtype that the tensors will be converted to.
     """
 
     expected: dict[str, torch.Size]
@@ -51,9 +51,10 @@ class CheckpointCheck:
     misshapen: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
 
-    def passed(
+    def checked(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The valid ones of `weights`, under their current names."""
         for original, tensor in weights:
             name = current_name(original)
             if name.endswith(IGNORED_SUFFIXES):
@@ -62,7 +63,7 @@ class CheckpointCheck:
                 self.unexpected.append(original)
             elif not isinstance(tensor, torch.Tensor):
                 self.seen.add(name)
-                self.unusable.append(f"{original} is a {type(tensor).__name__}, no tensor")
+                self.unusable.append(f"{original} is a {type(tensor).__name__}, not a tensor")
             elif tensor.shape != self.expected[name]:
                 self.seen.add(name)
                 self.misshapen.append(
@@ -76,43 +77,47 @@ class CheckpointCheck:
                     self.unusable.append(f"{original} {problem}")
 
     def _problem(self, tensor: torch.Tensor) -> str | None:
-        """Why a tensor's values cannot be served; None where they can."""
+        """Why a tensor's values cannot be served; None if they can."""
         if tensor.dtype not in DTYPES:
             return f"is {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}"
         largest = torch.linalg.vector_norm(tensor, ord=torch.inf).item() if tensor.numel() else 0.0
         if largest <= torch.finfo(self.dtype).max:
             return None
-        return f"holds a value that is NaN, infinite or beyond the range of {self.dtype}"
+        return f"holds a value that is NaN, infinite or outside the range of {self.dtype}"
 
     def raise_if_wrong(self, source: str) -> None:
-        """Raises `ValueError` listing the wrong tensors of `source`."""
+        """Raises `ValueError` that lists the wrong tensors of `source`, if any."""
         raise_if_wrong(
             source, sorted(set(self.expected) - self.seen), self.unexpected, self.misshapen
         )
         if self.unusable:
             raise ValueError(
                 f"the weights of {source} cannot be served: {_shortened(self.unusable)}. The "
-                "checkpoint is damaged, of a run that diverged, or quantised without a "
-                "quantization_config; copy it again or take another one."
+                "checkpoint is damaged, comes from a training run that diverged, or is quantised "
+                "without a quantization_config; copy it again or use another checkpoint."
             )
 
 
-def readable(weights: Iterable[T], source: str) -> Iterator[T]:
-    """The `weights` as they are. Raises `ValueError` naming what is truncated, no checkpoint, or a
-    pickle of anything but tensors (it is not run) among the files of `source`."""
+def explaining_read_errors(weights: Iterable[T], source: str) -> Iterator[T]:
+    """Yields `weights` unchanged, and turns errors of reading them into `ValueError`.
+
+    The error names the files of `source` that are truncated or not checkpoints. Pickles that
+    contain anything but tensors are refused without being executed.
+    """
     try:
         yield from weights
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        damaged = [file.name for file in sorted(Path(source).glob("*.safetensors")) if _cut(file)]
+        files = sorted(Path(source).glob("*.safetensors"))
+        damaged = [file.name for file in files if _is_damaged(file)]
         named = f" ({', '.join(damaged)})" if damaged else ""
         raise ValueError(
-            f"the weights of {source} cannot be read{named}: {error}. Files must be whole and hold "
-            "tensors alone (a pickle with more is not run); copy them again, or convert them to "
-            "safetensors where you trust them."
+            f"the weights of {source} cannot be read{named}: {error}. Files must be complete and "
+            "contain only tensors (a pickle with anything else is not run); copy them again, or "
+            "convert them to safetensors if you trust them."
         ) from error
 
 
-def _cut(file: Path) -> bool:
+def _is_damaged(file: Path) -> bool:
     try:
         with safe_open(file, framework="pt"):
             return False
@@ -123,14 +128,14 @@ def _cut(file: Path) -> bool:
 def raise_if_wrong(
     source: str, missing: list[str], unexpected: list[str], misshapen: list[str]
 ) -> None:
-    """Raises `ValueError` naming the wrong tensors of the checkpoint `source`, if any."""
+    """Raises `ValueError` that names the wrong tensors of the checkpoint `source`, if any."""
     problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(problems.values()):
-        told = "; ".join(
+        details = "; ".join(
             f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names
         )
         raise ValueError(
-            f"the weights of {source} do not fit its config.json ({told}). "
+            f"the weights of {source} do not fit its config.json ({details}). "
             "Check that the layer indices and base_config belong to these weights."
         )
 

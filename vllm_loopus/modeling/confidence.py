@@ -1,4 +1,4 @@
-"""The confidence head: how sure the model is of a state."""
+"""The confidence head: predicts from a state how confident the model is."""
 
 import torch
 from torch import nn
@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 
 class ConfidenceHead(nn.Sequential):
-    """States [..., H] -> the logit of `q` [...]. Its tensors are `q_head.0` and `q_head.1` on disk.
+    """States [..., H] -> the logit of the confidence `q` [...].
 
-    It computes in float32, whatever the dtype of states and weights: bfloat16 has steps of 0.004
-    near 1, so that all thresholds above 0.996 would be one.
+    Checkpoints store it as `q_head.0` and `q_head.1`. It always computes in float32: bfloat16 has
+    steps of 0.004 near 1, so that all exit thresholds above 0.996 would be the same.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -33,6 +33,9 @@ class ConfidenceHead(nn.Sequential):
 def head_input(
     confidence_input: str, update: torch.Tensor, before: torch.Tensor, after: torch.Tensor
 ) -> torch.Tensor:
-    """What the head reads after a pass, shapes [..., H]: the gated state `after` (`state`), or how
-    far the `update` is from the state `before` (`update`)."""
+    """The input of the confidence head after a pass, shapes [..., H].
+
+    The gated state `after` for `confidence_input="state"`, and `update - before`, the difference
+    between the update and the state before the pass, for `"update"`.
+    """
     return after if confidence_input == "state" else update - before

@@ -1,7 +1,7 @@
-"""What an exit rule is: it decides after each pass which tokens exit. Both sides use the same.
+"""The interface of exit rules, which decide after each pass which tokens exit the loop.
 
-Everything is elementwise over rows, so a batch may hold rows at different depths and with knobs of
-their own: depths and knobs are numbers, or tensors [B].
+The reference model and the engine use the same rules. All operations are elementwise over rows
+(one token each), so a batch can mix depths and knobs: both are numbers, or tensors [B].
 """
 
 from typing import Protocol, Self
@@ -12,8 +12,8 @@ Number = float | torch.Tensor
 
 
 class ExitRule(Protocol):
-    """Decides from one number for each row and pass, its *evidence*, and from what it carries from
-    pass to pass for each row, its *carry*: `len(first_carry)` numbers, none for most rules."""
+    """Decides from the *evidence*, one number for each row and pass, and from the *carry*, the
+    `len(first_carry)` numbers that the rule keeps for each row between passes (often none)."""
 
     @property
     def first_carry(self) -> tuple[float, ...]:
@@ -23,21 +23,26 @@ class ExitRule(Protocol):
     def with_knobs(
         self, *, exit_threshold: torch.Tensor, min_loops: torch.Tensor, max_loops: torch.Tensor
     ) -> Self:
-        """The rule with knobs [B] for each row."""
+        """The same rule with individual knobs [B] for each row."""
         ...
 
     def exits(
         self, depth: Number, evidence: torch.Tensor, carry: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows exit at `depth`, given their evidence [B] and carry [B, C], float32: the mask
-        [B] and the new carry [B, C]. At `max_loops` all do, before `min_loops` none."""
+        """Which rows exit at `depth`, from their evidence [B] and carry [B, C] in float32.
+
+        Returns the mask [B] and the new carry [B, C]. At `max_loops` all rows exit; at depths
+        below `min_loops` none does.
+        """
         ...
 
     def predetermined(
         self, depth: int, *, exit_threshold: float, min_loops: int, max_loops: int
     ) -> bool | None:
-        """Whether a row with these knobs exits at `depth`, if no evidence can change that; None if
-        it can, there or later through the carry."""
+        """Whether a row with these knobs exits at `depth`, if that does not depend on evidence.
+
+        None if the evidence matters, at this depth or at a deeper one through the carry.
+        """
         ...
 
     def __str__(self) -> str:
@@ -46,7 +51,7 @@ class ExitRule(Protocol):
 
 
 class ExitTracker:
-    """The exit depths of n tokens, found pass by pass. `depths` [n]: 0 while a token runs."""
+    """Applies a rule pass by pass to n tokens. `depths` [n]: the exit depths, 0 before the exit."""
 
     def __init__(self, rule: ExitRule, count: int, device: torch.device | None = None) -> None:
         self._rule = rule
@@ -55,11 +60,14 @@ class ExitTracker:
 
     @property
     def running(self) -> torch.Tensor:
-        """Mask [n] of the tokens that have not exited."""
+        """Mask [n] of the tokens that have not exited yet."""
         return self.depths == 0
 
-    def after(self, depth: int, evidence: torch.Tensor) -> torch.Tensor:
-        """Mask [n] of the tokens that exit after the pass to `depth`; `evidence` [n]."""
+    def update(self, depth: int, evidence: torch.Tensor) -> torch.Tensor:
+        """Mask [n] of the tokens that exit at `depth`, after the pass that reached it.
+
+        `evidence` [n]: that of this pass.
+        """
         exits, self._carry = self._rule.exits(depth, evidence, self._carry)
         now = exits & self.running
         self.depths = torch.where(now, depth, self.depths)

@@ -1,4 +1,4 @@
-"""The selective gate between two passes of the reasoning block."""
+"""The selective gate that is applied after each pass of the reasoning block."""
 
 import math
 
@@ -10,11 +10,11 @@ DELTA_MIN, DELTA_MAX, DELTA_FLOOR = 0.001, 0.1, 1e-4
 
 
 class SelectiveGate(nn.Module):
-    """`G(u, h)`: how far the state moves from `h` towards the update `u`, channel by channel.
+    """`G(u, h)`: moves the state `h` towards the update `u`, by a different amount per channel.
 
-    A zero-order-hold discretised gate in the manner of Mamba (paper section 3.2):
+    A gate with zero-order-hold discretisation as in Mamba (paper section 3.2):
     `delta = softplus(W_dt W_in (u - h) + b)`, `a = exp(-exp(A_log) delta)`,
-    `h' = a u + (1 - a) h`. All of it is computed in the dtype of the parameters.
+    `h' = a u + (1 - a) h`. Computed in the dtype of the parameters.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -26,7 +26,7 @@ class SelectiveGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The paper's initialisation; draws from `generator` (the global one when None)."""
+        """The paper's initialisation, drawn from `generator` (None: the global one)."""
         hidden_size, rank = self.A_log.numel(), self.delta_proj.in_features
         self.A_log.copy_(torch.log(torch.arange(1, hidden_size + 1, dtype=torch.float32)))
         bound = 1 / math.sqrt(hidden_size)
@@ -39,7 +39,7 @@ class SelectiveGate(nn.Module):
         self.delta_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
     def coefficient(self, update: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """`a` in (0, 1): 1 takes the update, 0 keeps the state. Shapes [..., H] -> [..., H]."""
+        """`a` in (0, 1), [..., H] -> [..., H]. 1 gives the update, 0 leaves the state unchanged."""
         change = (update - state).to(self.A_log.dtype)
         delta = F.softplus(self.delta_proj(self.dt_input_proj(change)))
         return torch.exp(-torch.exp(self.A_log) * delta)

@@ -1,4 +1,4 @@
-"""LoopUS's exit rule: the three halting strategies of the paper and the released code."""
+"""The exit rule of LoopUS: the three halting strategies of the paper and the released code."""
 
 from dataclasses import dataclass, replace
 
@@ -12,12 +12,12 @@ MAX_HAZARD = 1 - 1e-7
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """An `ExitRule`.
+    """The `ExitRule` of LoopUS models.
 
-    Depth r is *evaluated* if `r % exit_interval == 0`, and at `max_loops`. `min_loops` forbids an
-    earlier exit; for `cdf`, depths before it still count as evaluated. The evidence is `q`, the
-    confidence; for `convergence` it is the step length `||h^r - h^(r-1)||_2`. `cdf` carries the
-    product of `1 - q` over the depths evaluated so far.
+    Depth r is *evaluated* if `r % exit_interval == 0` or `r == max_loops`. No token exits at a
+    depth below `min_loops`, but `cdf` still accumulates the evaluated depths there. The evidence is
+    the confidence `q`, or for `convergence` the step length `||h^r - h^(r-1)||_2`. The carry of
+    `cdf` is the product of `1 - q` over the depths evaluated so far.
     """
 
     strategy: str
@@ -44,11 +44,11 @@ class HaltingRule:
 
     @property
     def reads_step_length(self) -> bool:
-        """Whether the evidence is the step length instead of the confidence."""
+        """Whether the evidence is the step length, not the confidence."""
         return self.strategy == "convergence"
 
     def evidence(self, confidence: torch.Tensor, step_length: torch.Tensor) -> torch.Tensor:
-        """The one of the two [B] that the strategy reads."""
+        """The input [B] that the strategy uses as evidence."""
         return step_length if self.reads_step_length else confidence
 
     def with_knobs(
@@ -61,7 +61,7 @@ class HaltingRule:
     def satisfied(
         self, depth: Number, evidence: torch.Tensor, carry: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For which rows the criterion holds at `depth`, whatever `min_loops` says: the mask [B],
+        """The mask [B] of the rows whose criterion holds at `depth`, without regard to `min_loops`,
         and the new carry [B, C]."""
         depth = torch.as_tensor(depth, device=evidence.device)
         evaluated = (depth % self.exit_interval == 0) | (depth >= self.max_loops)

@@ -1,4 +1,4 @@
-"""`LoopUSForCausalLM`: the reference model. Uncached and simple, it defines the right answer."""
+"""`LoopUSForCausalLM` in transformers: the uncached reference model that defines the answers."""
 
 import copy
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ from transformers.utils import ModelOutput
 
 from vllm_loopus.backbones import load_class
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.blocks import Decoder, Encoder, Positions, ReasoningBlock
 from vllm_loopus.modeling.checkpoint import (
     IGNORED_SUFFIXES,
     LEGACY_WEIGHTS,
@@ -27,15 +26,16 @@ from vllm_loopus.modeling.confidence import ConfidenceHead, head_input
 from vllm_loopus.modeling.exit_rule import ExitTracker
 from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.layers import Decoder, Encoder, Positions, ReasoningBlock
 
 
 @dataclass
 class LoopUSOutput(ModelOutput):
-    """Result of one forward. T' is T, or `logits_to_keep` where given.
+    """Result of one forward pass. T' is T, or `logits_to_keep` if given.
 
-    - `logits` [B, T', V]: every position decoded at its row's exit depth.
-    - `exit_depths` [B]: the depth at which the row's last valid position left.
-    - `loss`: next-token cross-entropy, when labels were given.
+    - `logits` [B, T', V]: all positions, decoded at the exit depth of their sequence.
+    - `exit_depths` [B]: the exit depth of the last valid position of each sequence.
+    - `loss`: next-token cross-entropy, if labels were given.
     - `states`: with `output_states`, `h^0 .. h^d` of all positions, [B, T, H] each.
     - `confidences`: with `output_states`, `q` [B] of the last valid position at depths 1..d.
     """
@@ -49,7 +49,7 @@ class LoopUSOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Pass:
-    """Pass r of the reasoning block: `h^{r-1}`, `u^r`, `h^r` of all positions, [B, T, H] each."""
+    """Pass r of the reasoning block over all positions: `h^{r-1}`, `u^r`, `h^r`, [B, T, H] each."""
 
     depth: int
     before: torch.Tensor
@@ -58,11 +58,11 @@ class Pass:
 
 
 class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
-    """Runs all positions of a row to the depth at which its last position leaves.
+    """Runs all positions of a sequence to the exit depth of its last position.
 
-    That is depth-consistent decoding: `logits_t = D(h^d_{1..t})_t` with `h^r = G(R(h^{r-1}),
-    h^{r-1})`. Rows of a batch do not influence each other. There is no K/V cache: `generate`
-    recomputes the whole sequence for every token.
+    This is depth-consistent decoding: `logits_t = D(h^d_{1..t})_t` with `h^r = G(R(h^{r-1}),
+    h^{r-1})`. Sequences of a batch are independent. There is no K/V cache: `generate` recomputes
+    the whole sequence for every token.
     """
 
     config_class = LoopUSConfig
@@ -76,7 +76,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LoopUSConfig) -> None:
         config.check()
-        # It has no cap on attention scores, and would leave one out without a word.
+        # SDPA does not support a cap on attention scores and would ignore it silently.
         self._supports_sdpa = config.attention.softcap is None
         super().__init__(config)
         # The layers read the attention implementation from the config they are built with.
@@ -90,13 +90,13 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, for all formats and old tensor names.
+        """As in transformers, for all checkpoint formats and old tensor names.
 
-        Raises `ValueError` naming missing, unexpected or misshapen tensors.
+        Raises `ValueError` that names missing, unexpected or misshapen tensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", RENAMED)
-        kwargs["ignore_mismatched_sizes"] = True  # told below, with all other wrong tensors
+        kwargs["ignore_mismatched_sizes"] = True  # reported below with all other wrong tensors
         source = pretrained_model_name_or_path
         if (state_dict := _legacy_state_dict(source)) is not None:
             if not isinstance(kwargs.get("config"), LoopUSConfig):
@@ -129,8 +129,8 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         backbone = self.config.backbone
         norm_class, rotary_class = load_class(backbone.hf_norm), load_class(backbone.hf_rotary)
-        # A base's norms may scale by `1 + weight`, and its rotary tables have names of their own:
-        # take what its classes begin with.
+        # Norms of a base model may scale by `1 + weight`, and the buffers of its rotary tables have
+        # model-specific names, so copy the initial values from a new instance of its classes.
         if isinstance(module, norm_class):
             init.copy_(module.weight, norm_class(module.weight.numel()).weight)
         elif isinstance(module, rotary_class):
@@ -164,32 +164,33 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         return update, self.reasoning.gate(update, state)
 
     def passes(self, state: torch.Tensor, positions: Positions) -> Iterator[Pass]:
-        """From `h^0` [B, T, H] a pass at a time, all positions, up to `max_loops`."""
+        """Runs `max_loops` passes over all positions from `h^0` [B, T, H], one at a time."""
         for depth in range(1, self.config.max_loops + 1):
             update, refined = self.refine(state, positions)
             yield Pass(depth, state, update, refined)
             state = refined
 
-    def judged(self, one: Pass, where: Any) -> dict[str, torch.Tensor]:
-        """What the halting rule reads after a pass at `where`, an index of [B, T], in float32:
-        `confidence`, that is `q`, and `step_length`, that is `||h^r - h^{r-1}||_2`."""
-        update, before, after = one.update[where], one.before[where], one.state[where]
-        seen = head_input(self.config.confidence_input, update, before, after)
+    def halting_inputs(self, loop_pass: Pass, where: Any) -> dict[str, torch.Tensor]:
+        """The inputs of the halting rule after a pass, in float32: the `confidence` `q` and the
+        `step_length` `||h^r - h^{r-1}||_2` of the positions `where`, an index of [B, T]."""
+        before, after = loop_pass.before[where], loop_pass.state[where]
+        update = loop_pass.update[where]
+        read = head_input(self.config.confidence_input, update, before, after)
         return {
-            "confidence": self.confidence(seen),
+            "confidence": self.confidence(read),
             "step_length": torch.linalg.vector_norm((after - before).float(), dim=-1),
         }
 
     def decode(
         self, state: torch.Tensor, positions: Positions, logits_to_keep: int | torch.Tensor = 0
     ) -> torch.Tensor:
-        """Logits [B, T', V] of states [B, T, H] that all stand at one depth a row."""
+        """Logits [B, T', V] from states [B, T, H], all at the same depth within a sequence."""
         hidden = self.decoder.norm(self.decoder.run_layers(state, positions))
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return self.decoder.logits(hidden[:, keep])
 
     def confidence(self, head_input: torch.Tensor) -> torch.Tensor:
-        """`q` [B] of head inputs [B, H], in float32."""
+        """The confidence `q` [B] for inputs of the head [B, H], in float32."""
         return torch.sigmoid(self.q_head(head_input))
 
     def forward(
@@ -205,7 +206,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> LoopUSOutput:
         """Token ids [B, T] (or embeddings [B, T, H]) -> `LoopUSOutput`.
 
-        `attention_mask` [B, T] marks valid tokens; padding may stand on either side. Raises
+        `attention_mask` [B, T] marks valid tokens; padding may be on either side. Raises
         `ValueError` unless exactly one of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -218,19 +219,19 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
         last = _last_valid(attention_mask, state)
         rule = HaltingRule.from_config(self.config)
         exits = ExitTracker(rule, len(rows), state.device)
-        left_with = state
+        exit_state = state
         states, confidences = [state], []
-        for one in self.passes(state, positions):
-            judged = self.judged(one, (rows, last))
-            now = exits.after(one.depth, rule.evidence(**judged))
-            left_with = torch.where(now[:, None, None], one.state, left_with)
+        for loop_pass in self.passes(state, positions):
+            halting_inputs = self.halting_inputs(loop_pass, (rows, last))
+            now = exits.update(loop_pass.depth, rule.evidence(**halting_inputs))
+            exit_state = torch.where(now[:, None, None], loop_pass.state, exit_state)
             if output_states:
-                states.append(one.state)
-                confidences.append(judged["confidence"])
+                states.append(loop_pass.state)
+                confidences.append(halting_inputs["confidence"])
             if not exits.running.any():
                 break
 
-        logits = self.decode(left_with, positions, logits_to_keep)
+        logits = self.decode(exit_state, positions, logits_to_keep)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -245,7 +246,7 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
-        """The whole sequence, every time: there is no cache to continue from."""
+        """The whole sequence in every step, because there is no cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
 
     def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> bool:
@@ -253,14 +254,14 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register_models() -> None:
-    """Make `AutoModelForCausalLM` know LoopUS configs. Safe to call again."""
+    """Registers LoopUS configs with `AutoModelForCausalLM`. May be called repeatedly."""
     AutoModelForCausalLM.register(LoopUSConfig, LoopUSForCausalLM, exist_ok=True)
 
 
 def expected_shapes(config: LoopUSConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor that a checkpoint of this config must hold."""
+    """Name and shape of every tensor that a checkpoint with this config must contain."""
     with torch.device("meta"):
-        model = LoopUSForCausalLM(copy.deepcopy(config))  # it sets attention options
+        model = LoopUSForCausalLM(copy.deepcopy(config))  # the model modifies its config
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
@@ -273,7 +274,7 @@ def _last_valid(attention_mask: torch.Tensor | None, state: torch.Tensor) -> tor
 
 
 def _legacy_state_dict(source: Any) -> dict[str, torch.Tensor] | None:
-    """Tensors of an old checkpoint folder (`combined_model.pt`), None for any other source."""
+    """The tensors of an old checkpoint folder (`combined_model.pt`); None for other sources."""
     folder = Path(str(source))
     file = folder / LEGACY_WEIGHTS
     if not file.is_file() or any(folder.glob("*.safetensors")):

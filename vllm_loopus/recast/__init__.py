@@ -1,4 +1,4 @@
-"""From a pretrained model to a LoopUS checkpoint."""
+"""Converts a pretrained model into a LoopUS checkpoint."""
 
 from vllm_loopus.extras import need
 

@@ -1,4 +1,4 @@
-"""From a base model to ranked cuts: the analysis as a user asks for it."""
+"""Analyses a base model on a text sample and ranks the possible cuts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,14 +19,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """What to analyse a base on, and where.
+    """Options of the analysis.
 
-    - `sample`, `text_field`: as in `sample.texts`. `tokens`: how many at most, in sequences of
-      `length`.
-    - `tokenizer`: a name or folder, where the base has none of its own.
+    - `sample`, `text_field`: as in `sample.texts`. `tokens`: the maximum number of tokens, in
+      sequences of `length`.
+    - `tokenizer`: a name or folder, if the base model has no tokenizer.
     - `device`: `auto`, `cpu`, `cuda`...; weights are streamed there. `device_map`: as in
-      transformers, keeps the model on its devices instead.
-    - `dtype`: `auto` (the checkpoint's where the device is fast in it, else float32) or a name.
+      transformers; loads the whole model onto its devices instead.
+    - `dtype`: `auto` (the checkpoint's if the device supports it natively, else float32) or a name.
     """
 
     sample: str = BUILT_IN
@@ -41,7 +41,7 @@ class AnalysisOptions:
 
 @dataclass(frozen=True)
 class Analysis:
-    """How a base's states change by layer, and the cuts that follow from it, best first."""
+    """How the states of a base model change by layer, and the resulting cuts, best first."""
 
     base_name: str
     sample: str
@@ -50,20 +50,20 @@ class Analysis:
 
     @property
     def published(self) -> Cut | None:
-        """The cut of the published checkpoint of this base, if there is one."""
+        """The cut of the published checkpoint of this base model; None if there is none."""
         return published_cut(self.base_name, len(self.representation.similarity))
 
     @property
     def against_published(self) -> str | None:
-        """How the rule ranks the published cut, None where there is none."""
+        """A sentence on how the rule ranks the published cut; None if there is none."""
         if self.published is None:
             return None
         cuts = [ranked.cut for ranked in self.ranking]
         place = cuts.index(self.published) + 1 if self.published in cuts else "not among them"
-        return f"Published cut: {self.published}; its place among the rule's {len(cuts)}: {place}"
+        return f"Published cut: {self.published}; its rank among {len(cuts)} cuts: {place}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """All values, for JSON."""
         return {
             "base": self.base_name,
             "sample": self.sample,
@@ -75,7 +75,7 @@ class Analysis:
 
 
 def can_analyse(base: Base, options: AnalysisOptions) -> bool:
-    """Whether there is a tokenizer to make token ids with."""
+    """Whether there is a tokenizer for the sample."""
     has_own = any((base.folder / name).is_file() for name in TOKENIZER_FILES)
     return has_own or options.tokenizer is not None
 
@@ -86,18 +86,18 @@ def analyse_base(
     encoder: int | None = None,
     decoder: int | None = None,
 ) -> Analysis:
-    """Runs `base` over the sample and ranks the cuts, with `encoder` or `decoder` where given.
+    """Runs `base` on the sample and ranks the cuts, with `encoder` and `decoder` fixed if given.
 
-    Raises `ValueError` naming the option for a sample, tokenizer or device that cannot be used.
+    Raises `ValueError` that names the option if a sample, tokenizer or device cannot be used.
     """
     if not can_analyse(base, options):
         raise ValueError(
             f"{base.name} has no tokenizer, so its hidden states cannot be analysed; give "
-            "--tokenizer NAME, or the whole cut by --encoder and --decoder"
+            "--tokenizer NAME, or the complete cut with --encoder and --decoder"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or base.folder)
-    except Exception as error:  # whatever is wrong with its files
+    except Exception as error:  # transformers raises many types
         raise ValueError(
             f"tokenizer={options.tokenizer or base.name} cannot be loaded: {error}"
         ) from error
@@ -107,17 +107,17 @@ def analyse_base(
     if length < 2:
         raise ValueError(f"base_config.max_position_embeddings={length} is too short to analyse")
     documents = texts(options.sample, options.text_field)
-    found = _known(sequences(documents, tokenizer, length, options.tokens), base)
+    found = _checked_ids(sequences(documents, tokenizer, length, options.tokens), base)
     try:
         model = HiddenStates(base, device, dtype, options.device_map)
         representation = analyse(base, found, model, expected_tokens=options.tokens)
     except ValueError:
         raise
-    except Exception as error:  # of devices and models, whatever they lack
+    except Exception as error:  # devices and models raise many types
         placed = options.device_map or device
         raise ValueError(
             f"{base.name} cannot be run on {placed} in {dtype} ({_first_line(error)}); choose "
-            "another --device or --dtype, or cut by hand with --no-analysis"
+            "another --device or --dtype, or give the cut and --no-analysis"
         ) from error
     ranking = rank_cuts(representation.similarity, encoder, decoder)
     return Analysis(base.name, options.sample, representation, ranking)
@@ -129,18 +129,18 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except Exception as error:  # of a backend that is not there
+    except Exception as error:  # backends that are not installed raise many types
         raise ValueError(f"device={name!r} cannot be used: {_first_line(error)}") from error
     return device
 
 
-def _known(found: Iterable[torch.Tensor], base: Base) -> Iterator[torch.Tensor]:
-    """The sequences, held against the vocabulary: a tokenizer may have more tokens than that."""
+def _checked_ids(found: Iterable[torch.Tensor], base: Base) -> Iterator[torch.Tensor]:
+    """The sequences, after a check that all token ids are in the model's vocabulary."""
     for ids in found:
         if int(ids.max()) >= base.config.vocab_size:
             raise ValueError(
                 f"the tokenizer gives token {int(ids.max())}, but {base.name} has "
-                f"{base.config.vocab_size} tokens; give the model's own by --tokenizer"
+                f"{base.config.vocab_size} tokens; give the right tokenizer with --tokenizer"
             )
         yield ids
 

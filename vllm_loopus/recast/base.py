@@ -1,7 +1,7 @@
-"""The pretrained model to recast: found, read and checked before any work starts.
+"""Finds, reads and checks the pretrained model to recast.
 
-Tensor names are brought to one form, that of a plain causal LM (`model.layers.0...`, `lm_head`),
-whatever wrapper the model was saved in.
+Tensor names are normalised to those of a plain causal LM (`model.layers.0...`, `lm_head`), whatever
+wrapper the model was saved with.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from vllm_loopus.aliases import known_aliases
 from vllm_loopus.backbones import BACKBONES
 from vllm_loopus.modeling.checkpoint import IGNORED_SUFFIXES, LEGACY_WEIGHTS
-from vllm_loopus.recast.cut import LEAST_LAYERS
+from vllm_loopus.recast.cut import MIN_LAYERS
 from vllm_loopus.recast.tensors import (
     DTYPES,
     CheckpointError,
@@ -28,12 +28,12 @@ from vllm_loopus.recast.tensors import (
     weight_files,
 )
 
-# What is fetched of a repository: its other weight files would double the download.
+# The files to download from a repository. Other weight formats would double the download.
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 SAFETENSORS_FILES = ("model*.safetensors",)
 PICKLED_FILES = ("pytorch_model*.bin", LEGACY_WEIGHTS)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Where the text model's tensors stand in checkpoints of this and earlier years of transformers.
+# Prefixes of the text model's tensors in checkpoints of current and older transformers versions.
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
 HEADS = (HEAD, "language_model.lm_head.weight", "model.lm_head.weight")
 LM_HEADS = ("ForCausalLM", "LMHeadModel")  # ends of class names
@@ -42,10 +42,10 @@ EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts$")
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained causal LM on disk, ready to be recast.
+    """A pretrained causal LM on disk.
 
-    `config` is the text model's own config, `tensors` its tensors in plain form (a tied head is
-    there under its own name), `left_out` the names of tensors of other modalities.
+    `config`: the config of the text model. `tensors`: its tensors under normalised names; a tied
+    LM head is listed separately. `left_out`: the names of tensors of other modalities.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Base:
 
     @property
     def repository(self) -> str | None:
-        """`owner/name` on the hub, where it came from there."""
+        """`owner/name` on the hub; None for a local folder."""
         if not is_snapshot(self.folder):
             return None
         _, *parts = self.folder.parent.parent.name.split("--")  # models--owner--name
@@ -74,14 +74,15 @@ class Base:
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> "Base":
-        """`name` is a folder, an alias or `owner/name` on the hub.
+        """Opens a folder, an alias or `owner/name` on the hub.
 
-        Raises `CheckpointError` for what is no causal LM that can be recast, and for files that are
-        missing or damaged.
+        Raises `CheckpointError` if the model cannot be recast, or if files are missing or damaged.
         """
         folder = find_checkpoint(name, revision)
         if revision is not None and not is_snapshot(folder):
-            raise CheckpointError(f"revision={revision!r} means nothing to the folder {name}")
+            raise CheckpointError(
+                f"revision={revision!r} has no effect for the local folder {name}; leave it out"
+            )
         raw = read_config(folder)
         config, whole = _text_config(folder, raw)
         files = weight_files(folder)
@@ -98,14 +99,14 @@ class Base:
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Whether a folder is one of the hub's cache, named by its commit."""
+    """Whether a folder is a snapshot in the hub's cache, named by its commit."""
     return folder.parent.name == "snapshots"
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a path, an alias, or fetched from the hub (or its cache).
+    """The folder of a checkpoint: a path, the target of an alias, or a download from the hub.
 
-    Raises `CheckpointError` when there is none.
+    Raises `CheckpointError` if it cannot be found.
     """
     target = name if Path(name).exists() else known_aliases().get(name, name)
     folder = Path(target).expanduser()
@@ -115,7 +116,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
     if target.count("/") != 1 or target.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{name} is no folder, no alias (vllm-loopus alias list) and no owner/name on the hub"
+            f"{name} is neither a folder nor an alias (vllm-loopus alias list) nor owner/name on "
+            "the hub"
         )
     try:
         fetched = _fetch(target, revision, (*TEXT_FILES, *SAFETENSORS_FILES))
@@ -123,8 +125,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path:
             fetched = _fetch(target, revision, (*TEXT_FILES, *PICKLED_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{target} could not be fetched from the hub, and is not in its cache ({error}); check "
-            "the name, the network and HF_TOKEN, or give a folder"
+            f"{target} could not be downloaded from the hub and is not in its cache ({error}); "
+            "check the name, the network and HF_TOKEN, or give a folder"
         ) from error
     return fetched
 
@@ -134,23 +136,23 @@ def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder. Raises `CheckpointError`."""
+    """The content of config.json in a checkpoint folder. Raises `CheckpointError` without one."""
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no config.json; give a checkpoint folder") from None
+        raise CheckpointError(f"{folder} has no config.json; give a checkpoint folder") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+        raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds no object; fetch it again")
+        raise CheckpointError(f"{file} must contain a JSON object; download it again")
     return raw
 
 
 def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-    """The config to recast by, and the one on disk, which may be a composite around it.
+    """The config of the text model, and the config on disk, which may contain it as a part.
 
-    Raises `CheckpointError` for everything that is no plain causal LM of a known backbone.
+    Raises `CheckpointError` if it is not a plain causal LM with a supported backbone.
     """
     model_type = raw.get("model_type")
     architectures = raw.get("architectures") or []
@@ -158,12 +160,17 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
     if not isinstance(model_type, str | None) or not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
-        raise CheckpointError(f"{where}, architectures={architectures!r} are no names")
+        raise CheckpointError(
+            f"{where}, architectures={architectures!r} must be a string and a list of strings; "
+            "correct config.json"
+        )
     if model_type in ("loopus", "lds"):
-        raise CheckpointError(f"{where} is a LoopUS model already; vllm-loopus convert rewrites it")
+        raise CheckpointError(
+            f"{where} is a LoopUS model already; vllm-loopus convert changes its format"
+        )
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"{where} is unknown to this transformers; supported: {', '.join(BACKBONES)}"
+            f"{where} is unknown to the installed transformers; supported: {', '.join(BACKBONES)}"
         )
     if raw.get("quantization_config"):
         raise CheckpointError(
@@ -171,17 +178,19 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
         )
     try:
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # of validators, whatever the field
+    except Exception as error:  # validators raise many types
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     if config.is_encoder_decoder:
-        raise CheckpointError(f"{where} is an encoder-decoder model; only decoder-only models loop")
+        raise CheckpointError(
+            f"{where} is an encoder-decoder model; only decoder-only models can be recast"
+        )
     text = copy.deepcopy(config.get_text_config())
     composite = text.model_type != model_type
     heads = LM_HEADS + (("ForConditionalGeneration",) if composite else ())
     if architectures and not any(name.endswith(heads) for name in architectures):
         raise CheckpointError(
-            f"{where} with architectures={architectures} is no causal language model; give the "
-            "checkpoint that ends in ForCausalLM"
+            f"{where} with architectures={architectures} is not a causal language model; give a "
+            "checkpoint whose architecture ends in ForCausalLM"
         )
     if any(EXPERTS.search(name) and value for name, value in text.to_dict().items()):
         raise CheckpointError(
@@ -193,10 +202,10 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
         raise CheckpointError(
             f"{where}{part} is not supported as a base; supported: {', '.join(BACKBONES)}"
         )
-    if text.num_hidden_layers < LEAST_LAYERS:
+    if text.num_hidden_layers < MIN_LAYERS:
         raise CheckpointError(
             f"{where} with num_hidden_layers={text.num_hidden_layers} has too few layers to cut; "
-            f"at least {LEAST_LAYERS} are needed"
+            f"at least {MIN_LAYERS} are needed"
         )
     text.dtype = text.dtype or config.dtype
     if text.dtype not in (None, *DTYPES.values()):
@@ -207,12 +216,14 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
 def _plain_names(
     folder: Path, found: Mapping[str, TensorSource], whole: PreTrainedConfig
 ) -> tuple[dict[str, TensorSource], tuple[str, ...]]:
-    """Tensors under the names of a plain causal LM, and the names left out."""
+    """The tensors under normalised names, and the names of the tensors left out."""
     composite = whole.get_text_config() is not whole
     prefixes = PREFIXES[:-1] if composite else PREFIXES
     prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in found), None)
     if prefix is None:
-        raise CheckpointError(f"{folder} holds no embedding ({EMBEDDING}); is it a whole model?")
+        raise CheckpointError(
+            f"{folder} has no embedding tensor ({EMBEDDING}); give a complete checkpoint"
+        )
     tensors: dict[str, TensorSource] = {}
     left_out = []
     for name, tensor in found.items():
@@ -221,11 +232,11 @@ def _plain_names(
         if name not in HEADS and not name.startswith(prefix) and composite:
             left_out.append(name)
             continue
-        # Whatever is none of both keeps its name: the check against the config refuses it.
+        # Other tensors keep their names; the check against the config will report them.
         plain = f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
         plain = HEAD if name in HEADS else plain
         if plain in tensors:
-            raise CheckpointError(f"{folder} holds {plain} twice, once as {name}; keep one")
+            raise CheckpointError(f"{folder} has {plain} twice, once as {name}; remove one of them")
         tensors[plain] = tensor
     if getattr(whole, "tie_word_embeddings", whole.get_text_config().tie_word_embeddings):
         tensors.setdefault(HEAD, tensors[EMBEDDING])

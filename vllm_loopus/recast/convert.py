@@ -1,4 +1,4 @@
-"""Writes LoopUS checkpoints: from a pretrained model, and from one format to the other."""
+"""Writes LoopUS checkpoints from a pretrained model, and converts between the two formats."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ OUTSIDE_LAYERS = {
     HEAD: "decoder.lm_head.weight",
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# What belongs to a model beside config and weights, copied as it is.
+# Files of a model besides config and weights, which are copied unchanged.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,19 +63,25 @@ COMPANIONS = (
     "LICENSE.md",
     "NOTICE",
 )
-# What `recast` writes about a checkpoint; `convert` keeps it.
-ABOUT = ("README.md", "provenance.json", "analysis.json", "representation.png", "report.html")
+# Files that `recast` adds to a checkpoint; `convert` copies them.
+METADATA_FILES = (
+    "README.md",
+    "provenance.json",
+    "analysis.json",
+    "representation.png",
+    "report.html",
+)
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """How a checkpoint is written.
 
-    - `checkpoint_format`: `loopus`, or `lds`, the released layout.
-    - `max_shard_size`: bytes of a weight file at most, a number or text (`5GB`).
-    - `force`: replace a checkpoint that is there already.
-    - `finish`: called before the checkpoint appears, with its folder and the SHA-256 of each weight
-      file, to add to it.
+    - `checkpoint_format`: `loopus`, or `lds` for the released format.
+    - `max_shard_size`: the maximum size of a weight file in bytes, or a string such as `5GB`.
+    - `force`: replace an existing checkpoint.
+    - `finish`: called with the temporary folder and the SHA-256 of each weight file before the
+      checkpoint is moved to its place; may add files.
     """
 
     checkpoint_format: str = FORMATS[0]
@@ -90,7 +96,7 @@ class WriteOptions:
             )
         if isinstance(self.max_shard_size, str) and not SIZE.fullmatch(self.max_shard_size):
             raise ValueError(
-                f"max_shard_size={self.max_shard_size!r} is no size; write it as 500MB or 5GB"
+                f"max_shard_size={self.max_shard_size!r} is not a size; write it as 500MB or 5GB"
             )
 
 
@@ -98,17 +104,18 @@ DEFAULTS = WriteOptions()
 
 
 def looped_name(name: str, cut: Cut) -> str:
-    """The LoopUS name of a tensor of the base; an unknown tensor keeps its own."""
+    """The name in a LoopUS checkpoint of a tensor of the base model; unknown names are returned
+    unchanged."""
     if match := LAYER.fullmatch(name):
         index, rest = int(match[1]), match[2]
-        for block, run in cut.runs.items():
+        for part, run in cut.runs.items():
             if index in run:
-                return f"{block}.layers.{run.index(index)}.{rest}"
+                return f"{part}.layers.{run.index(index)}.{rest}"
     return OUTSIDE_LAYERS.get(name, name)
 
 
 def new_tensors(hidden_size: int, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """Gate and confidence head at the paper's initialisation, named as in a checkpoint."""
+    """The tensors of gate and confidence head with the paper's initialisation, by name."""
     generator = torch.Generator().manual_seed(seed)
     gate = SelectiveGate(hidden_size)
     gate.reset_parameters(generator)
@@ -127,14 +134,14 @@ def new_tensors(hidden_size: int, dtype: torch.dtype, seed: int) -> dict[str, to
 def plan(
     base: Base, cut: Cut, seed: int = 0, **fields: Any
 ) -> tuple[LoopUSConfig, dict[str, TensorSource]]:
-    """Config and tensors of `base` cut by `cut`; nothing is read but headers, nothing written.
+    """The config and tensors of `base` split by `cut`. Reads only headers and writes nothing.
 
-    `fields` are further fields of `LoopUSConfig`. Raises `ValueError` for a field that cannot be
-    and for tensors that do not fit the base's config.
+    `fields`: further fields of `LoopUSConfig`. Raises `ValueError` for invalid fields, and for
+    tensors that do not fit the base config.
     """
     embedding = base.tensors[EMBEDDING]
     base_config = base.config.to_dict()
-    base_config.pop("auto_map", None)  # no code of the base's repository is needed, or run
+    base_config.pop("auto_map", None)  # custom code of the base repository is not used
     fields.setdefault("base_model_name_or_path", base.name)
     try:
         config = LoopUSConfig(base_config=base_config, **cut.config_fields, **fields)
@@ -142,7 +149,7 @@ def plan(
         fresh = new_tensors(config.hidden_size, DTYPES[embedding.dtype], seed)
     except ValueError:
         raise
-    except Exception as error:  # of the base's classes, whatever the field
+    except Exception as error:  # model classes raise many types
         raise CheckpointError(f"{base.name}: config.json is not valid: {error!r}") from error
     config.dtype = base.config.dtype or DTYPES[embedding.dtype]
     tensors = {looped_name(name, cut): tensor for name, tensor in base.tensors.items()}
@@ -161,14 +168,14 @@ def recast(
     options: WriteOptions = DEFAULTS,
     **fields: Any,
 ) -> LoopUSConfig:
-    """Write the LoopUS checkpoint `out` cut from the pretrained model `base`.
+    """Writes a LoopUS checkpoint made from the pretrained model `base` to the folder `out`.
 
-    The first `encoder` layers become the encoder, the last `decoder` layers the decoder; `fields`
-    are further fields of `LoopUSConfig`. Weights are streamed: memory does not grow with the model.
-    `out` appears when it is complete.
+    The first `encoder` layers become the encoder, the last `decoder` layers the decoder. `fields`:
+    further fields of `LoopUSConfig`. Weights are streamed, so memory use does not depend on the
+    size of the model. `out` is created only when it is complete.
 
-    Raises `FileExistsError` when `out` is there already (and not to be replaced), `OSError` when
-    its device is too small, and `ValueError` for a model or a cut that cannot be.
+    Raises `FileExistsError` if `out` exists and may not be replaced, `OSError` if there is not
+    enough disk space, and `ValueError` for an invalid model or cut.
     """
     base = base if isinstance(base, Base) else Base.open(base)
     config, tensors = plan(base, Cut(base.num_layers, encoder, decoder), seed, **fields)
@@ -177,22 +184,22 @@ def recast(
 
 
 def convert(source: str, out: Path, options: WriteOptions) -> LoopUSConfig:
-    """Rewrite the LoopUS checkpoint `source` (a folder, an alias or `owner/name`) as `out`.
+    """Rewrites the LoopUS checkpoint `source` (a folder, an alias or `owner/name`) as `out`.
 
-    Tensors keep every byte; names of older checkpoints are brought up to date. Arguments and errors
-    as in `recast`.
+    Tensors are copied byte for byte; old tensor names are updated. Options and errors are as in
+    `recast`.
     """
     folder = find_checkpoint(source)
     model_type = read_config(folder).get("model_type")
     if model_type not in FORMATS:
         raise CheckpointError(
-            f"{source}: model_type={model_type!r} is no LoopUS checkpoint; vllm-loopus recast "
+            f"{source}: model_type={model_type!r} is not a LoopUS checkpoint; vllm-loopus recast "
             "makes one from a pretrained model"
         )
     try:
-        config = AutoConfig.from_pretrained(folder)  # by model_type, in either format
+        config = AutoConfig.from_pretrained(folder)  # in either format
         expected = expected_shapes(config)
-    except Exception as error:  # of validators and the base's classes, whatever the field
+    except Exception as error:  # validators and model classes raise many types
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     found = read_tensors(weight_files(folder, LEGACY_WEIGHTS))
     tensors: dict[str, TensorSource] = {}
@@ -200,17 +207,19 @@ def convert(source: str, out: Path, options: WriteOptions) -> LoopUSConfig:
         if name.endswith(IGNORED_SUFFIXES):
             continue
         if current_name(name) in tensors:
-            raise CheckpointError(f"{source} holds {current_name(name)} twice, once as {name}")
+            raise CheckpointError(
+                f"{source} has {current_name(name)} twice, once as {name}; remove one of them"
+            )
         tensors[current_name(name)] = tensor
     _check(expected, tensors, source)
-    _write(out, config, tensors, folder, (*COMPANIONS, *ABOUT), options)
+    _write(out, config, tensors, folder, (*COMPANIONS, *METADATA_FILES), options)
     return config
 
 
 def released_config(config: LoopUSConfig) -> dict[str, Any]:
-    """`config.json` as the original implementation writes it (`model_type: "lds"`).
+    """The content of config.json in the format of the original implementation (`lds`).
 
-    Fields that it does not know are written only where they are not at their defaults.
+    Fields that it does not have are written only if they differ from their defaults.
     """
     ours = config.to_dict()
     fields = {

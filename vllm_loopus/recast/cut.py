@@ -1,9 +1,9 @@
-"""Where to cut a base model: the rule that finds a cut, and cuts given by hand.
+"""Where to cut a base model: the cutting rule, and cuts given by the user.
 
-The paper cuts "where the cosine similarity between layers changes most abruptly" and gives no
-algorithm. The rule here is least-squares change-point detection with two change points: the
-profile of angular distances between consecutive states (one a layer) is explained as well as
-possible by three constants, one for encoder, reasoning block and decoder.
+The paper cuts "where the cosine similarity between layers changes most abruptly" and does not give
+an algorithm. The rule here is least-squares change-point detection with two change points: three
+constants, one each for encoder, reasoning block and decoder, are fitted to the profile of angular
+distances between consecutive states (one value per layer).
 """
 
 import math
@@ -11,17 +11,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEAST_LAYERS = 3
-LARGEST_SHARE = 4  # encoder and decoder take at most one layer in four each (published: one in six)
+MIN_LAYERS = 3
+LARGEST_SHARE = 4  # encoder and decoder get at most 1/4 of the layers each (published: 1/6)
 NONE = "none"
 RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The first `encoder` layers, the last `decoder` layers, and those between, of `num_layers`.
+    """Splits `num_layers` layers into the first `encoder`, the last `decoder`, and those between.
 
-    Raises `ValueError` when no layer is left to loop.
+    Raises `ValueError` if no layer is left for the reasoning block.
     """
 
     num_layers: int
@@ -37,7 +37,7 @@ class Cut:
 
     @property
     def runs(self) -> dict[str, list[int]]:
-        """Layer indices of the base by block, in order."""
+        """The layer indices of encoder, reasoning block and decoder, in this order."""
         layers, end = list(range(self.num_layers)), self.num_layers - self.decoder
         return {
             "encoder": layers[: self.encoder],
@@ -47,14 +47,14 @@ class Cut:
 
     @property
     def config_fields(self) -> dict[str, list[int]]:
-        """The same as fields of `LoopUSConfig`."""
-        return {f"{block}_layer_indices": run for block, run in self.runs.items()}
+        """The cut as fields of `LoopUSConfig`."""
+        return {f"{part}_layer_indices": run for part, run in self.runs.items()}
 
     def __str__(self) -> str:
-        return ", ".join(f"{block} {range_text(run)}" for block, run in self.runs.items())
+        return ", ".join(f"{part} {range_text(run)}" for part, run in self.runs.items())
 
 
-# Cuts of the published checkpoints: last part of the base's name -> cut.
+# Cuts of the published checkpoints: last component of the base model's name -> cut.
 PUBLISHED = {
     "tinyllama": Cut(22, 1, 1),
     "qwen3-1.7b": Cut(28, 2, 1),
@@ -65,7 +65,7 @@ PUBLISHED = {
 
 
 def published_cut(base: str, num_layers: int) -> Cut | None:
-    """The cut of the published checkpoint of this base, if there is one."""
+    """The cut of the published checkpoint of this base model; None if there is none."""
     name = base.rstrip("/").rpartition("/")[2].lower()
     for known, cut in PUBLISHED.items():
         if re.match(rf"{re.escape(known)}($|[-_])", name) and cut.num_layers == num_layers:
@@ -74,12 +74,12 @@ def published_cut(base: str, num_layers: int) -> Cut | None:
 
 
 def range_text(run: Sequence[int]) -> str:
-    """`0..1` for layers 0 and 1; `none` for no layer."""
+    """`0..1` for layers 0 and 1; `none` without layers."""
     return f"{run[0]}..{run[-1]}" if run else NONE
 
 
 def parse_encoder(text: str, num_layers: int) -> int:
-    """Layers of an encoder given as `0..1`, `0` or `none`. Raises `ValueError`."""
+    """The number of encoder layers given as `0..1`, `0` or `none`. Raises `ValueError`."""
     first, last = _parse_range("encoder", text, num_layers)
     if first != 0:
         raise ValueError(f"encoder={text!r} must begin at layer 0, or be {NONE!r}")
@@ -87,7 +87,7 @@ def parse_encoder(text: str, num_layers: int) -> int:
 
 
 def parse_decoder(text: str, num_layers: int) -> int:
-    """Layers of a decoder given as `26..27`, `27` or `none`. Raises `ValueError`."""
+    """The number of decoder layers given as `26..27`, `27` or `none`. Raises `ValueError`."""
     if text.strip() == NONE:
         return 0
     first, last = _parse_range("decoder", text, num_layers)
@@ -103,18 +103,16 @@ def _parse_range(field: str, text: str, num_layers: int) -> tuple[int, int]:
         return 0, -1
     match = RANGE.fullmatch(text.strip())
     if not match:
-        raise ValueError(f"{field}={text!r} is no range of layers; write it as 0..1 or {NONE}")
+        raise ValueError(f"{field}={text!r} is not a range of layers; write it as 0..1 or {NONE}")
     first, last = int(match[1]), int(match[2] or match[1])
     if not first <= last < num_layers:
-        raise ValueError(
-            f"{field}={text!r} must lie within the model's layers, 0..{num_layers - 1}"
-        )
+        raise ValueError(f"{field}={text!r} must be within the model's layers, 0..{num_layers - 1}")
     return first, last
 
 
 @dataclass(frozen=True)
 class ScoredCut:
-    """`score`: the share of the profile's variance that the three blocks explain, 0 to 1."""
+    """A cut, and the share (0 to 1) of the profile's variance that its three parts explain."""
 
     cut: Cut
     score: float
@@ -125,15 +123,16 @@ def rank_cuts(
 ) -> list[ScoredCut]:
     """All admissible cuts, best first.
 
-    `similarity` is the mean cosine similarity between a layer's input and output, one a layer; its
-    angle is what is compared, because cosines near 1 hide differences. Encoder and decoder hold at
-    least one layer and at most a quarter of them, unless given. Of equal cuts the one that loops
-    more layers comes first. Raises `ValueError` for fewer than three layers.
+    `similarity`: for each layer, the mean cosine similarity between its input and output. The rule
+    compares the angles, because cosines near 1 hide differences. Unless given, `encoder` and
+    `decoder` are at least one layer and at most a quarter of the layers. Of cuts with the same
+    score, the one with more looped layers comes first. Raises `ValueError` for fewer than three
+    layers.
     """
     num_layers = len(similarity)
-    if num_layers < LEAST_LAYERS:
+    if num_layers < MIN_LAYERS:
         raise ValueError(
-            f"num_hidden_layers={num_layers} is too few to cut; at least {LEAST_LAYERS} are needed"
+            f"num_hidden_layers={num_layers} is too few to cut; at least {MIN_LAYERS} are needed"
         )
     angles = [math.acos(min(1.0, max(-1.0, cosine))) / math.pi for cosine in similarity]
     most = max(1, num_layers // LARGEST_SHARE)
@@ -144,20 +143,20 @@ def rank_cuts(
         for last in ends if decoder is None else [decoder]:
             if first + last >= num_layers:
                 continue
-            blocks = angles[:first], angles[first : num_layers - last], angles[num_layers - last :]
-            left = sum(_scatter(block) for block in blocks)
-            score = 1 - left / total if total > 0 else 0.0
+            parts = angles[:first], angles[first : num_layers - last], angles[num_layers - last :]
+            unexplained = sum(_scatter(part) for part in parts)
+            score = 1 - unexplained / total if total > 0 else 0.0
             ranked.append(ScoredCut(Cut(num_layers, first, last), score))
     if not ranked:
         raise ValueError(
             f"encoder={encoder} and decoder={decoder} leave no layer of {num_layers} for the "
-            "reasoning block and the other end; give both ends, none for an empty one"
+            "reasoning block and the other part; give both, with none for an empty one"
         )
     return sorted(ranked, key=lambda c: (-round(c.score, 12), c.cut.encoder + c.cut.decoder))
 
 
 def _scatter(values: Sequence[float]) -> float:
-    """Sum of squared distances to the mean."""
+    """The sum of squared distances from the mean."""
     if not values:
         return 0.0
     mean = sum(values) / len(values)

@@ -1,8 +1,8 @@
-"""Runs a base model and gives its hidden states between layers.
+"""Runs a base model and returns its hidden states between layers.
 
-By default the weights are streamed from the checkpoint for every batch, a module at a time
-(accelerate's offloading), so that memory holds no more than one of them; `device_map` keeps the
-model on its devices instead.
+By default the weights are streamed from the checkpoint for every batch, one module at a time
+(accelerate's offloading), so that only one module is in memory. With `device_map` the whole model
+is loaded onto its devices.
 """
 
 import copy
@@ -20,7 +20,7 @@ from vllm_loopus.recast.tensors import TensorSource
 
 
 class StreamedWeights(Mapping[str, torch.Tensor]):
-    """Tensors that are read from disk each time they are asked for."""
+    """A mapping of tensors that are read from disk at each access."""
 
     def __init__(self, tensors: Mapping[str, TensorSource]) -> None:
         self._tensors = tensors
@@ -36,18 +36,18 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
 
 
 class HiddenStates:
-    """A base model whose states between layers can be had. `norm` is its final norm."""
+    """A base model that returns its states between layers. `norm`: its final norm."""
 
     def __init__(
         self, base: Base, device: torch.device, dtype: torch.dtype, device_map: Any = None
     ):
-        """`device_map` as in transformers; without it the model is streamed to `device`."""
+        """`device_map`: as in transformers; without it, the weights are streamed to `device`."""
         self.device = device
-        # "sdpa" leaves a cap on attention scores out without a word.
+        # SDPA does not support a cap on attention scores and would ignore it silently.
         capped = BACKBONES[base.config.model_type].value(base.config, "attention_softcap")
         options = {"dtype": dtype, "attn_implementation": "sdpa" if capped is None else "eager"}
         if device_map is not None:
-            # Without the head, and of wrappers that are no causal LM for transformers, too.
+            # Works without the head, and for composites that are not causal LMs in transformers.
             model = AutoModel.from_pretrained(base.folder, device_map=device_map, **options)
             self._decoder = _text_decoder(model, base.num_layers)
         else:
@@ -61,18 +61,18 @@ class HiddenStates:
         layers = self._decoder.layers
         found: list[torch.Tensor] = []
 
-        def keep(state: Any) -> None:
+        def record(state: Any) -> None:
             state = state[0] if isinstance(state, tuple) else state
             found.append(state.to(self.device, torch.float32))
 
-        def before_the_first(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-            keep(args[0] if args else kwargs["hidden_states"])
+        def record_input(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+            record(args[0] if args else kwargs["hidden_states"])
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            keep(output)
+        def record_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            record(output)
 
-        hooks = [layers[0].register_forward_pre_hook(before_the_first, with_kwargs=True)]
-        hooks += [layer.register_forward_hook(after) for layer in layers]
+        hooks = [layers[0].register_forward_pre_hook(record_input, with_kwargs=True)]
+        hooks += [layer.register_forward_hook(record_output) for layer in layers]
         try:
             self._decoder(input_ids=ids.to(self.device), use_cache=False)
         finally:
@@ -82,9 +82,9 @@ class HiddenStates:
 
 
 def default_dtype(device: torch.device, base: Base) -> torch.dtype:
-    """The checkpoint's dtype where the device computes in it, else float32.
+    """The checkpoint's dtype if the device supports it natively, else float32.
 
-    A CPU without bf16 instructions multiplies such matrices many times slower than float32 ones.
+    On a CPU without bf16 instructions, bf16 matrix products are many times slower than float32.
     """
     stored: torch.dtype = base.config.dtype or torch.float32
     if device.type != "cpu" or stored == torch.float32:
@@ -95,14 +95,14 @@ def default_dtype(device: torch.device, base: Base) -> torch.dtype:
 
 
 def _streamed(base: Base, device: torch.device, options: dict[str, Any]) -> Any:
-    from accelerate import cpu_offload, init_empty_weights  # not at the start of every command
+    from accelerate import cpu_offload, init_empty_weights  # slow to import
 
-    _give_freed_memory_back()
+    _return_freed_memory()
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, **options)
-    # A lookup gains nothing from the wider dtype, and an embedding may be a model's largest tensor.
+    # The embedding, perhaps the largest tensor, stays in its dtype: a lookup does not need another.
     decoder = _text_decoder(model, base.num_layers)
     dtype = options["dtype"]
     decoder.embed_tokens.to(base.config.dtype or dtype)
@@ -111,8 +111,8 @@ def _streamed(base: Base, device: torch.device, options: dict[str, Any]) -> Any:
     return decoder
 
 
-def _give_freed_memory_back() -> None:
-    """Weights that come and go must not stay with glibc, which by itself learns to keep them."""
+def _return_freed_memory() -> None:
+    """Makes glibc return the memory of freed weights to the system instead of caching it."""
     m_mmap_threshold, nbytes = -3, 4 * 2**20
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -120,10 +120,10 @@ def _give_freed_memory_back() -> None:
 
 
 def _text_decoder(model: nn.Module, num_layers: int) -> Any:
-    """The part of a model that holds embedding, layers and final norm."""
+    """The module of a model that contains the embedding, the layers and the final norm."""
     for module in model.modules():
         layers = getattr(module, "layers", None)
-        # A vision tower may have as many layers, but embeds no tokens.
+        # A vision tower has layers too, but no token embedding.
         if isinstance(layers, nn.ModuleList) and hasattr(module, "embed_tokens"):
             assert len(layers) == num_layers
             return module

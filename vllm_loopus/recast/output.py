@@ -1,4 +1,4 @@
-"""An output folder that appears when it is complete, or not at all."""
+"""Atomic writing of output folders: a folder is created only when it is complete."""
 
 import json
 import os
@@ -10,27 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-BESIDE_WEIGHTS = 8 * 2**20  # bytes of tokenizer, report and the rest
+BESIDE_WEIGHTS = 8 * 2**20  # bytes for the tokenizer, the report and other files
 
 
 def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = None) -> None:
-    """Whether `needed` bytes of weights can be written to the new folder `out`, before any work.
+    """Checks before any work that `needed` bytes of weights can be written to the folder `out`.
 
-    `reads` is the folder that the work reads from. Raises `FileExistsError` when `out` is there and
-    `force` is not given, or when replacing it would delete what is read, and `OSError` when the
-    device has too little space.
+    `reads`: the folder that is read from. Raises `FileExistsError` if `out` exists and `force` is
+    False, or if replacing it would delete `reads`, and `OSError` if there is not enough space.
     """
     if os.path.lexists(out):
         if not force:
             raise FileExistsError(f"out={out} exists; choose another folder or give --force")
         if reads is not None and reads.resolve().is_relative_to(out.resolve()):
-            raise FileExistsError(f"out={out} is or holds the model to read; choose another folder")
+            raise FileExistsError(
+                f"out={out} is or contains the model to read; choose another folder"
+            )
         if not out.is_dir():
             raise FileExistsError(f"out={out} is a file; choose another name")
         if not _is_looped(out) and any(out.iterdir()):
             raise FileExistsError(
-                f"out={out} holds something else than a LoopUS checkpoint; --force replaces "
-                "nothing else: choose another folder"
+                f"out={out} is not a LoopUS checkpoint, and --force replaces nothing else; choose "
+                "another folder"
             )
     existing = next(folder for folder in out.absolute().parents if folder.exists())
     try:
@@ -49,19 +50,19 @@ def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = No
 
 @contextmanager
 def complete_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, renamed to `out` at the end and deleted after any error.
+    """Gives a temporary folder to write to, which becomes `out` at the end.
 
-    A folder `out` that is there already is replaced then, and kept after an error.
+    After an error the temporary folder is deleted and an existing `out` is unchanged.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        # Not the scratch folder itself, which is for its owner only.
+        # Not the scratch folder itself, which only its owner can read.
         unfinished, replaced = scratch / "new" / out.name, scratch / "old" / out.name
         unfinished.mkdir(parents=True)
         replaced.parent.mkdir()
-        with _stopped_by_exception():
+        with _signals_as_exceptions():
             yield unfinished
             try:
                 if os.path.lexists(out):
@@ -72,8 +73,8 @@ def complete_folder(out: Path) -> Iterator[Path]:
                     replaced.rename(out)
                 raise
     except OSError as error:
-        told = f"{error.strerror or error}; nothing was written to {out}"
-        raise OSError(error.errno, told, error.filename) from error
+        message = f"{error.strerror or error}; nothing was written to {out}"
+        raise OSError(error.errno, message, error.filename) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -87,8 +88,8 @@ def _is_looped(folder: Path) -> bool:
 
 
 @contextmanager
-def _stopped_by_exception() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process by an exception, so that it cleans up."""
+def _signals_as_exceptions() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP raise an exception, so that the process cleans up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

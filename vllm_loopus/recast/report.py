@@ -1,4 +1,4 @@
-"""An analysis in pictures: a PNG with all curves and the cut drawn in, and an HTML page."""
+"""The report of an analysis: JSON, a PNG with all curves and the cut, and an HTML page."""
 
 import base64
 import json
@@ -21,10 +21,9 @@ RUNNERS_UP = 8
 
 
 def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: str) -> None:
-    """Writes `analysis.json`, `representation.png` and `report.html` (self-contained) to `folder`,
-    each complete or not at all.
+    """Writes `analysis.json`, `representation.png` and `report.html` to `folder`, atomically.
 
-    `numbers` are those of `Analysis.to_dict`; `chosen_by` is a sentence on who chose `cut`.
+    `numbers`: from `Analysis.to_dict`. `chosen_by`: a sentence on how `cut` was chosen.
     """
     numbers = {"cut": cut.runs, **numbers}
     write_text(folder / NUMBERS, json.dumps(numbers, indent=1))
@@ -37,7 +36,7 @@ def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: 
     )
     ranking = [
         {
-            "blocks": {block: range_text(run) for block, run in ranked["cut"].items()},
+            "parts": {part: range_text(run) for part, run in ranked["cut"].items()},
             "score": ranked["score"],
             "chosen": ranked["cut"] == cut.runs,
         }
@@ -49,7 +48,7 @@ def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: 
         cut=cut,
         chosen_by=chosen_by,
         picture=base64.b64encode(picture.getvalue()).decode(),
-        blocks=[block for block, run in cut.runs.items() for _ in run],
+        parts=[part for part, run in cut.runs.items() for _ in run],
         colours=COLOURS,
         ranking=ranking,
         data=json.dumps(numbers, indent=1),
@@ -58,7 +57,7 @@ def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: 
 
 
 def draw(numbers: Mapping[str, Any], cut: Cut) -> Figure:
-    """All curves of an analysis, with the blocks of `cut` shaded."""
+    """Draws all curves of an analysis, with the parts of `cut` shaded."""
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     figure.suptitle(f"{numbers['base']}: {cut}", parse_math=False)
     axes = figure.subplots(2, 3).flatten()
@@ -79,13 +78,13 @@ def draw(numbers: Mapping[str, Any], cut: Cut) -> Figure:
 def _curve(
     axes: Axes, title: str, x: range, values: list[float], cut: Cut, label: str | None = None
 ) -> None:
-    """A curve over layers (x from 0 to L-1) or over the states before and after them (0 to L)."""
+    """Draws a curve over layers (x from 0 to L-1) or over states (x from 0 to L)."""
     over_layers = len(x) == cut.num_layers
     first = -0.5 if over_layers else 0.0  # layer l takes state l to state l + 1
-    for block, run in cut.runs.items():
+    for part, run in cut.runs.items():
         if run:
             ends = run[0] + first, run[-1] + 1 + first
-            axes.axvspan(*ends, alpha=0.12, color=COLOURS[block], linewidth=0)
+            axes.axvspan(*ends, alpha=0.12, color=COLOURS[part], linewidth=0)
     axes.plot(x, values, marker=".", color="#333333", label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=10)

@@ -1,9 +1,9 @@
-"""How hidden states change from layer to layer: streaming statistics over a text sample.
+"""Streaming statistics of how hidden states change from layer to layer, over a text sample.
 
-The paper's staged representation dynamics: states change abruptly in the first layers, drift slowly
-in the middle, and turn towards the vocabulary at the end. State `l` is the input of layer `l`
-(0-based); state L is the last layer's output, before the final norm. The first position of every
-sequence is left out: models keep attention sinks there, whose norms are of another order.
+The paper calls this staged representation dynamics: states change abruptly in the first layers,
+slowly in the middle, and towards the vocabulary in the last layers. State `l` is the input of layer
+`l` (0-based); state L is the output of the last layer, before the final norm. The first position of
+each sequence is excluded, because attention sinks give it a norm of another order of magnitude.
 """
 
 import math
@@ -18,21 +18,21 @@ from vllm_loopus.recast.base import HEAD, Base
 from vllm_loopus.recast.hidden_states import HiddenStates
 from vllm_loopus.recast.tensors import TensorSource
 
-STATE_BYTES = 64 * 2**20  # of the states held at a time, unless one sequence has more
-SLICE = 128  # tokens whose statistics are taken at a time
-VOCABULARY_SLICE = 8192  # rows of the LM head held at a time
-LENS_POSITIONS = 64  # of each batch, evenly spaced, that the logit lens looks at
+STATE_BYTES = 64 * 2**20  # maximum size of the states of a batch, unless one sequence needs more
+SLICE = 128  # tokens per update of the statistics
+VOCABULARY_SLICE = 8192  # tokens of the vocabulary that the logit lens processes at a time
+LENS_POSITIONS = 64  # evenly spaced positions of each batch for the logit lens
 
 
 @dataclass(frozen=True)
 class Representation:
-    """Means over the sample's tokens. L layers have L + 1 states.
+    """Means over the tokens of the sample. L layers have L + 1 states.
 
-    - `cosine` [L+1][L+1]: cosine similarity of every two states.
-    - `norm` [L+1]: Euclidean norm. `step` [L]: length of a layer's update over its input's norm.
-    - `angle_to_final` [L+1]: mean angle to the last state, in degrees.
-    - `lens_entropy`, `lens_kl` [L+1], in nats: of the distribution that final norm and LM head give
-      for a state, its entropy and its divergence KL(final || state's).
+    - `cosine` [L+1][L+1]: cosine similarity of each pair of states.
+    - `norm` [L+1]: Euclidean norm. `step` [L]: norm of a layer update over that of its input.
+    - `angle_to_final` [L+1]: angle to the last state, in degrees.
+    - `lens_entropy`, `lens_kl` [L+1], in nats: entropy of the distribution p that final norm and LM
+      head give for a state, and the divergence KL(p_final || p).
     """
 
     num_tokens: int
@@ -46,13 +46,13 @@ class Representation:
 
     @property
     def similarity(self) -> list[float]:
-        """Cosine similarity between each layer's input and output, [L]."""
+        """Cosine similarity [L] between the input and the output of each layer."""
         return [self.cosine[layer][layer + 1] for layer in range(len(self.cosine) - 1)]
 
 
 @dataclass
 class Sums:
-    """Sums over tokens; of a size that does not depend on their number."""
+    """Sums over tokens, from which the means are computed."""
 
     num_states: int
     tokens: int = 0
@@ -67,7 +67,7 @@ class Sums:
         self.rows = {name: torch.zeros(n, dtype=torch.float64) for name in names}
 
     def add_states(self, states: torch.Tensor) -> None:
-        """States [L+1, T, H] in float32."""
+        """Adds states [L+1, T, H] in float32."""
         norms = states.norm(dim=-1)
         self.rows["norm"] += norms.sum(-1).cpu().double()
         steps = (states[1:] - states[:-1]).norm(dim=-1) / norms[:-1].clamp(min=1e-12)
@@ -80,13 +80,13 @@ class Sums:
         self.tokens += states.shape[1]
 
     def add_lens(self, entropy: torch.Tensor, divergence: torch.Tensor) -> None:
-        """Entropy and KL [L+1, T] of the logit lens."""
+        """Adds entropy and KL [L+1, T] of the logit lens."""
         self.rows["entropy"] += entropy.sum(-1).cpu().double()
         self.rows["kl"] += divergence.sum(-1).cpu().double()
         self.lens_tokens += entropy.shape[1]
 
     def means(self) -> Representation:
-        """Raises `ValueError` when a state was not finite."""
+        """The means. Raises `ValueError` if a state was not finite."""
         lens = max(1, self.lens_tokens)
         mean = {
             name: (total / (lens if name in ("entropy", "kl") else self.tokens)).tolist()
@@ -98,8 +98,8 @@ class Sums:
         )
         if not finite:
             raise ValueError(
-                "the model's hidden states or logits are not finite; check its weights, or choose "
-                "--dtype float32 if it overflows"
+                "the model's hidden states or logits are not finite; check its weights, or try "
+                "--dtype float32 against overflow"
             )
         return Representation(
             num_tokens=self.tokens,
@@ -116,10 +116,10 @@ class Sums:
 def lens(
     states: torch.Tensor, norm: nn.Module, head: TensorSource, soft_cap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entropy and KL to the last state's distribution of states [L+1, T, H]: [L+1, T] each.
+    """Entropy and KL to the last state's distribution for states [L+1, T, H]: [L+1, T] each.
 
-    One pass over the LM head [V, H] in slices of rows, with running maxima, so that no logits of
-    the whole vocabulary are held.
+    Processes the LM head [V, H] in slices with running maxima, so that the logits of the whole
+    vocabulary are never in memory.
     """
     rows = norm(states).float()
     shape = rows.shape[:-1]
@@ -132,12 +132,12 @@ def lens(
         if soft_cap is not None:
             logits = torch.tanh(logits / soft_cap) * soft_cap
         new_peak = torch.maximum(peak, logits.amax(-1))
-        kept = torch.exp(peak - new_peak)
+        rescale = torch.exp(peak - new_peak)
         share = torch.exp(logits - new_peak.unsqueeze(-1))
-        total = total * kept + share.sum(-1)
-        weighted = weighted * kept + (share * logits).sum(-1)
+        total = total * rescale + share.sum(-1)
+        weighted = weighted * rescale + (share * logits).sum(-1)
         # sum of exp(final logit) * this state's logit: the cross term of the divergence
-        crossed = crossed * kept[-1] + (share[-1] * logits).sum(-1)
+        crossed = crossed * rescale[-1] + (share[-1] * logits).sum(-1)
         peak = new_peak
     log_total = peak + total.log()
     entropy = log_total - weighted / total
@@ -153,9 +153,9 @@ def analyse(
     *,
     expected_tokens: int | None = None,
 ) -> Representation:
-    """Statistics of `base` over token sequences [T], with a progress bar.
+    """Computes the statistics of `base` over token sequences [T], and shows a progress bar.
 
-    Raises `ValueError` when a state is not finite.
+    Raises `ValueError` if a state is not finite.
     """
     sums = Sums(base.num_layers + 1)
     soft_cap = getattr(base.config, "final_logit_softcapping", None)
@@ -172,7 +172,7 @@ def analyse(
 
 
 def _batches(sequences: Iterable[torch.Tensor], bytes_per_token: int) -> Iterable[torch.Tensor]:
-    """Sequences of equal length stacked [B, T], as many as `STATE_BYTES` allow, one at least."""
+    """Stacks sequences of equal length into batches [B, T] of at most `STATE_BYTES` of states."""
     waiting: list[torch.Tensor] = []
     for sequence in sequences:
         size = (len(waiting) + 1) * len(sequence) * bytes_per_token

@@ -1,4 +1,4 @@
-"""The text that a model is analysed on, as sequences of token ids."""
+"""Reads the sample text of the analysis as sequences of token ids."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,16 +11,16 @@ import torch
 
 BUILT_IN = "built-in"
 TEXT_FIELDS = ("text", "content", "prompt", "question")
-LEAST_TOKENS = 16
-CHARACTERS = 2**16  # read and tokenised at a time
+MIN_TOKENS = 16
+CHARACTERS = 2**16  # number that is read and tokenised at a time
 
 
 def texts(source: str, field: str | None = None) -> Iterator[str]:
-    """Documents of `source`, read as they are asked for.
+    """Iterates over the documents of `source`.
 
-    `source` is `built-in`, a text file (in pieces), a JSONL file, or a `datasets` name, with
-    configuration and split after colons (`wikitext:wikitext-2-raw-v1:train`). `field` names the
-    text's field in JSONL and data sets. Raises `ValueError` for a source that cannot be read.
+    `source`: `built-in`, a text file (read in pieces), a JSONL file, or a data set, given as
+    `name:config:split` (`wikitext:wikitext-2-raw-v1:train`). `field`: the field with the text in
+    JSONL files and data sets. Raises `ValueError` if the source cannot be read.
     """
     if source == BUILT_IN:
         yield resources.files("vllm_loopus.recast").joinpath("sample.txt").read_text()
@@ -49,16 +49,16 @@ def _dataset(source: str) -> Iterator[Any]:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            f"sample={source!r} is no file; to read it as a data set, "
+            f"sample={source!r} is not a file; to read it as a data set, "
             "pip install 'vllm-loopus[train]'"
         ) from error
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     try:
         yield from load_dataset(name, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # of the hub, of data formats
+    except Exception as error:  # `datasets` raises many types
         raise ValueError(
-            f"sample={source!r} is no file and no data set that could be read: {error}"
+            f"sample={source!r} is neither a file nor a data set that can be read: {error}"
         ) from error
 
 
@@ -69,23 +69,24 @@ def _text_of(row: Any, field: str | None, where: str) -> str:
     for name in fields:
         if isinstance(row, dict) and isinstance(row.get(name), str):
             return str(row[name])
-    raise ValueError(f"{where} has no text under {' or '.join(fields)}; give --text-field")
+    raise ValueError(f"{where} has no text in the field {' or '.join(fields)}; give --text-field")
 
 
 def sequences(
     documents: Iterable[str], tokenizer: Any, length: int, num_tokens: int
 ) -> Iterator[torch.Tensor]:
-    """Up to `num_tokens` token ids of the documents, end to end, in sequences [length].
+    """Concatenates the documents and cuts their first `num_tokens` token ids into sequences.
 
-    The last sequence may be shorter. Raises `ValueError` when there are too few.
+    Sequences have `length` tokens; the last one may be shorter. Raises `ValueError` if there are
+    fewer than 16 tokens.
     """
     budget = islice(_token_ids(documents, tokenizer), num_tokens)
     found = 0
     while len(sequence := list(islice(budget, length))) > 1:
         found += len(sequence)
         yield torch.tensor(sequence)
-    if found < LEAST_TOKENS:
-        raise ValueError(f"the sample has {found} tokens; at least {LEAST_TOKENS} are needed")
+    if found < MIN_TOKENS:
+        raise ValueError(f"the sample has {found} tokens; at least {MIN_TOKENS} are needed")
 
 
 def _token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
@@ -94,6 +95,6 @@ def _token_ids(documents: Iterable[str], tokenizer: Any) -> Iterator[int]:
             piece = text[start : start + CHARACTERS]
             try:  # verbose: a document may be longer than the model's context
                 tokens = tokenizer(piece, add_special_tokens=start == 0, verbose=False)["input_ids"]
-            except Exception as error:  # of tokenizers, whatever the text
+            except Exception as error:  # tokenizers raise many types
                 raise ValueError(f"the sample cannot be tokenised: {error}") from error
             yield from tokens

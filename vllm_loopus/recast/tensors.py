@@ -1,7 +1,6 @@
-"""Tensors of a checkpoint where they lie: found by name, read piece by piece, written in shards.
+"""Reads tensors of a checkpoint in pieces and writes them as shards.
 
-Nothing here holds more of a model in memory than one piece (16 MiB) of one tensor, and no byte of a
-tensor is changed on the way.
+Only one piece (16 MiB) of one tensor is in memory at a time, and tensors are copied byte for byte.
 """
 
 import hashlib
@@ -30,11 +29,11 @@ SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with what to do about it."""
+    """A checkpoint cannot be used; the message says how to fix it."""
 
 
 class TensorSource(Protocol):
-    """A tensor somewhere; `dtype` is safetensors' name for it (`BF16`)."""
+    """A tensor on disk or in memory. `dtype` is named as in safetensors (`BF16`)."""
 
     @property
     def dtype(self) -> str: ...
@@ -46,7 +45,7 @@ class TensorSource(Protocol):
     def nbytes(self) -> int: ...
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes in order, `PIECE` at most at a time."""
+        """The bytes of the tensor in order, at most `PIECE` at a time."""
         ...
 
     def load(self) -> torch.Tensor:
@@ -56,7 +55,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, `nbytes` from `offset`."""
+    """A tensor in a safetensors file: `nbytes` bytes from `offset` on."""
 
     file: Path
     name: str
@@ -68,12 +67,12 @@ class StoredTensor:
     def pieces(self) -> Iterator[bytes]:
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
-            left = self.nbytes
-            while left:
-                piece = stream.read(min(PIECE, left))
+            remaining = self.nbytes
+            while remaining:
+                piece = stream.read(min(PIECE, remaining))
                 if not piece:
-                    raise CheckpointError(f"{self.file} ended inside {self.name}; fetch it again")
-                left -= len(piece)
+                    raise CheckpointError(f"{self.file} ends inside {self.name}; download it again")
+                remaining -= len(piece)
                 yield piece
 
     def load(self) -> torch.Tensor:
@@ -111,7 +110,8 @@ class LoadedTensor:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor in a pickled checkpoint, opened anew each time: a mapping would stay in memory."""
+    """A tensor in a pickled checkpoint. The file is opened at each access, because an open memory
+    map would stay in memory."""
 
     file: Path
     name: str
@@ -128,10 +128,10 @@ class PickledTensor:
 
 
 def weight_files(folder: Path, *other_names: str) -> list[Path]:
-    """The files that hold a checkpoint's tensors, safetensors before pickled ones.
+    """The weight files of a checkpoint: safetensors if there are any, else pickled files.
 
-    `other_names` are single files looked for last. Raises `CheckpointError` when there is none, or
-    when a file that an index names is missing.
+    `other_names`: single files to look for last. Raises `CheckpointError` if there is none, or if a
+    file that the index lists is missing.
     """
     for name in (SAFETENSORS, PICKLED):
         index = folder / f"{name}.index.json"
@@ -140,10 +140,13 @@ def weight_files(folder: Path, *other_names: str) -> list[Path]:
                 names = set(json.loads(index.read_text())["weight_map"].values())
                 files = [folder / Path(str(shard)).name for shard in sorted(names)]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{index} is damaged ({error!r}); fetch it again") from error
+                raise CheckpointError(
+                    f"{index} is damaged ({error!r}); download it again"
+                ) from error
             if missing := [file.name for file in files if not file.is_file()]:
                 raise CheckpointError(
-                    f"{folder} lacks {', '.join(missing)}, which {index.name} lists; fetch it again"
+                    f"{folder} lacks {', '.join(missing)}, which {index.name} lists; download it "
+                    "again"
                 )
             return files
         if (folder / name).is_file():
@@ -152,26 +155,27 @@ def weight_files(folder: Path, *other_names: str) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     raise CheckpointError(
-        f"{folder} holds no weights ({SAFETENSORS}, {PICKLED} or their shards with an index)"
+        f"{folder} has no weights ({SAFETENSORS}, {PICKLED}, or their shards with an index); give "
+        "a complete checkpoint"
     )
 
 
 def read_tensors(files: list[Path]) -> dict[str, TensorSource]:
-    """Every tensor in `files` by name; only headers are read.
+    """All tensors in `files` by name; only headers are read.
 
-    Raises `CheckpointError` naming a file that is truncated or no checkpoint, a tensor that is
-    stored twice, or one whose dtype is none of `DTYPES` (a quantised checkpoint).
+    Raises `CheckpointError` that names a file that is truncated or not a checkpoint, a tensor that
+    is stored twice, or a tensor whose dtype is not in `DTYPES` (a quantised checkpoint).
     """
     tensors: dict[str, TensorSource] = {}
     for file in files:
         found = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
         for name, tensor in found.items():
             if name in tensors:
-                raise CheckpointError(f"{file} holds {name} a second time; keep one of them")
+                raise CheckpointError(f"{file} contains {name} a second time; remove one of them")
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{name} in {file} has dtype {tensor.dtype}; only {', '.join(DTYPES)} can be "
-                    "recast: take the model before quantisation"
+                    f"{name} in {file} has dtype {tensor.dtype}, but only {', '.join(DTYPES)} can "
+                    "be recast; use the model before quantisation"
                 )
             tensors[name] = tensor
     return tensors
@@ -179,14 +183,14 @@ def read_tensors(files: list[Path]) -> dict[str, TensorSource]:
 
 def _safetensors(file: Path) -> Mapping[str, TensorSource]:
     try:
-        with safe_open(file, framework="pt"):  # holds the header against the file's size
+        with safe_open(file, framework="pt"):  # compares the header with the size of the file
             pass
         infos = parse_local_safetensors_file_metadata(file).tensors
         with file.open("rb") as stream:
             data = 8 + int.from_bytes(stream.read(8), "little")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}); fetch it again"
+            f"{file} is truncated or not a safetensors file ({error}); download it again"
         ) from error
     return {
         name: StoredTensor(
@@ -212,25 +216,27 @@ def _pickled(file: Path) -> Mapping[str, TensorSource]:
 
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a pickled file, mapped. Raises `CheckpointError`."""
+    """The tensors of a pickled file, memory-mapped. Raises `CheckpointError`."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of pickle, zip and torch, whatever the damage
+    except Exception as error:  # pickle, zip and torch raise many types
         raise CheckpointError(
-            f"{file} is damaged, older than PyTorch 1.6, or holds more than tensors ({error}); "
-            "fetch it again, or save the model as safetensors"
+            f"{file} is damaged, older than PyTorch 1.6, or contains more than tensors ({error}); "
+            "download it again, or save the model as safetensors"
         ) from error
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{file} holds no tensors by name")
+        raise CheckpointError(
+            f"{file} must contain tensors by name; save the state dict of the model"
+        )
     return {str(name): t for name, t in loaded.items() if isinstance(t, torch.Tensor)}
 
 
 def write_tensors(
     folder: Path, tensors: Mapping[str, TensorSource], max_shard_size: int | str
 ) -> dict[str, str]:
-    """Write `tensors` as safetensors shards with an index, with a progress bar.
+    """Writes `tensors` as safetensors shards with an index, and shows a progress bar.
 
-    `max_shard_size` is a number of bytes or text (`5GB`). Returns the SHA-256 of each file written.
+    `max_shard_size`: bytes, or a string such as `5GB`. Returns the SHA-256 of each file written.
     """
     plan = split_state_dict_into_shards_factory(
         dict(tensors),
@@ -251,7 +257,7 @@ def write_tensors(
 
 
 def _write_shard(file: Path, tensors: Mapping[str, TensorSource], progress: "tqdm[None]") -> str:
-    """One safetensors file: length of the header, header, tensors, wide dtypes first (aligned)."""
+    """Writes one safetensors file. Tensors with wide dtypes come first, so that all are aligned."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -259,7 +265,7 @@ def _write_shard(file: Path, tensors: Mapping[str, TensorSource], progress: "tqd
         offsets = [end, end := end + tensor.nbytes]
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     digest = hashlib.sha256()
     with file.open("wb") as out:
         for piece in (len(text).to_bytes(8, "little"), text):
@@ -270,6 +276,6 @@ def _write_shard(file: Path, tensors: Mapping[str, TensorSource], progress: "tqd
                 out.write(piece)
                 digest.update(piece)
                 progress.update(len(piece))
-    with safe_open(file, framework="pt"):  # raises when header and data do not fit
+    with safe_open(file, framework="pt"):  # raises if the header does not match the data
         pass
     return digest.hexdigest()

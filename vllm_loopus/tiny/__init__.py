@@ -1,4 +1,4 @@
-"""`loopus-tiny`: the embedded model, its synthetic task, tokenizer and training."""
+"""`loopus-tiny`, the embedded model: its synthetic tasks, tokenizer, training and evaluation."""
 
 from vllm_loopus.extras import need
 

@@ -1,4 +1,4 @@
-"""Training data of `loopus-tiny` as JSON lines, in the forms that `vllm-loopus train` reads."""
+"""The training data of `loopus-tiny` as JSON lines, in the format of `vllm-loopus train`."""
 
 import json
 import random
@@ -19,16 +19,18 @@ from vllm_loopus.tiny.tasks import (
 
 Row = dict[str, Any]
 
-CHAT_SHARE = 0.4  # of the rows; the others are single questions
-BARE_SHARE = 0.5  # of single questions come without their "="
+CHAT_SHARE = 0.4  # share of the rows that are chats; the others are single questions
+BARE_SHARE = 0.5  # share of the single questions without their "="
 TURNS = 3  # of a conversation
 CURRICULUM_SHARE = 0.6
-HELD_OUT_SEED = 1000  # of the items looked at during training
+HELD_OUT_SEED = 1000  # of the items that are evaluated during training
 
 
 def training_rows(rng: random.Random, hardest: Iterable[int]) -> Iterator[Row]:
-    """A row for each entry of `hardest`, tasks in turn: a chat or a single question, of
-    difficulties from 1 to the entry."""
+    """A chat or a single question for each entry of `hardest`, which is its maximum difficulty.
+
+    The tasks alternate.
+    """
     for index, limit in enumerate(hardest):
         task = TASKS[index % len(TASKS)]
         chat = rng.random() < CHAT_SHARE
@@ -46,26 +48,29 @@ def chat_row(items: Iterable[Item]) -> Row:
 
 
 def single_row(item: Item, bare: bool = False) -> Row:
-    """One question as it stands, or bare, without the `=` at its end."""
+    """One question; without the `=` at its end if `bare`."""
     question = item.question.removesuffix("=") if bare else item.question
     return {"prompt": question, "completion": item.answer}
 
 
 def all_difficulties(count: int) -> Iterator[int]:
-    """No curriculum: every row may be as hard as any."""
+    """The maximum difficulty of each of `count` rows without a curriculum."""
     return (MAX_DIFFICULTY for _ in range(count))
 
 
 def curriculum(count: int) -> Iterator[int]:
-    """The hardest difficulty of each of `count` rows. It rises with the square of the way done, so
-    that single steps are learnt first, until `CURRICULUM_SHARE` of the rows."""
+    """The maximum difficulty of each of `count` rows with a curriculum.
+
+    It increases with the square of the progress until `CURRICULUM_SHARE` of the rows, so that
+    single steps are learnt first.
+    """
     for index in range(count):
         done = min(1.0, index / (CURRICULUM_SHARE * count))
         yield 1 + int(done**2 * (MAX_DIFFICULTY - 1))
 
 
 def write_rows(file: Path, rows: Iterable[Row], total: int) -> None:
-    """Write JSON lines."""
+    """Writes rows as JSON lines, with a progress bar."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as out:
         for row in tqdm(rows, total=total, desc=file.name):
@@ -73,8 +78,8 @@ def write_rows(file: Path, rows: Iterable[Row], total: int) -> None:
 
 
 def write_all(folder: Path, base: int, post: int, held_out: int, seed: int = 0) -> None:
-    """`base.jsonl` (`base` rows, easy first), `post.jsonl` (`post` rows of all difficulties) and
-    `held-out.jsonl` (`held_out` items of each task and difficulty, single questions)."""
+    """Writes `base.jsonl` (`base` rows, easy first), `post.jsonl` (`post` rows of all difficulties)
+    and `held-out.jsonl` (`held_out` single questions of each task and difficulty)."""
     first, second = training_rng(seed), training_rng(seed + 1)
     write_rows(folder / "base.jsonl", training_rows(first, curriculum(base)), base)
     write_rows(folder / "post.jsonl", training_rows(second, all_difficulties(post)), post)

@@ -1,4 +1,4 @@
-"""Base, control and looped model of `loopus-tiny` side by side: a table, numbers and pictures.
+"""Compares base, control and looped model of `loopus-tiny`: a table, JSON and pictures.
 
 python -m vllm_loopus.tiny.evaluate --runs runs/tiny --out runs/tiny/report
 """
@@ -19,24 +19,24 @@ from vllm_loopus.recast.output import complete_folder
 from vllm_loopus.tiny.scores import Scores, score
 from vllm_loopus.tiny.tasks import MAX_DIFFICULTY, TASKS, Item, evaluation_set
 
-SEED = 0  # of the items of the report; training looked at others
+SEED = 0  # of the items of the report; training evaluates others
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 LEVELS = range(1, MAX_DIFFICULTY + 1)
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of a share of `count` items."""
+    """The standard error of a share of `count` items."""
     return (share * (1 - share) / count) ** 0.5
 
 
 def load(folder: Path | str) -> tuple[Any, Any]:
-    """A model in float32 and its tokenizer."""
+    """Loads a model in float32 and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def accuracies(right: torch.Tensor, scores: Scores) -> dict[str, Any]:
-    """Share of right answers [M]: of all, and by task and difficulty, with its standard error."""
+    """The share of right answers [M] with its standard error, and by task and difficulty."""
     share = right.mean().item()
     return {
         "accuracy": share,
@@ -48,7 +48,7 @@ def accuracies(right: torch.Tensor, scores: Scores) -> dict[str, Any]:
 
 
 def plain_result(folder: Path | str, items: list[Item]) -> dict[str, Any]:
-    """What a plain model reaches on `items`; perplexity is that of the right answers."""
+    """The accuracies of a plain model on `items`, and the perplexity of the right answers."""
     scores = score(*load(folder), items)
     return {
         **accuracies(scores.right[0], scores),
@@ -57,7 +57,7 @@ def plain_result(folder: Path | str, items: list[Item]) -> dict[str, Any]:
 
 
 def looped_result(folder: Path | str, items: list[Item]) -> dict[str, Any]:
-    """What a LoopUS model reaches on `items`: at every depth, and with early exit by threshold."""
+    """The results of a LoopUS model on `items` at every depth, and with early exit by threshold."""
     model, tokenizer = load(folder)
     assert isinstance(model, LoopUSForCausalLM)
     scores = score(model, tokenizer, items)
@@ -98,7 +98,7 @@ def evaluate(
     per_difficulty: int,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """All models on the same held-out items, as JSON."""
+    """The results of all models on the same held-out items, as JSON."""
     items = evaluation_set(seed, per_difficulty)
     return {
         "items": len(items),
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a result: accuracy by difficulty, both tasks together."""
+    """The Markdown table of a result: accuracy by difficulty over both tasks."""
     looped = result["looped"]
     threshold = str(looped["default_threshold"])
     exit_ = looped["early_exit"][threshold]
@@ -136,15 +136,17 @@ def markdown(result: dict[str, Any]) -> str:
 def main(
     looped: Annotated[str, typer.Option(help="The post-trained model.")] = "runs/tiny/looped/model",
     plain: Annotated[
-        list[str] | None, typer.Option(help="Plain models beside it: NAME=FOLDER.")
+        list[str] | None, typer.Option(help="Plain models to compare with: NAME=FOLDER.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for numbers and pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results and pictures.")] = None,
     training: Annotated[
         Path | None, typer.Option(help="Output of the training run, for its curves.")
     ] = None,
-    per_difficulty: Annotated[int, typer.Option(min=1, help="Items a task and difficulty.")] = 200,
+    per_difficulty: Annotated[
+        int, typer.Option(min=1, help="Items of each task and difficulty.")
+    ] = 200,
 ) -> None:
-    """Print the table; write results.json, table.md and pictures into OUT."""
+    """Print the table, and write results.json, table.md and pictures to OUT."""
     models: dict[str, Path | str] = {}
     for entry in plain or ():
         name, separator, folder = entry.partition("=")

@@ -1,4 +1,4 @@
-"""Pictures of what `loopus-tiny` learned: accuracy by loops, exit depths, training curves."""
+"""Pictures of the results of `loopus-tiny`: accuracy by loops, exit depths, training curves."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ STYLES = {"base": ":", "control": "--"}
 
 
 def draw_all(result: dict[str, Any], training: Path | None, folder: Path) -> None:
-    """`accuracy.png`, `exit-depths.png`, and `training.png` where a run is given."""
+    """Draws `accuracy.png`, `exit-depths.png` and, if a training run is given, `training.png`."""
     _save(_accuracy(result), folder / "accuracy.png")
     _save(_exit_depths(result), folder / "exit-depths.png")
     if training is not None:
@@ -79,9 +79,9 @@ def _exit_depths(result: dict[str, Any]) -> Any:
         for k, mean in zip(LEVELS, means, strict=True):
             axes.annotate(f"{mean:.1f}", (k, 101), ha="center", fontsize=8)
         axes.set(xlabel="steps needed (k)", ylabel="answers, %", ylim=(0, 108))
-        axes.set_title(f"{task}: mean above")
+        axes.set_title(f"{task} (mean exit depth on top)")
     panels[-1].legend(title="exit depth", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"Where answers leave, confidence above {looped['default_threshold']}")
+    figure.suptitle(f"Exit depths of answers, exit threshold {looped['default_threshold']}")
     return figure
 
 
@@ -96,10 +96,10 @@ def _training(run: Path) -> Any:
             values = [line[f"eval_{name}_depth_{depth}"] for line in lines]
             axes.plot(tokens, values, color=colour, label=depth)
     for axes, name in zip(panels, ("loss", "accuracy"), strict=True):
-        axes.set(xlabel="tokens of data, millions", ylabel=f"held-out {name} (answers and ends)")
+        axes.set(xlabel="tokens of data, millions", ylabel=f"held-out {name} (answer and end)")
         axes.grid(alpha=0.3)
     panels[-1].legend(title="depth", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("Post-training: every depth on held-out items")
+    figure.suptitle("Post-training: held-out items at every depth")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What the training of `loopus-tiny` starts from: its data, and a model without weights.
+"""Prepares the training of `loopus-tiny`: its data, and config and tokenizer of the base model.
 
 python -m vllm_loopus.tiny.prepare --out runs/tiny
 """
@@ -35,13 +35,13 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write; it appears when it is complete.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; created only when complete.")],
     base_rows: Annotated[int, typer.Option(min=1, help="Rows of base.jsonl.")] = 300_000,
     post_rows: Annotated[int, typer.Option(min=1, help="Rows of post.jsonl.")] = 250_000,
-    held_out: Annotated[int, typer.Option(min=1, help="Items a task and difficulty.")] = 25,
+    held_out: Annotated[int, typer.Option(min=1, help="Items of each task and difficulty.")] = 25,
     seed: int = 0,
 ) -> None:
-    """Write `start` (config and tokenizer of the base) and `data` (JSON lines)."""
+    """Write `start` (config and tokenizer of the base model) and `data` (JSON lines)."""
     if out.exists():
         raise typer.BadParameter(f"--out {out} exists; choose another folder or delete it")
     with complete_folder(out) as folder:

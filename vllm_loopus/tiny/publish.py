@@ -1,4 +1,4 @@
-"""Put trained models where the package embeds them, with cards that say how good they are.
+"""Copies trained models to the embedded checkpoints of the package, with model cards.
 
 python -m vllm_loopus.tiny.publish --runs runs/tiny
 """
@@ -49,7 +49,7 @@ ABOUT = {
 
 
 def publish(source: Path, name: str, result: dict[str, object], table: str, out: Path) -> None:
-    """Copy the trained model `source` to the folder `out`, with a card for the embedded `name`."""
+    """Copies the trained model `source` to the folder `out`, with the model card for `name`."""
     looped = name == LOOPED
     parameters = AutoModelForCausalLM.from_pretrained(source).num_parameters()
     card = CARD.format(
@@ -72,7 +72,7 @@ def publish(source: Path, name: str, result: dict[str, object], table: str, out:
 def main(
     runs: Annotated[Path, typer.Option(help="Outputs of the training runs.")] = Path("runs/tiny"),
 ) -> None:
-    """Replace the embedded checkpoints by the trained ones."""
+    """Replace the embedded checkpoints with the trained ones."""
     report = runs / "report"
     result = json.loads((report / "results.json").read_text())
     table = (report / "table.md").read_text()

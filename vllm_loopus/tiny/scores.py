@@ -1,6 +1,6 @@
-"""How well models answer the synthetic tasks: by depth, and with early exit.
+"""Scores of models on the synthetic tasks, by depth and with early exit.
 
-An answer is one character, so a model is right when its likeliest next token is that character.
+An answer is one character. It is right if that is the most probable next token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ BATCH_SIZE = 200
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's answers to M items at depths 1..N; a plain model has the one depth.
+    """The scores of one model on M items at depths 1..N; N is 1 for a plain model.
 
     - `right` [N, M]: whether the answer is right.
     - `losses` [N, M]: negative log-likelihood of the right answer, in nats.
-    - `confidences`, `step_lengths` [N, M]: what the halting rule reads; zeros for a plain model.
+    - `confidences`, `step_lengths` [N, M]: inputs of the halting rule; zeros for a plain model.
     """
 
     items: Sequence[Item]
@@ -35,20 +35,20 @@ class Scores:
     step_lengths: torch.Tensor
 
     def exit_depths(self, rule: HaltingRule) -> torch.Tensor:
-        """The depth [M] at which every answer leaves by `rule`."""
+        """The exit depths [M] of the answers by `rule`."""
         exits = ExitTracker(rule, len(self.items))
-        read = zip(self.confidences, self.step_lengths, strict=True)
-        for depth, (confidence, step_length) in enumerate(read, start=1):
-            exits.after(depth, rule.evidence(confidence, step_length))
+        inputs = zip(self.confidences, self.step_lengths, strict=True)
+        for depth, (confidence, step_length) in enumerate(inputs, start=1):
+            exits.update(depth, rule.evidence(confidence, step_length))
         return exits.depths
 
     def at(self, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rightness and losses [M] at one depth an item [M]."""
+        """`right` and `losses` [M] at the given depth of each item [M]."""
         index = (depths - 1)[None]
         return self.right.gather(0, index)[0], self.losses.gather(0, index)[0]
 
     def of(self, task: str | None = None, difficulty: int | None = None) -> torch.Tensor:
-        """Mask [M] of the items of a task and difficulty; None for all."""
+        """Mask [M] of the items with this task and difficulty; None selects all."""
         return torch.tensor(
             [
                 task in (None, item.task) and difficulty in (None, item.difficulty)
@@ -61,7 +61,7 @@ class Scores:
 def score(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
 ) -> Scores:
-    """Ask `model`, a LoopUS or a plain one, all `items` as raw questions."""
+    """Scores `model`, a LoopUS or a plain model, on `items` as raw questions."""
     batches: list[list[tuple[torch.Tensor, ...]]] = []
     for start in range(0, len(items), BATCH_SIZE):
         batch = items[start : start + BATCH_SIZE]
@@ -74,9 +74,9 @@ def score(
                 (
                     (logits.argmax(-1) == answers).float(),
                     F.cross_entropy(logits.float(), answers, reduction="none"),
-                    *read_by_the_rule,
+                    *halting_inputs,
                 )
-                for logits, *read_by_the_rule in _depths(model, ids, last)
+                for logits, *halting_inputs in _depths(model, ids, last)
             ]
         )
     by_depth = [
@@ -89,8 +89,10 @@ def score(
 def _depths(
     model: PreTrainedModel, ids: torch.Tensor, last: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Logits, confidence and step length of the positions `last` [B] at every depth. Padding on the
-    right changes nothing before it: attention is causal."""
+    """Logits, confidence and step length of the positions `last` [B] at every depth.
+
+    Padding on the right has no effect on them, because attention is causal.
+    """
     rows = torch.arange(len(ids))
     if not isinstance(model, LoopUSForCausalLM):
         nothing = torch.zeros(len(ids))
@@ -98,7 +100,7 @@ def _depths(
         return
     embedded = model.get_input_embeddings()(ids)
     positions = model.positions(embedded)
-    for one in model.passes(model.encode(embedded, positions), positions):
-        judged = model.judged(one, (rows, last))
-        logits = model.decode(one.state, positions)[rows, last]
-        yield logits, judged["confidence"], judged["step_length"]
+    for loop_pass in model.passes(model.encode(embedded, positions), positions):
+        halting_inputs = model.halting_inputs(loop_pass, (rows, last))
+        logits = model.decode(loop_pass.state, positions)[rows, last]
+        yield logits, halting_inputs["confidence"], halting_inputs["step_length"]

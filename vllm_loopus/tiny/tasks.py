@@ -1,12 +1,12 @@
-"""The synthetic multi-step tasks that `loopus-tiny` learns: every item has a known difficulty k.
+"""The synthetic multi-step tasks of `loopus-tiny`, whose items have a known difficulty k.
 
-- `swaps`: a ball lies under one of four cups, k pairs of cups are swapped one after the other:
+- `swaps`: a ball is under one of four cups, and k pairs of cups are swapped one after the other:
   `b:ab,cd=` has k = 2 and the answer `a`.
-- `arithmetic`: a pocket calculator of one digit. k operations, left to right without precedence,
-  every result taken modulo 10: `3+2*3=` has k = 2 and the answer `5`.
+- `arithmetic`: k operations on digits, from left to right without precedence, with every result
+  modulo 10: `3+2*3=` has k = 2 and the answer `5`.
 
-Nothing between question and answer is written out: more steps must happen inside the model. Every
-beginning of a question is a question itself, so that one step more is the same step again.
+Intermediate steps are not written out, so the model has to compute them internally. Every prefix of
+a question is a question too, so that each additional step is the same kind of step.
 """
 
 import random
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 TASKS = ("swaps", "arithmetic")
 MAX_DIFFICULTY = 8
 CUPS = "abcd"
-# Each operation permutes the ten digits: no step forgets what was before it. Small steps, some of
-# them none at all, make the tables of the operations quick to learn.
+# Each operation is a permutation of the ten digits, so that the answer depends on all steps. Small
+# operands make the tables of the operations easy to learn.
 OPERANDS = {"+": "012", "-": "012", "*": "13"}
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-# Training uses the even seeds of `random.Random`, evaluation the odd ones: no evaluation draws the
-# numbers of a training run.
+# Training uses even seeds of `random.Random` and evaluation odd ones, so that they never draw the
+# same random numbers.
 TRAIN_SEEDS, EVALUATION_SEEDS = 0, 1
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its only right answer. `difficulty` is the number of steps k."""
+    """One question with its answer. `difficulty`: the number of steps k."""
 
     task: str
     question: str
@@ -51,14 +51,14 @@ def conversation(
     rng: random.Random,
     hardest: int = MAX_DIFFICULTY,
 ) -> list[Item]:
-    """`turns` items of `task`, of difficulties 1 to `hardest`: k is drawn with weight 1/k."""
+    """`turns` items of `task` with difficulties k from 1 to `hardest`, drawn with weights 1/k."""
     levels = range(1, hardest + 1)
     chosen = rng.choices(levels, weights=[1 / k for k in levels], k=turns)
     return [generate(task, k, rng) for k in chosen]
 
 
 def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
-    """`per_difficulty` items for each task and difficulty, drawn as no training run draws."""
+    """`per_difficulty` items for each task and difficulty, with seeds not used in training."""
     rng = random.Random(2 * seed + EVALUATION_SEEDS)
     return [
         generate(task, difficulty, rng)
@@ -69,7 +69,7 @@ def evaluation_set(seed: int, per_difficulty: int) -> list[Item]:
 
 
 def training_rng(seed: int) -> random.Random:
-    """A source of random numbers that no evaluation set uses."""
+    """A random number generator with a seed not used in evaluation."""
     return random.Random(2 * seed + TRAIN_SEEDS)
 
 

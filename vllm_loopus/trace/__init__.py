@@ -1,6 +1,6 @@
-"""Looking inside: what every depth would have said, how states move, where a workload leaves.
+"""Traces of looped models: predictions at every depth, trajectories of states, and exit depths.
 
-`reference` computes on the transformers side, `engine` alone imports vLLM.
+`reference` computes values with transformers. Only `engine` imports vLLM.
 """
 
 from vllm_loopus.extras import need

@@ -1,4 +1,4 @@
-"""How fast the states of a data set settle: values by depth, over all tokens."""
+"""How fast states converge: values by depth over all tokens of a data set."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +14,10 @@ SUMMARISED = ("step_length", "distance_to_last", "kl_to_last", "confidence", "ga
 
 
 def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
-    """Over the tokens of all answers, by depth, as JSON.
+    """Statistics by depth over the tokens of all answers, as JSON.
 
-    `agreement` is the share of tokens whose most probable token is that of the last depth; the
-    others are `{"mean": ..., "quantiles": {"0.1": ...}}`.
+    `agreement`: the share of tokens with the same most probable token as at the last depth. The
+    other values are `{"mean": ..., "quantiles": {"0.1": ...}}`.
     """
     parts: dict[str, list[torch.Tensor]] = {}
     for one in values:
@@ -29,16 +29,16 @@ def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
     num_depths, num_tokens = columns["agreement"].shape
     depths = []
     for row in range(num_depths):
-        told: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "depth": row + 1,
             "agreement": number(columns["agreement"][row].mean()),
         }
         for name in SUMMARISED:
             column = columns[name][row]
             found = np.quantile(column, QUANTILES).tolist()
-            told[name] = {
+            summary[name] = {
                 "mean": number(column.mean()),
                 "quantiles": {f"{q:g}": number(v) for q, v in zip(QUANTILES, found, strict=True)},
             }
-        depths.append(told)
+        depths.append(summary)
     return {"num_tokens": num_tokens, "depths": depths}

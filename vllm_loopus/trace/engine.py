@@ -1,4 +1,4 @@
-"""The served engine's answers: tokens and exit depths. The one module here that imports vLLM."""
+"""Answers and exit depths of the vLLM engine. The only module of this package that uses vLLM."""
 
 import os
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from vllm_loopus.modeling.halting import HaltingRule
 
 
 def start(source: str, rule: HaltingRule, *, dtype: str, max_model_len: int) -> Any:
-    """vLLM's `LLM` for a checkpoint whose halting fields are those of `rule`; it takes token ids.
+    """Starts vLLM's `LLM` for a checkpoint, with the halting fields of `rule` and no tokenizer.
 
-    Raises `ValueError` when vLLM is not there or refuses it.
+    Raises `ValueError` if vLLM is not installed or does not start.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -36,7 +36,7 @@ def start(source: str, rule: HaltingRule, *, dtype: str, max_model_len: int) -> 
             dtype=dtype,
             max_model_len=max_model_len,
         )
-    except RuntimeError as error:  # its reason is in the log above
+    except RuntimeError as error:  # vLLM has logged the reason
         raise ValueError(f"vLLM does not start with {source}: {error}") from error
 
 
@@ -49,7 +49,7 @@ def answer(
 ) -> list[tuple[list[int], list[int]]]:
     """Greedy token ids and exit depths for prompts of token ids, all in one batch.
 
-    The knobs of `rule` that a request may set are set by the request.
+    The knobs of `rule` that requests can set are given with each request.
     """
     from vllm import SamplingParams
 
@@ -58,7 +58,7 @@ def answer(
     params = SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
-        ignore_eos=True,  # `stops` has it: the same tokens end an answer on both sides
+        ignore_eos=True,  # `stops` includes it
         stop_token_ids=list(stops),
         detokenize=False,
         extra_args={

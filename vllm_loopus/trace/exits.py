@@ -1,4 +1,4 @@
-"""Where tokens leave and why, worked out from their values at every depth."""
+"""Exit depths of tokens and their reasons, computed from the values at every depth."""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +11,16 @@ from vllm_loopus.modeling.exit_rule import new_carry
 from vllm_loopus.modeling.halting import HaltingRule
 
 BUDGET, MIN_LOOPS = "budget", "min_loops"
-CERTAIN = 1e-4  # rounding decides about values that are closer to a limit than this
+CERTAIN = 1e-4  # with a smaller margin, rounding may decide
 
 
 @dataclass(frozen=True)
 class Exits:
-    """Of n tokens: exit depths, reasons, and how near the rule was to deciding otherwise.
+    """Exit depths, reasons and margins of n tokens.
 
-    A reason is the halting strategy, `min_loops` (the criterion held before, at a depth too small
-    to leave at) or `budget` (the criterion did not hold at the last depth).
+    - Reason: the halting strategy, `min_loops` (the criterion held at a depth below `min_loops`) or
+      `budget` (the criterion did not hold at the last depth).
+    - Margin: the least distance of a value that the rule compared from its limit.
     """
 
     depths: list[int]
@@ -28,7 +29,10 @@ class Exits:
 
 
 def exits(rule: HaltingRule, confidence: torch.Tensor, step_length: torch.Tensor) -> Exits:
-    """By `rule`, from `q` and `||h^r - h^(r-1)||` at depths 1.. [N, n]; N is `rule.max_loops`."""
+    """Applies `rule` to the confidence `q` and the step length at depths 1..N, [N, n] each.
+
+    N must be `rule.max_loops`.
+    """
     num_tokens = confidence.shape[1]
     depths, reasons = [0] * num_tokens, [""] * num_tokens
     margins = [math.inf] * num_tokens
@@ -37,32 +41,32 @@ def exits(rule: HaltingRule, confidence: torch.Tensor, step_length: torch.Tensor
     for depth, (q, length) in enumerate(zip(confidence, step_length, strict=True), 1):
         evidence = rule.evidence(q, length)
         satisfied, _ = rule.satisfied(depth, evidence, carry)
-        leaves, carry = rule.exits(depth, evidence, carry)
+        exiting, carry = rule.exits(depth, evidence, carry)
         distance = _margin(rule, depth, evidence, carry)
         for token in range(num_tokens):
             if depths[token]:
                 continue
             if rule.min_loops <= depth < rule.max_loops:
                 margins[token] = min(margins[token], float(distance[token]))
-            if leaves[token]:
+            if exiting[token]:
                 depths[token] = depth
                 if not satisfied[token]:
                     reasons[token] = BUDGET
                 else:
                     reasons[token] = MIN_LOOPS if held_back[token] else rule.strategy
-            # Once it was free to leave and did not, nothing holds it back any more.
+            # `min_loops` no longer holds back a token that could have exited here and did not.
             free = bool(depth >= rule.min_loops) and _evaluated(rule, depth)
             held_back[token] = (held_back[token] or bool(satisfied[token])) and not free
     return Exits(depths, reasons, margins)
 
 
 def rule_of(document: Mapping[str, Any], **changed: Any) -> HaltingRule:
-    """The halting rule of a trace as JSON, with fields `changed`."""
+    """The halting rule of a JSON trace, with some fields `changed`."""
     return HaltingRule(**{**document["halting"], **changed})
 
 
 def exits_of(trace: Mapping[str, Any], rule: HaltingRule) -> Exits:
-    """Where the tokens of a trace, as JSON, leave by `rule`."""
+    """The exits of the tokens of a JSON trace by `rule`."""
     columns = {
         name: torch.tensor(
             [
@@ -83,7 +87,7 @@ def _evaluated(rule: HaltingRule, depth: int) -> bool:
 def _margin(
     rule: HaltingRule, depth: int, evidence: torch.Tensor, carry: torch.Tensor
 ) -> torch.Tensor:
-    """Distance [n] between what the rule compares at `depth` and its limit."""
+    """The distance [n] between the value that the rule compares at `depth` and its limit."""
     if not _evaluated(rule, depth):
         return torch.full_like(evidence, math.inf)
     if rule.strategy == "convergence":

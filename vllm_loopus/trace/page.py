@@ -1,4 +1,4 @@
-"""The trace as one HTML page that needs nothing but itself, not even a network."""
+"""The trace as a self-contained HTML page that works without a network."""
 
 import base64
 import hashlib
@@ -10,14 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vllm_loopus.trace.tokens import visible
 
-MOST_TRACES = 50  # a page of hundreds opens slowly
+MOST_TRACES = 50  # pages with more open slowly
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """The page of a trace's JSON.
+    """The HTML page of a JSON trace.
 
-    Texts of a model are data, never markup: the template escapes, the script sets text only, and
-    the page's security policy lets no other script run and nothing be fetched.
+    Texts of a model are never markup: the template escapes them, and the script only sets text
+    content. The content security policy forbids other scripts and any network access.
     """
     folder = resources.files("vllm_loopus.trace") / "templates"
     script = (folder / "trace.js").read_text()
@@ -38,7 +38,7 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def _texts(traces: list[Mapping[str, Any]]) -> dict[str, str]:
-    """How token texts are shown, for those that are not shown as they are."""
+    """The displayed form of the token texts that are not displayed unchanged."""
     texts = set()
     for trace in traces:
         for token in trace["tokens"]:

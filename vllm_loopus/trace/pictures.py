@@ -1,4 +1,4 @@
-"""Figures: trajectories of states, convergence over a data set, exit depths of a workload."""
+"""Figures of state trajectories, convergence over a data set, and exit depths of a workload."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,10 @@ INK, SHADE = "#31407a", "#b9c3ea"
 
 
 def save(figure: Figure, file: Path) -> None:
-    """In the format that the file's name says, complete or not at all. Raises `ValueError` for one
-    that is not known, `OSError` naming `file` when it cannot be written."""
+    """Saves a figure atomically, in the format given by the file's suffix.
+
+    Raises `ValueError` for an unknown format and `OSError` if `file` cannot be written.
+    """
     with complete_file(file) as unfinished:
         figure.savefig(
             unfinished, dpi=130, metadata={"Date": None} if file.suffix == ".svg" else None
@@ -26,9 +28,9 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:
-    """PCA of the states of some tokens, gate coefficient and distances by depth.
+    """Draws the PCA of some tokens' states, and their gate coefficients and distances by depth.
 
-    `trace` is one of a trace's JSON, with `trajectories`.
+    `trace`: one entry of a JSON trace, with `trajectories`.
     """
     found = trace["trajectories"]
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -43,8 +45,8 @@ def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:
         places.plot(x, y, "-", color=colour, linewidth=1.2, alpha=0.8, label=label)
         places.scatter(x[1:], y[1:], s=12, color=colour)
         places.scatter(x[:1], y[:1], s=30, facecolor="white", edgecolor=colour, zorder=3)
-        left = token["exit_depth"]
-        places.scatter(x[left], y[left], marker="*", s=130, color=colour, zorder=4)
+        exit_depth = token["exit_depth"]
+        places.scatter(x[exit_depth], y[exit_depth], marker="*", s=130, color=colour, zorder=4)
         depths = [depth["depth"] for depth in token["depths"]]
         for axes, name in (
             (gate, "gate_mean"),
@@ -52,12 +54,12 @@ def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:
             (rest, "distance_to_last"),
         ):
             axes.plot(depths, [d[name] for d in token["depths"]], ".-", color=colour)
-            value = token["depths"][left - 1][name]
-            axes.plot([left], [value], "*", color=colour, markersize=11)
+            value = token["depths"][exit_depth - 1][name]
+            axes.plot([exit_depth], [value], "*", color=colour, markersize=11)
     shares = [share or 0 for share in found["explained"]]
     places.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
     places.set_ylabel(f"second ({shares[1]:.0%})")
-    places.set_title("states: circle depth 0, star exit", fontsize=10)
+    places.set_title("states (circle: depth 0, star: exit)", fontsize=10)
     for text in places.legend(fontsize=8).get_texts():
         text.set_parse_math(False)
     _by_depth(gate, "gate coefficient, mean over channels")
@@ -67,7 +69,7 @@ def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:
 
 
 def draw_convergence(found: Mapping[str, Any], title: str) -> Figure:
-    """Means and quantiles by depth over a data set, from `convergence`."""
+    """Draws the means and quantiles by depth over a data set, from `convergence`."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     figure.suptitle(f"{title}, {found['num_tokens']} tokens", parse_math=False)
     depths = [row["depth"] for row in found["depths"]]
@@ -91,16 +93,17 @@ def draw_convergence(found: Mapping[str, Any], title: str) -> Figure:
         _by_depth(axes, label)
     panels[2].plot(depths, [100 * row["agreement"] for row in found["depths"]], ".-", color=INK)
     panels[2].set_ylim(0, 105)
-    _by_depth(panels[2], "says what the last depth says, %")
+    _by_depth(panels[2], "same token as at the last depth, %")
     return figure
 
 
 def draw_workload(statistics: Mapping[str, Any], title: str) -> Figure:
-    """Exit depths over all tokens, by position, by token class and by label."""
+    """Draws exit depths over all tokens, by position, by token class and by label."""
     groups = {name: rows for name, rows in statistics["groups"].items() if rows}
     figure = Figure(figsize=(4.2 * (len(groups) + 1), 4.2), layout="constrained")
-    told = "means, with lines from quantile 0.1 to 0.9"
-    figure.suptitle(f"{title}: exit depths; {told}", parse_math=False)
+    figure.suptitle(
+        f"{title}: exit depths; means, with lines from quantile 0.1 to 0.9", parse_math=False
+    )
     panels = figure.subplots(1, len(groups) + 1, squeeze=False)[0]
     counts = statistics["overall"]["by_depth"]
     depths = [int(depth) for depth in counts]

@@ -1,4 +1,4 @@
-"""What is to be traced: prompts, and answers where they are given."""
+"""Reads the prompts to trace, and their answers if they are given."""
 
 import json
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ OWN_FIELDS = ("prompt", "prompt_token_ids", "answer", "answer_token_ids")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the answer where it is given rather than generated."""
+    """A prompt, and its answer if that is given and not generated."""
 
     prompt: str | None
     prompt_ids: list[int]
     answer: list[int] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)  # others of its line, such as a difficulty
+    fields: dict[str, Any] = field(default_factory=dict)  # other fields of its line
 
 
 def from_text(
@@ -29,7 +29,7 @@ def from_text(
     chat: bool = False,
     **fields: Any,
 ) -> Question:
-    """Raises `ValueError` for a prompt or answer without tokens."""
+    """A question from a prompt. Raises `ValueError` for a prompt or answer without tokens."""
     ids = vocabulary.chat(prompt) if chat else vocabulary.encode(prompt)
     given = None if answer is None else _answer(vocabulary, answer)
     return Question(prompt, ids, given, fields)
@@ -38,10 +38,11 @@ def from_text(
 def from_file(
     vocabulary: Vocabulary, file: Path, chat: bool = False, given: bool = False
 ) -> list[Question]:
-    """Of a text file a line each; of JSON lines, objects with `prompt` or `prompt_token_ids`.
+    """The questions in a file: the lines of a text file, or JSON lines with `prompt` or
+    `prompt_token_ids`.
 
-    `given`: their `answer` or `answer_token_ids` is traced instead of a generated one. Raises
-    `ValueError` naming the line.
+    `given`: trace the `answer` or `answer_token_ids` of each line instead of a generated answer.
+    Raises `ValueError` that names the line.
     """
     try:
         lines = file.read_text().splitlines()
@@ -55,18 +56,18 @@ def from_file(
             if file.suffix in JSON_LINES:
                 questions.append(_from_line(vocabulary, line, chat, given))
             elif given:
-                raise ValueError("a text file has no answers; give JSON lines with `answer`")
+                raise ValueError("text files cannot have answers; give JSON lines with `answer`")
             else:
                 questions.append(from_text(vocabulary, line, chat=chat))
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
     if not questions:
-        raise ValueError(f"prompts={str(file)!r} holds no prompt")
+        raise ValueError(f"prompts={str(file)!r} has no prompt; write one on each line")
     return questions
 
 
 def check_lengths(questions: Iterable[Question], max_tokens: int, context: int) -> None:
-    """Raises `ValueError` for a prompt that leaves its answer no room in the model's context."""
+    """Raises `ValueError` if a prompt and its answer exceed the model's context."""
     for question in questions:
         prompt = len(question.prompt_ids)
         answer = max_tokens if question.answer is None else len(question.answer)
@@ -74,7 +75,7 @@ def check_lengths(questions: Iterable[Question], max_tokens: int, context: int) 
             what = f"max_tokens={max_tokens}" if question.answer is None else "the answer"
             raise ValueError(
                 f"a prompt of {prompt} tokens and {what} ({answer}) are {prompt + answer} tokens, "
-                f"but the model's context is {context}; shorten one of them"
+                f"but the model's context is {context} tokens; shorten one of them"
             )
 
 
@@ -91,7 +92,7 @@ def _from_line(vocabulary: Vocabulary, line: str, chat: bool, given: bool) -> Qu
         answer = _given(vocabulary, row)
     ids, prompt = row.get("prompt_token_ids"), row.get("prompt")
     if prompt is not None and not isinstance(prompt, str):
-        raise ValueError(f"prompt={prompt!r} must be a text")
+        raise ValueError(f"prompt={prompt!r} must be a string")
     if ids is not None:
         if not isinstance(ids, list):
             raise ValueError("prompt_token_ids must be a list of token ids")
@@ -112,7 +113,7 @@ def _given(vocabulary: Vocabulary, row: dict[str, Any]) -> list[int]:
 
 
 def _answer(vocabulary: Vocabulary, text: str) -> list[int]:
-    """An answer goes on where the prompt ended: no beginning-of-text token."""
+    """Encodes an answer without a beginning-of-text token, because it continues the prompt."""
     try:
         return vocabulary.encode(text, special=False)
     except ValueError as error:

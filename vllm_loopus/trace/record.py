@@ -1,4 +1,4 @@
-"""The trace as data: what is written as JSON and drawn. The schema is in docs/looking-inside.md."""
+"""The data of a trace, and its JSON format, which docs/looking-inside.md documents."""
 
 import json
 import math
@@ -19,8 +19,8 @@ FORMAT, VERSION = "vllm-loopus trace", 1
 
 
 @dataclass(frozen=True)
-class Guess:
-    """A token that a depth would have said, and its probability."""
+class Prediction:
+    """A token predicted at a depth, and its probability."""
 
     token_id: int
     text: str
@@ -29,11 +29,11 @@ class Guess:
 
 @dataclass(frozen=True)
 class Depth:
-    """A token at one depth. Numbers that are not finite are None."""
+    """The values of a token at one depth. Values that are not finite are None."""
 
     depth: int
-    top: list[Guess]  # most probable first
-    probability: float | None  # of the token that came
+    top: list[Prediction]  # most probable first
+    probability: float | None  # of the answer's token
     confidence: float | None
     gate_mean: float | None
     step_length: float | None
@@ -43,31 +43,31 @@ class Depth:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the answer. `position` is the one that it was predicted from, 0-based."""
+    """A token of the answer. `position`: the 0-based position from which it was predicted."""
 
     token_id: int
     text: str
     token_class: str
     position: int
     exit_depth: int
-    left_by: str  # threshold, cdf, convergence, min_loops or budget
+    left_by: str  # why it exited: threshold, cdf, convergence, min_loops or budget
     depths: list[Depth]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One prompt with its answer. `exit_depths` and `token_ids` repeat what `tokens` say."""
+    """One prompt with its answer. `exit_depths` and `token_ids` repeat fields of `tokens`."""
 
     prompt: str | None
     prompt_token_ids: list[int]
     text: str | None
     token_ids: list[int]
     exit_depths: list[int]
-    engine_exit_depths: list[int] | None  # where the engine generated: what it says itself
-    given: bool  # the answer was given, not generated
+    engine_exit_depths: list[int] | None  # those that vLLM returned, if it generated the answer
+    given: bool  # whether the answer was given, not generated
     tokens: list[Token]
     trajectories: dict[str, Any] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)  # of the line the prompt was read from
+    fields: dict[str, Any] = field(default_factory=dict)  # other fields of the prompt's line
 
 
 def build(
@@ -82,7 +82,7 @@ def build(
     given: bool,
     fields: dict[str, Any],
 ) -> Trace:
-    """The trace of an answer from its values and exits."""
+    """Builds the trace of an answer from its values and exits."""
     columns = {
         name: _numbers(getattr(values, name))
         for name in (
@@ -101,8 +101,8 @@ def build(
             Depth(
                 depth=row + 1,
                 top=[
-                    Guess(guess, vocabulary.text(guess), probability)
-                    for guess, probability in zip(
+                    Prediction(predicted, vocabulary.text(predicted), probability)
+                    for predicted, probability in zip(
                         ids[row][index], probabilities[row][index], strict=True
                     )
                 ],
@@ -142,7 +142,7 @@ def document(
     traces: Iterable[Trace],
     convergence: dict[str, Any],
 ) -> dict[str, Any]:
-    """What `trace --json` writes."""
+    """The content of the file that `trace --json` writes."""
     from vllm_loopus import __version__
 
     return {
@@ -159,17 +159,17 @@ def document(
 
 
 def write(data: dict[str, Any], file: Path) -> None:
-    """One line of ASCII JSON, complete or not at all. Raises `OSError` naming `file`."""
+    """Writes one line of ASCII JSON atomically. Raises `OSError` that names `file`."""
     write_text(file, json.dumps(data, allow_nan=False) + "\n")
 
 
 def number(value: Any) -> float | None:
-    """The shortest decimal that reads back as the same float32; None for what is not finite."""
+    """The shortest decimal that gives the same float32; None if the value is not finite."""
     return float(str(np.float32(value))) if math.isfinite(value) else None
 
 
 def _numbers(values: Any) -> Any:
-    """A tensor as nested lists of such numbers."""
+    """A tensor as nested lists, with `number` applied to each value."""
     flat = np.asarray(values, dtype=np.float32)
     numbers = np.array([number(value) for value in flat.ravel()], dtype=object)
     return numbers.reshape(flat.shape).tolist()

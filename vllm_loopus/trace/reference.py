@@ -1,9 +1,9 @@
-"""What every depth would have said, on the transformers side.
+"""The predictions and other values at every depth, computed with the reference model.
 
-One uncached pass of prompt and answer to the full depth has all of it: attention is causal, so the
-state of position t at depth r, and what the decoder makes of it with all positions at that depth,
-`D(h^r_{1..t})_t`, do not depend on what comes after t nor on where other tokens left. These are the
-states that the reference model decodes with, by definition (`modeling/model.py`).
+One uncached run of prompt and answer to full depth gives all of them. Attention is causal, so the
+state of position t at depth r and the logits `D(h^r_{1..t})_t`, with all positions at that depth,
+do not depend on later positions or on exit depths of other tokens. By definition, these are the
+states that the reference model decodes (`modeling/model.py`).
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace.tokens import Vocabulary
 
-LOGITS_AT_ONCE = 2**26  # over all depths; 256 MiB in float32
+LOGITS_AT_ONCE = 2**26  # maximum number of logits computed at a time; 256 MiB in float32
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class DepthValues:
-    """Of n tokens at depths 1..N (N first in every shape), in float32 on the CPU.
+    """Values of n tokens at depths 1..N, in float32 on the CPU. N is the first dimension.
 
-    `h` below is the state of the position that a token is predicted from, `p` the distribution over
-    next tokens that the decoder gives there.
+    `h`: the state of the position from which the token is predicted. `p`: the distribution over
+    next tokens that the decoder gives for it.
     """
 
     states: torch.Tensor  # [N + 1, n, H]: h^0 .. h^N
@@ -36,16 +36,16 @@ class DepthValues:
     step_length: torch.Tensor  # [N, n]: ||h^r - h^(r-1)||_2
     distance_to_last: torch.Tensor  # [N, n]: ||h^r - h^N||_2
     kl_to_last: torch.Tensor  # [N, n]: KL(p^N || p^r) in nats
-    probability: torch.Tensor  # [N, n]: of the token that came
+    probability: torch.Tensor  # [N, n]: of the answer's token
     top_ids: torch.Tensor  # [N, n, k], most probable first
     top_probabilities: torch.Tensor  # [N, n, k]
-    logit_gap: torch.Tensor  # [N, n]: between the best two logits
+    logit_gap: torch.Tensor  # [N, n]: difference of the two largest logits
 
 
 def load_model(source: str, config: LoopUSConfig, dtype: str, device: str) -> LoopUSForCausalLM:
-    """The reference model of a checkpoint.
+    """Loads the reference model of a checkpoint.
 
-    Raises `ValueError` for a device or dtype that cannot be, `ValueError` or `OSError` for weights.
+    Raises `ValueError` for an invalid device or dtype, `ValueError` or `OSError` for bad weights.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -59,14 +59,14 @@ def load_model(source: str, config: LoopUSConfig, dtype: str, device: str) -> Lo
 
 
 def load_vocabulary(source: str, config: LoopUSConfig, tokenizer: str | None) -> Vocabulary:
-    """The model's tokens: `tokenizer` where given, or the checkpoint's own, or its base's.
+    """The vocabulary with `tokenizer` if given, else with that of the checkpoint or its base model.
 
-    Without `tokenizer` a model may have none. Raises `ValueError` for one that cannot be loaded.
+    The vocabulary may have no tokenizer. Raises `ValueError` if `tokenizer` cannot be loaded.
     """
     for name in [tokenizer] if tokenizer else [source, config.base_model_name_or_path]:
         try:
             loaded = AutoTokenizer.from_pretrained(name) if name else None
-        except Exception as error:  # of the hub, of tokenizer files
+        except Exception as error:  # transformers raises many types
             if tokenizer:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(f"tokenizer={tokenizer!r} cannot be loaded: {reason}") from error
@@ -77,7 +77,7 @@ def load_vocabulary(source: str, config: LoopUSConfig, tokenizer: str | None) ->
 
 
 def stop_tokens(model: LoopUSForCausalLM, vocabulary: Vocabulary) -> list[int]:
-    """The tokens that end an answer: those of generation config, base and tokenizer."""
+    """The end tokens of an answer: those of generation config, base config and tokenizer."""
     found = [
         getattr(model.generation_config, "eos_token_id", None),
         model.config.base.eos_token_id,
@@ -91,7 +91,7 @@ def stop_tokens(model: LoopUSForCausalLM, vocabulary: Vocabulary) -> list[int]:
 def generate(
     model: LoopUSForCausalLM, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]
 ) -> list[int]:
-    """Greedy tokens by transformers' `generate`, a stop token included."""
+    """Generates greedily with transformers. Returns the token ids, including a stop token."""
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_tokens,
@@ -100,7 +100,7 @@ def generate(
     )
     ids = torch.tensor([list(prompt)], device=model.device)
     own = model.generation_config
-    model.generation_config = greedy  # or it would fill in what `greedy` leaves open
+    model.generation_config = greedy  # else its fields would override unset ones of `greedy`
     try:
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     finally:
@@ -112,34 +112,40 @@ def generate(
 def depth_values(
     model: LoopUSForCausalLM, prompt: Sequence[int], answer: Sequence[int], top: int = 5
 ) -> DepthValues:
-    """Values of the answer's tokens at all depths up to the model's `max_loops`."""
+    """The values of the answer's tokens at all depths up to `max_loops`."""
     sequence = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
-    asked = slice(len(prompt) - 1, None)  # a token is predicted from the position before it
+    predicting = slice(len(prompt) - 1, None)  # a token is predicted from the position before it
     embedded = model.encoder.embed_tokens(sequence)
     positions = model.positions(embedded)
     state = model.encode(embedded, positions)
-    states, decoded, judged, gate_mean = [state[0, asked]], [], [], []
-    for one in model.passes(state, positions):
-        before, after, moved = (h[0, asked] for h in (one.before, one.state, one.update))
-        gate_mean.append(model.reasoning.gate.coefficient(moved, before).float().mean(-1))
-        judged.append(model.judged(one, (0, asked)))
-        decoded.append(model.decoder.norm(model.decoder.run_layers(one.state, positions))[0, asked])
+    states, decoded, halting_inputs, gate_mean = [state[0, predicting]], [], [], []
+    for loop_pass in model.passes(state, positions):
+        before, after = loop_pass.before[0, predicting], loop_pass.state[0, predicting]
+        update = loop_pass.update[0, predicting]
+        gate_mean.append(model.reasoning.gate.coefficient(update, before).float().mean(-1))
+        halting_inputs.append(model.halting_inputs(loop_pass, (0, predicting)))
+        decoded.append(
+            model.decoder.norm(model.decoder.run_layers(loop_pass.state, positions))[0, predicting]
+        )
         states.append(after)
-    every = torch.stack(states).float()
+    all_states = torch.stack(states).float()
     return DepthValues(
-        states=every.cpu(),
-        confidence=torch.stack([one["confidence"] for one in judged]).cpu(),
+        states=all_states.cpu(),
+        confidence=torch.stack([inputs["confidence"] for inputs in halting_inputs]).cpu(),
         gate_mean=torch.stack(gate_mean).cpu(),
-        step_length=torch.stack([one["step_length"] for one in judged]).cpu(),
-        distance_to_last=torch.linalg.vector_norm(every[1:] - every[-1], dim=-1).cpu(),
-        **_said(model, torch.stack(decoded), torch.tensor(answer, device=model.device), top),
+        step_length=torch.stack([inputs["step_length"] for inputs in halting_inputs]).cpu(),
+        distance_to_last=torch.linalg.vector_norm(all_states[1:] - all_states[-1], dim=-1).cpu(),
+        **_predictions(model, torch.stack(decoded), torch.tensor(answer, device=model.device), top),
     )
 
 
-def _said(
+def _predictions(
     model: LoopUSForCausalLM, hidden: torch.Tensor, answer: torch.Tensor, top: int
 ) -> dict[str, Any]:
-    """What normed hidden states [N, n, H] say, a few tokens at a time: logits are large."""
+    """The fields of `DepthValues` that come from logits, from normed hidden states [N, n, H].
+
+    Computed for a few tokens at a time, because the logits of all tokens may not fit in memory.
+    """
     num_depths, num_tokens = hidden.shape[:2]
     vocabulary = model.config.vocab_size
     at_once = max(1, LOGITS_AT_ONCE // (num_depths * vocabulary))
@@ -147,13 +153,13 @@ def _said(
     for start in range(0, num_tokens, at_once):
         logits = model.decoder.logits(hidden[:, start : start + at_once]).float()
         log_p = F.log_softmax(logits, dim=-1)
-        came = answer[start : start + at_once].expand(num_depths, -1).unsqueeze(-1)
+        actual = answer[start : start + at_once].expand(num_depths, -1).unsqueeze(-1)
         best = log_p.topk(min(top, vocabulary), dim=-1)
         best_logits = logits.topk(2, dim=-1).values
         last = log_p[-1]
         found = {
             "kl_to_last": (last.exp() * (last - log_p)).sum(-1).clamp(min=0),
-            "probability": log_p.gather(-1, came).squeeze(-1).exp(),
+            "probability": log_p.gather(-1, actual).squeeze(-1).exp(),
             "top_ids": best.indices,
             "top_probabilities": best.values.exp(),
             "logit_gap": best_logits[..., 0] - best_logits[..., 1],

@@ -1,15 +1,15 @@
-"""Saved runs: answers with exit depths, in the shapes that servers, batches and scripts write.
+"""Reads saved runs: answers with exit depths, in the formats of servers, batches and scripts.
 
-A line is an object; what is looked for in it, in this order:
+Each line is a JSON object in one of these formats:
 
-- an answer of the OpenAI server, alone or under `response` (`body` inside it in a batch's output
-  file): each of its `choices` (completions, chat, the last chunk of a choice in a stream), or the
-  answer itself (responses);
-- a line of a script: `exit_depths` with `token_ids`, `tokens` (texts) or `text`, or `outputs` of
-  them;
-- a file of `vllm-loopus trace --json`, whole or a trace a line.
+- an answer of the OpenAI server, alone or in `response` (and there in `body` in the output of a
+  batch): each of its `choices` (completions, chat, the last event of a choice in a stream), or the
+  answer itself (Responses API);
+- a line of a script: `exit_depths` with `token_ids`, `tokens` (texts) or `text`, or a list of these
+  in `outputs`;
+- the output of `vllm-loopus trace --json`, as one file or one trace per line.
 
-Lines of a stream may begin with `data: `; chunks without exit depths are passed over.
+Lines of a stream may start with `data: `; events without exit depths are ignored.
 """
 
 import json
@@ -29,7 +29,7 @@ PARTS = ("choices", "outputs")
 
 @dataclass(frozen=True)
 class Answered:
-    """Exit depths of an answer's tokens, their classes, and the label of its line."""
+    """The exit depths and classes of an answer's tokens, and the label of its line."""
 
     exit_depths: list[int]
     classes: list[str]
@@ -37,9 +37,9 @@ class Answered:
 
 
 def read(file: Path, vocabulary: Vocabulary | None = None, by: str | None = None) -> list[Answered]:
-    """The answers of a run. `by` names the label's field, `a.b` for one inside another.
+    """The answers of a run. `by`: the field with the label, `a.b` for a nested one.
 
-    Raises `ValueError` naming the line for what cannot be read, and when no answer has depths.
+    Raises `ValueError` that names the line if it cannot be read, or if no answer has exit depths.
     """
     try:
         text = file.read_text()
@@ -53,16 +53,16 @@ def read(file: Path, vocabulary: Vocabulary | None = None, by: str | None = None
             raise ValueError(f"{file}, {where}: {error}") from error
     if not answers:
         raise ValueError(
-            f"{file} holds no exit depths; ask the server with vllm_xargs "
-            '{"return_exit_depths": 1}, or write vllm_loopus.exit_depths(output) offline'
+            f"{file} has no exit depths; send requests with vllm_xargs "
+            '{"return_exit_depths": 1}, or save vllm_loopus.exit_depths(output) offline'
         )
     if by is not None and all(answer.label is None for answer in answers):
-        raise ValueError(f"by={by!r}: no line of {file} has that field")
+        raise ValueError(f"by={by!r}: no line of {file} has this field")
     return answers
 
 
 def _rows(text: str) -> Iterator[tuple[str, Any]]:
-    """The objects of a file: its lines, or all of it where it is one object."""
+    """The objects of a file: its lines, or the entries of a single JSON value."""
     try:
         whole = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -71,7 +71,7 @@ def _rows(text: str) -> Iterator[tuple[str, Any]]:
         rows = whole if isinstance(whole, list) else [whole]
         yield from ((f"entry {number}", row) for number, row in enumerate(rows, 1))
         return
-    # Not splitlines(): texts may hold line separators of other kinds.
+    # Not splitlines(): texts may contain other line separators.
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip().removeprefix("data: ")
         if not line or line == "[DONE]" or line.startswith(("event: ", ":")):
@@ -87,10 +87,12 @@ def _answers(row: Any, vocabulary: Vocabulary | None, by: str | None) -> Iterato
         raise ValueError("must be a JSON object")
     if row.get("format") == FORMAT:
         if row.get("version") != VERSION:
-            raise ValueError(f"version={row.get('version')!r} of a trace is not {VERSION}")
+            raise ValueError(
+                f"version={row.get('version')!r} of a trace is not supported, only {VERSION}"
+            )
         for trace in _objects(row.get("traces"), "traces"):
             if not isinstance(trace.get("fields"), Mapping) or "exit_depths" not in trace:
-                raise ValueError("a trace needs exit_depths and fields; is the file whole?")
+                raise ValueError("a trace needs exit_depths and fields; check that it is complete")
             yield _answered(trace, _label({**trace, **trace["fields"]}, by), vocabulary)
         return
     label = _label(row, by)
@@ -133,17 +135,19 @@ def _answered(
         raise ValueError(f"exit_depths must be a list of whole numbers from 1 to {most}")
     classes = _classes(part, len(depths), vocabulary)
     if classes is not None and len(classes) != len(depths):
-        raise ValueError(f"has {len(depths)} exit depths, but {len(classes)} tokens")
+        raise ValueError(
+            f"has {len(depths)} exit depths, but {len(classes)} tokens; check --model and the line"
+        )
     return Answered(depths, classes or [UNKNOWN] * len(depths), label)
 
 
 def _classes(
     part: Mapping[str, Any], num_tokens: int, vocabulary: Vocabulary | None
 ) -> list[str] | None:
-    """The class of each token by the first of these that the answer has; None where none is known.
+    """The class of each token, from the first of these that the answer has; None without any.
 
-    Texts of tokens (of a trace, `tokens`, or log-probabilities); ids, with a vocabulary; the whole
-    text, where the tokenizer makes as many tokens of it, end-of-text aside.
+    Texts of tokens (of a trace or in `tokens`); ids, with a vocabulary; texts in log-probabilities;
+    the whole text, if the tokenizer splits it into as many tokens (without an end token).
     """
     tokens = part.get("tokens")
     if isinstance(tokens, list) and all(isinstance(token, str) for token in tokens):
@@ -170,12 +174,12 @@ def _classes(
 
 
 def _ended(part: Mapping[str, Any]) -> bool:
-    """Whether the last token of an answer may be its end-of-text, which its text does not show."""
+    """Whether the last token of an answer may be an end token, which is not part of its text."""
     return part.get("finish_reason") in (None, "stop") and part.get("stop_reason") is None
 
 
 def _of_logprobs(text: Any, vocabulary: Vocabulary | None) -> str:
-    """`return_tokens_as_token_ids` makes `token_id:17` of a token."""
+    """The class of a token in log-probabilities, which may be written as `token_id:17`."""
     if not isinstance(text, str):
         return UNKNOWN
     if text.startswith("token_id:") and text[9:].isdigit():

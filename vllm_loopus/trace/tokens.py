@@ -1,4 +1,4 @@
-"""Token ids, their texts, and the classes that statistics sort tokens into."""
+"""Token ids, their texts, and the token classes used by statistics."""
 
 import re
 import unicodedata
@@ -13,12 +13,12 @@ UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 def token_class(text: str | None, special: bool | None = None) -> str:
-    """One of `CLASSES`; blanks around a text do not count.
+    """The class of a token, one of `CLASSES`. Surrounding blanks are ignored.
 
-    - `special`: as the tokenizer says; where it is not known, empty or written `<|...|>`, `<...>`.
-    - `whitespace`: blanks alone. `digit`: digits of any script alone. `letter`: letters, with their
-      marks. `punctuation`: punctuation and symbols. `mixed`: anything else, halves of characters
-      too. `unknown`: no text known.
+    - `special`: by the tokenizer; if that is not known (None), an empty text, `<|...|>` or `<...>`.
+    - `whitespace`: only blanks. `digit`: only digits, of any script. `letter`: letters with their
+      marks. `punctuation`: punctuation and symbols. `mixed`: anything else, including parts of
+      characters. `unknown`: the text is not known.
     """
     if special:
         return "special"
@@ -41,9 +41,9 @@ def token_class(text: str | None, special: bool | None = None) -> str:
 
 
 def visible(text: str) -> str:
-    """A text for showing: blanks at its ends, line ends and control characters become visible.
+    """A text for display, with visible blanks at its ends, line ends and control characters.
 
-    Nothing in the result can move a terminal's cursor or turn the direction of writing.
+    The result cannot move the cursor of a terminal or change the direction of writing.
     """
     inner = text.strip(" ")
     start = len(text) - len(text.lstrip(" "))
@@ -60,9 +60,9 @@ def visible(text: str) -> str:
 
 
 class Vocabulary:
-    """A tokenizer, or none: then there are token ids alone.
+    """A model's vocabulary, with or without a tokenizer. Without one, it only knows token ids.
 
-    `size` is the model's number of tokens; `name` is what errors call the model.
+    `size`: the model's number of tokens. `name`: the model's name in errors.
     """
 
     def __init__(self, tokenizer: Any, size: int, name: str) -> None:
@@ -71,55 +71,55 @@ class Vocabulary:
         self._texts: dict[int, str] = {}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids. Raises `ValueError` for a model without a tokenizer."""
+        """The token ids of a text. Raises `ValueError` without a tokenizer."""
         ids = self._tokenizer_for(text)(text, add_special_tokens=special, verbose=False)
         return self.checked(list(ids["input_ids"]), f"prompt={_shortened(text)}")
 
     def chat(self, text: str) -> list[int]:
-        """Token ids of a user's message in the chat template, up to the answer's beginning.
+        """The token ids of a user message in the chat template, up to the start of the answer.
 
-        Raises `ValueError` where there is no tokenizer or it has no template.
+        Raises `ValueError` without a tokenizer or a chat template.
         """
         tokenizer = self._tokenizer_for(text)
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"{self.name} has no chat template; leave --chat away")
+            raise ValueError(f"{self.name} has no chat template; omit --chat")
         messages = [{"role": "user", "content": text}]
         try:
             ids = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True
             )["input_ids"]
-        except Exception as error:  # of templates, whatever the text
+        except Exception as error:  # templates raise many types
             raise ValueError(f"the chat template of {self.name} fails: {error}") from error
         return self.checked(list(ids), f"prompt={_shortened(text)}")
 
     def checked(self, ids: Sequence[int], what: str) -> list[int]:
-        """The ids. Raises `ValueError` for no ids, and for ids that the model does not have."""
+        """The ids as a list. Raises `ValueError` if there are none, or for invalid ids."""
         if not ids:
-            raise ValueError(f"{what} has no tokens; give some text")
+            raise ValueError(f"{what} has no tokens; it must not be empty")
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise ValueError(f"{what} holds {token_id!r}, which is no token id")
+                raise ValueError(f"{what} contains {token_id!r}, which is not a token id")
             if not 0 <= token_id < self.size:
                 raise ValueError(
-                    f"{what} holds token {token_id}, but {self.name} has {self.size} tokens; "
-                    "give the model's own tokenizer"
+                    f"{what} contains token {token_id}, but {self.name} has {self.size} tokens; "
+                    "use the model's own tokenizer"
                 )
         return list(ids)
 
     def text(self, token_id: int) -> str:
-        """What one token stands for; `#17` without a tokenizer."""
+        """The text of one token; `#17` without a tokenizer."""
         if token_id not in self._texts:
             self._texts[token_id] = self._text(token_id)
         return self._texts[token_id]
 
     def joined(self, ids: Sequence[int]) -> str | None:
-        """The text of tokens together, special ones left out; None without a tokenizer."""
+        """The text of a sequence without special tokens; None without a tokenizer."""
         if self.tokenizer is None:
             return None
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def token_class(self, token_id: int) -> str:
-        """One of `CLASSES`."""
+        """The class of a token, one of `CLASSES`."""
         if self.tokenizer is None:
             return UNKNOWN
         return token_class(self.text(token_id), token_id in self._special)
@@ -128,7 +128,7 @@ class Vocabulary:
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.name} has no tokenizer for prompt={_shortened(text)}; give --tokenizer, or "
-                "token ids (prompt_token_ids in a file of --prompts)"
+                "token ids (prompt_token_ids in the file of --prompts)"
             )
         return self.tokenizer
 
@@ -136,12 +136,12 @@ class Vocabulary:
         if self.tokenizer is None:
             return f"#{token_id}"
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
-        if piece is None:  # ids that the model has and the tokenizer does not
+        if piece is None:  # an id that the model has but the tokenizer does not
             return f"#{token_id}"
         text = self.tokenizer.decode([token_id], skip_special_tokens=False)
         if "\ufffd" in text:  # a part of a character
             return str(piece)
-        # SentencePiece drops the blank before a word that stands alone.
+        # SentencePiece drops the blank before a single word.
         return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else str(text)
 
 

@@ -1,4 +1,4 @@
-"""How the states of some tokens move from depth to depth (the paper's figure 4)."""
+"""Trajectories of the states of some tokens from depth to depth (figure 4 of the paper)."""
 
 import re
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ import torch
 from vllm_loopus.trace.record import number
 from vllm_loopus.trace.reference import DepthValues
 
-MOST, DRAWN = 128, 8  # tokens that a PCA is of, and that are drawn, where none are chosen
+MOST, DRAWN = 128, 8  # maximum number of tokens in the PCA, and of those drawn, by default
 
 
 def chosen_tokens(asked: str, num_tokens: int) -> list[int]:
-    """Indices of an answer's tokens from `0,2,5..8`.
+    """Parses indices of an answer's tokens such as `0,2,5..8`.
 
-    Raises `ValueError` for an index that the answer does not have.
+    Raises `ValueError` for another format or an index out of range.
     """
     chosen: set[int] = set()
     for part in asked.split(","):
         found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip(), re.ASCII)
         if found is None:
             raise ValueError(
-                f"tokens={asked!r} must be indices such as 0,2,5..8, counted from the answer's "
-                "first token"
+                f"tokens={asked!r} must be indices such as 0,2,5..8, where 0 is the answer's first "
+                "token"
             )
         run = range(int(found[1]), int(found[2] or found[1]) + 1)
         if not run or run[-1] >= num_tokens:
@@ -37,10 +37,10 @@ def chosen_tokens(asked: str, num_tokens: int) -> list[int]:
 
 
 def principal_components(states: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """PCA of states [M, H]: coordinates [M, 2] and the shares of variance [2] of both axes.
+    """PCA of states [M, H]: the coordinates [M, 2] and the axes' shares of the variance [2].
 
-    Each axis points where its largest loading is positive, so that signs do not depend on the
-    library. An axis without variance is zero.
+    The sign of each axis is chosen so that its largest loading is positive, independent of the
+    library. Coordinates on an axis without variance are zero.
     """
     centred = states.double().numpy()
     centred = centred - centred.mean(axis=0)
@@ -60,9 +60,9 @@ def principal_components(states: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 def trajectories(values: DepthValues, chosen: Sequence[int] | None = None) -> dict[str, Any]:
     """One PCA over the states of tokens at depths 0..N, as JSON.
 
-    `tokens` are their indices: those chosen, or all of a short answer. `points[i][r]` is the place
-    of token `tokens[i]` at depth r, `explained` the axes' shares of the variance, `drawn` the
-    tokens to draw.
+    - `tokens`: their indices, by default at most `MOST`, evenly spaced. `drawn`: those to draw.
+    - `points[i][r]`: the coordinates of token `tokens[i]` at depth r.
+    - `explained`: the axes' shares of the variance.
     """
     num_tokens = values.states.shape[1]
     tokens = _spread(range(num_tokens), MOST) if chosen is None else list(chosen)
@@ -78,6 +78,6 @@ def trajectories(values: DepthValues, chosen: Sequence[int] | None = None) -> di
 
 
 def _spread(indices: Sequence[int], most: int) -> list[int]:
-    """At most so many of the indices, evenly."""
+    """At most `most` of the indices, evenly spaced."""
     places = np.linspace(0, len(indices) - 1, min(most, len(indices)))
     return [indices[round(place)] for place in places.tolist()]

@@ -1,4 +1,4 @@
-"""Exit depths of a workload: over all tokens, by position, by token class and by label."""
+"""Statistics of the exit depths of a workload: overall, by position, token class and label."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,14 +9,15 @@ from vllm_loopus.trace.runs import Answered
 from vllm_loopus.trace.tokens import CLASSES
 
 QUANTILES = (0.1, 0.5, 0.9)
-EXACT_POSITIONS = 8  # positions in an answer beyond it are put together: 9-16, 17-32, ...
+EXACT_POSITIONS = 8  # later positions of an answer are grouped: 9-16, 17-32, ...
 
 
 def statistics(answers: Sequence[Answered]) -> dict[str, Any]:
-    """As JSON: `overall`, and `groups` by `position`, `token class` and `label`.
+    """Statistics as JSON: `overall`, and `groups` by `position`, `token class` and `label`.
 
-    Of each: tokens, mean, quantiles, standard error of the mean, and tokens by exit depth. Position
-    1 is an answer's first token. Answers without a label are in no group of labels.
+    Each has the number of tokens, the mean, its standard error, quantiles, and the number of tokens
+    by exit depth. Position 1 is the first token of an answer. Answers without a label are not in
+    the groups by label.
     """
     deepest = max((max(a.exit_depths) for a in answers if a.exit_depths), default=1)
     rows = [
@@ -38,7 +39,7 @@ def statistics(answers: Sequence[Answered]) -> dict[str, Any]:
 
 
 def bucket(position: int) -> str:
-    """The group of a position in an answer, counted from 1."""
+    """The group of a 1-based position in an answer."""
     if position <= EXACT_POSITIONS:
         return str(position)
     high = EXACT_POSITIONS
@@ -78,7 +79,7 @@ def _position_order(group: str) -> int:
 
 
 def _label_order(group: str) -> tuple[bool, float, str]:
-    """Numbers by size, then texts."""
+    """Sorts numbers by size, then other labels."""
     try:
         return False, float(group), group
     except ValueError:

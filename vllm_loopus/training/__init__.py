@@ -1,6 +1,6 @@
-"""Post-training of LoopUS models, and of plain models as their control.
+"""Post-training of LoopUS models, and training of plain models as a control.
 
-Builds on transformers' Trainer; imports no vLLM.
+Based on transformers' Trainer. Does not import vLLM.
 """
 
 from vllm_loopus.extras import need

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the last one that is complete, and the folder that is served in the end."""
+"""Checkpoints of a run: the last complete one, and the final model."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import GenerationConfig, PreTrainedModel
 
 from vllm_loopus.modeling.model import LoopUSForCausalLM
-from vllm_loopus.recast.about import file_hash, now, versions
 from vllm_loopus.recast.output import complete_folder
+from vllm_loopus.recast.provenance import file_hash, now, versions
 from vllm_loopus.training.settings import Settings
 
 MODEL = "model"
@@ -25,9 +25,10 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def last_complete(folder: Path, processes: int) -> Path | None:
-    """The checkpoint to go on from; those that a kill left unfinished are passed over.
+    """The last complete checkpoint in `folder`; None if there is none.
 
-    The Trainer writes `trainer_state.json` last on its main process.
+    A checkpoint is complete if it has `trainer_state.json`, which the main process writes last, and
+    the random state of each of the `processes`.
     """
     found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
@@ -42,7 +43,7 @@ def last_complete(folder: Path, processes: int) -> Path | None:
 
 @dataclass(frozen=True)
 class FinalModel:
-    """What is written when a run is over."""
+    """Writes the final model of a run."""
 
     settings: Settings
     tokenizer: Any
@@ -52,7 +53,7 @@ class FinalModel:
     command: tuple[str, ...] = ("vllm-loopus", *sys.argv[1:])
 
     def write(self, model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> Path:
-        """The folder `model` of the output, whole or not at all, with card and provenance."""
+        """Writes the folder `model` of the output, with card and provenance, atomically."""
         out = self.settings.output / MODEL
         dtype = getattr(torch, self.settings.save_dtype or self._start_dtype())
         state_dict = {
@@ -71,7 +72,7 @@ class FinalModel:
             self._generation_config().save_pretrained(folder)
             files = sorted(folder.glob("*.safetensors"))
             for file in files:
-                file.chmod(0o644)  # safetensors writes for the owner only
+                file.chmod(0o644)  # safetensors creates files that only the owner can read
             weights = {file.name: file_hash(file) for file in files}
             provenance = json.dumps(self._provenance(weights), indent=1)
             (folder / "provenance.json").write_text(provenance)

@@ -1,4 +1,4 @@
-"""From rows of a data set to documents: token ids, and which of them are targets."""
+"""Converts rows of a data set to documents: token ids, and which of them are targets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ ROLE = "assistant"
 
 
 class DataError(ValueError):
-    """A row cannot be trained on; the message names source, row and fix."""
+    """A row or a source cannot be used; the message names it and the fix."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a document's text that is a target or not, tokenised by itself."""
+    """A piece of a document's text, tokenised separately, and whether it is a target."""
 
     text: str
     target: bool
@@ -23,11 +23,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Draft:
-    """A document before it has token ids. `splits`: it may go on in another row of a batch."""
+    """A document before tokenisation. `splits`: whether it may be split into several documents."""
 
     segments: tuple[Segment, ...]
-    begins: bool  # with the tokenizer's special tokens
-    ends: bool  # with the end token, a target
+    begins: bool  # whether it starts with the special tokens of the tokenizer
+    ends: bool  # whether it ends with the end token, as a target
     splits: bool = False
 
 
@@ -35,19 +35,20 @@ class Draft:
 class Documents:
     """Makes documents with a tokenizer.
 
-    Three forms of rows, told apart by their keys: text (every token a target), `messages` (the
-    assistant's turns) and `prompt` with `completion` (the completion). Text and completions are
-    closed by the end token.
+    A row has one of three forms: text (all tokens are targets), `messages` (the turns of the
+    assistant are targets), or `prompt` and `completion` (the completion is the target). The end
+    token is appended to texts and completions.
     """
 
     tokenizer: Any
     max_length: int
 
     def of(self, rows: Sequence[tuple[str, str, Any]]) -> list[dict[str, list[int]]]:
-        """Documents of at most `max_length` tokens, `input_ids` and `labels` each.
+        """Documents of at most `max_length` tokens, with `input_ids` and `labels` each.
 
-        `rows`: where a row stands, the key of its text, and the row. Text is split, what else is
-        too long is cut; documents without a target are left out. Raises `DataError`.
+        `rows`: for each row its place (for errors), the key of its text, and the row itself. Long
+        texts are split, other long documents are truncated, and documents without a target are left
+        out. Raises `DataError` for a row of another form.
         """
         drafts = [draft for where, key, row in rows for draft in self._drafts(where, key, row)]
         texts = [segment.text for draft in drafts for segment in draft.segments]
@@ -80,7 +81,7 @@ class Documents:
         end = len(ids) if splits else min(len(ids), self.max_length)
         for start in range(0, end, self.max_length):
             part = slice(start, min(start + self.max_length, end))
-            # The first token of a document has nothing to be predicted from.
+            # The first token of a document is never a target.
             if any(label != IGNORED for label in labels[part][1:]):
                 yield {"input_ids": ids[part], "labels": labels[part]}
 
@@ -94,7 +95,7 @@ class Documents:
             yield Draft(segments, begins=True, ends=True)
         else:
             raise DataError(
-                f"{where} has neither text under {key!r}, nor messages, nor prompt and completion "
+                f"{where} has neither text in {key!r}, nor messages, nor prompt and completion "
                 f"(it has {', '.join(name for name in row if row[name] is not None) or 'nothing'})"
             )
 
@@ -103,7 +104,7 @@ class Documents:
             raise DataError(f"{where}: messages must be a list of objects with role and content")
         turns = [i for i, message in enumerate(messages) if message["role"] == ROLE]
         if not turns:
-            raise DataError(f"{where}: messages hold no turn of the {ROLE}, so nothing to learn")
+            raise DataError(f"{where}: messages have no turn of the {ROLE}, so nothing to learn")
         for turn in turns:
             if messages[turn].get("content") is None and not messages[turn].get("tool_calls"):
                 raise DataError(f"{where}: turn {turn + 1} of the {ROLE} has no content to learn")
@@ -118,20 +119,20 @@ class Documents:
                 done = len(text)
             yield Draft(tuple(segments), begins=False, ends=False)
             return
-        # A template that renders earlier turns differently (such as without their thinking): each
-        # turn is learnt from the text that it would be generated from.
+        # The template renders earlier turns differently (for example without their thinking), so
+        # each turn becomes a document with the text that it would be generated from.
         for start, text in spans:
             segments = [Segment(text[:start], False), Segment(text[start:], True)]
             yield Draft(tuple(segments), begins=False, ends=False)
 
     def _turn(self, where: str, messages: Any, turn: int) -> tuple[int, str]:
-        """Where the answer of a turn begins in the chat up to its end, and that text."""
+        """The text of the chat up to the end of a turn, and where the answer starts in it."""
         before = self._render(where, messages[:turn], add_generation_prompt=True)
         text = self._render(where, messages[: turn + 1]).rstrip()
         if not text.startswith(before):
             raise DataError(
                 f"{where}: the chat template renders turn {turn} differently once it is answered, "
-                "so its answer cannot be told from the rest; use another template, or rows of "
+                "so the answer cannot be separated from the rest; use another template, or rows of "
                 "prompt and completion"
             )
         return len(before), text
@@ -139,7 +140,7 @@ class Documents:
     def _render(self, where: str, messages: Any, **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # of templates, whatever the messages
+        except Exception as error:  # templates raise many types
             raise DataError(f"{where}: the chat template cannot render it: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: `metrics.jsonl`, and a progress bar by tokens."""
+"""Output of a run in progress: `metrics.jsonl`, and a progress bar in tokens."""
 
 import json
 import os
@@ -15,16 +15,17 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The entries of a run's `metrics.jsonl`, without a last line that is incomplete."""
     file = folder / METRICS
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of losses or an evaluation as one line, in one write.
+    """Appends each log of losses or of an evaluation as one line, in a single write.
 
-    When a run goes on from a checkpoint, lines after it are dropped first: they come again.
+    When a run is resumed from a checkpoint, later lines are removed first, because they will be
+    written again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,26 +35,26 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [
+        earlier = [
             line for line in read_metrics(self.file.parent) if line["step"] <= state.global_step
         ]
         if state.global_step == 0:
-            kept = []
+            earlier = []
         with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in kept)
+            stream.writelines(json.dumps(line) + "\n" for line in earlier)
         os.chmod(stream.name, 0o644)
         os.replace(stream.name, self.file)
-        self._began = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
+        self._began = time.monotonic() - (earlier[-1]["seconds"] if earlier else 0)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        told = logs or {}
-        losses = "loss" in told or any(name.startswith("eval_") for name in told)
+        values = logs or {}
+        losses = "loss" in values or any(name.startswith("eval_") for name in values)
         if not state.is_world_process_zero or not losses:
             return
         seconds = round(time.monotonic() - self._began, 2)
-        line = json.dumps({"step": state.global_step, "seconds": seconds, **told})
+        line = json.dumps({"step": state.global_step, "seconds": seconds, **values})
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, (line + "\n").encode())
@@ -62,10 +63,10 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar of the tokens seen, on the main process."""
+    """A progress bar of the tokens seen, in the main process."""
 
     def __init__(self, budget: int, tokens: Any) -> None:
-        self.budget, self.tokens = budget, tokens  # `tokens()`: seen so far
+        self.budget, self.tokens = budget, tokens  # `tokens()`: the tokens seen so far
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -82,13 +83,13 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        told = {
+        shown = {
             name.removeprefix("eval_"): f"{value:.3f}"
             for name, value in (logs or {}).items()
             if name in ("loss", "accuracy", "eval_exit_accuracy", "eval_accuracy")
         }
-        if self._bar is not None and told:
-            self._bar.set_postfix(told, refresh=False)
+        if self._bar is not None and shown:
+            self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:

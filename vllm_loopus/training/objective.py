@@ -1,8 +1,8 @@
-"""The terms of the training objective (arXiv 2605.11011), each a small function.
+"""The terms of the training objective (arXiv 2605.11011).
 
-Losses are sums over what is labelled, divided by counts the caller gives. Counts of the whole
-batch, over all processes and accumulated parts, make the sum of the parts' losses the loss of the
-batch, however it was cut up.
+Losses are sums over labelled tokens or documents, divided by counts that the caller gives. With the
+counts of the whole batch, over all processes and micro-batches, the losses of the micro-batches add
+up to the loss of the batch, however it is divided.
 """
 
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-IGNORED = -100  # the label of tokens that are no target
+IGNORED = -100  # the label of tokens that are not targets
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Where a batch of packed rows [B, T] is labelled, as indices into its B * T positions.
+    """The labelled positions of a batch of packed sequences [B, T], as indices into B * T.
 
-    A document begins where position ids restart, and its first token is never a target. All
-    tensors are int64: n positions to predict from, in D documents.
+    A document starts where position ids restart, and its first token is never a target. All tensors
+    are int64, with n positions to predict from in D documents.
 
     - `where` [n]: positions whose next token is labelled; `targets` [n]: that token.
-    - `document` [n]: which of the D documents each belongs to.
-    - `last` [D]: the last position of each document, the one whose next token is not there.
+    - `document` [n]: the index of the document that each belongs to.
+    - `last` [D]: the last position of each document.
     """
 
     where: torch.Tensor
@@ -32,12 +32,12 @@ class Labelled:
 
     @classmethod
     def of(cls, labels: torch.Tensor, position_ids: torch.Tensor) -> "Labelled":
-        """From labels and position ids, [B, T] each."""
+        """Finds the positions from labels and position ids, [B, T] each."""
         batch, length = labels.shape
         flat = torch.arange(batch * length, device=labels.device).view(batch, length)
         starts = position_ids == 0
         starts[:, 0] = True
-        # A target must be in the document of the token before it.
+        # A target must be in the same document as the token before it.
         target = (labels != IGNORED) & ~starts
         where = flat[target] - 1
         begins = flat[starts]
@@ -56,7 +56,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the losses of a whole batch are averages over: labelled tokens and documents."""
+    """The labelled tokens and documents of a whole batch, over which losses are averaged."""
 
     tokens: int
     documents: int
@@ -80,9 +80,9 @@ def monotonicity_loss(
 ) -> torch.Tensor:
     """`L_Mono = SiLU(L_LM(h') - L_LM(h))`: token losses [n] after and before the step -> a scalar.
 
-    `losses_before` carries no gradient. With `labelled`, each document is a sequence of the
-    equation and weighs as many tokens as it has targets; without, all of [n] are one, as in the
-    released code, and the loss then depends on how a batch is cut into parts.
+    `losses_before` gets no gradient. With `labelled`, the equation is applied to each document,
+    weighted by its number of targets. Without it, all of [n] count as one sequence, as in the
+    released code, and the loss depends on how the batch is divided into micro-batches.
     """
     differences = losses - losses_before.detach()
     if labelled is None:
@@ -100,7 +100,7 @@ def sequence_confidence_loss(
 ) -> torch.Tensor:
     """`L_Q = BCE(sigmoid(q), share of right tokens of the sequence at this step)`.
 
-    `q_logits` [D] of the last position of each document, `right` [n] bool.
+    `q_logits` [D]: of the last position of each document. `right` [n]: bool.
     """
     zeros = q_logits.new_zeros(len(q_logits))
     hits = zeros.index_add(0, labelled.document, right.to(zeros.dtype))
@@ -112,7 +112,7 @@ def sequence_confidence_loss(
 def token_confidence_loss(
     q_logits: torch.Tensor, right: torch.Tensor, counts: Counts
 ) -> torch.Tensor:
-    """`L_Q` by token: `BCE(sigmoid(q_t), [argmax D(h')_t = x_{t+1}])`, [n] each."""
+    """`L_Q` per token: `BCE(sigmoid(q_t), [argmax D(h')_t = x_{t+1}])`, for inputs [n]."""
     targets = right.to(q_logits.dtype)
     losses = F.binary_cross_entropy_with_logits(q_logits, targets, reduction="sum")
     return losses / max(counts.tokens, 1)

@@ -1,7 +1,7 @@
-"""Rows of a batch: whole documents side by side, each with positions of its own.
+"""Packs documents into sequences of equal length and sequences into batches.
 
-transformers keeps documents apart where position ids restart and no attention mask is given. Rows
-have one length, so that attention costs as much in a large batch as in a small one, row by row.
+Each document has its own positions. transformers separates documents where position ids restart,
+if no attention mask is given.
 """
 
 from bisect import bisect_left, insort
@@ -18,36 +18,36 @@ _flatten = DataCollatorWithFlattening(return_tensors="pt")
 
 
 def pack(documents: Iterable[Document], max_length: int) -> list[list[Document]]:
-    """Rows of documents with at most `max_length` tokens: best fit, longest documents first."""
-    rows: list[list[Document]] = []
-    free: list[tuple[int, int]] = []  # tokens left in a row, and the row; sorted
+    """Packs documents into sequences of at most `max_length` tokens (best fit, longest first)."""
+    sequences: list[list[Document]] = []
+    free: list[tuple[int, int]] = []  # free tokens of a sequence, and its index; sorted
     for document in sorted(documents, key=lambda document: -len(document["input_ids"])):
         length = len(document["input_ids"])
         fitting = bisect_left(free, (length, 0))
         if fitting < len(free):
-            left, row = free.pop(fitting)
+            left, index = free.pop(fitting)
         else:
-            left, row = max_length, len(rows)
-            rows.append([])
-        rows[row].append(document)
+            left, index = max_length, len(sequences)
+            sequences.append([])
+        sequences[index].append(document)
         if left > length:
-            insort(free, (left - length, row))
-    return rows
+            insort(free, (left - length, index))
+    return sequences
 
 
-def collate(rows: Sequence[Sequence[Document]], max_length: int, pad: int) -> dict[str, Any]:
-    """Tensors of rows: `input_ids`, `labels`, `position_ids` [B, T] and `lengths` [B].
+def collate(sequences: Sequence[Sequence[Document]], max_length: int, pad: int) -> dict[str, Any]:
+    """Tensors of packed sequences: `input_ids`, `labels`, `position_ids` [B, T], `lengths` [B].
 
-    What is left of a row is filled with `pad`, as a document without targets.
+    The end of a sequence is padded with `pad`, as a document without targets.
     """
     batch: dict[str, Any] = {
-        "input_ids": torch.full((len(rows), max_length), pad),
-        "labels": torch.full((len(rows), max_length), IGNORED),
-        "position_ids": torch.arange(max_length).repeat(len(rows), 1),
-        "lengths": torch.zeros(len(rows), dtype=torch.int64),
+        "input_ids": torch.full((len(sequences), max_length), pad),
+        "labels": torch.full((len(sequences), max_length), IGNORED),
+        "position_ids": torch.arange(max_length).repeat(len(sequences), 1),
+        "lengths": torch.zeros(len(sequences), dtype=torch.int64),
     }
-    for index, row in enumerate(rows):
-        flat = _flatten(row)
+    for index, documents in enumerate(sequences):
+        flat = _flatten(documents)
         length = flat["input_ids"].shape[1]
         for name in ("input_ids", "labels", "position_ids"):
             batch[name][index, :length] = flat[name][0]

@@ -1,4 +1,4 @@
-"""A training run, put together: from settings to the folder that is served."""
+"""Runs a training from its settings to the final model."""
 
 import os
 import time
@@ -24,19 +24,19 @@ from vllm_loopus.training.documents import Documents
 from vllm_loopus.training.metrics import MetricsFile, Progress, read_metrics
 from vllm_loopus.training.packing import collate
 from vllm_loopus.training.settings import Settings, SettingsError, settings_from
-from vllm_loopus.training.stream import RowStream, evaluation_rows
+from vllm_loopus.training.stream import PackedStream, evaluation_sequences
 from vllm_loopus.training.supervision import TrainableLoopUS
 from vllm_loopus.training.trainer import Flow, LoopedTrainer, PackedTrainer
 
 CONFIG = "config.yaml"
-MAX_STEPS = 2**40  # the token budget ends a run
-# What may be changed when a run goes on: it does not touch what is computed.
+MAX_STEPS = 2**40  # never reached: the token budget ends a run
+# Settings that may differ in a resumed run, because they do not affect the results.
 FREE_TO_CHANGE = ("output", "micro_batch_size", "keep_checkpoints", "report_to")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run says."""
+    """The summary of a finished run."""
 
     model: str
     tokens: int
@@ -47,10 +47,10 @@ class Summary:
 
 
 def train(settings: Settings, resume: bool = False) -> Summary:
-    """Run a training to its end; the model is then in the folder `model` of the output.
+    """Runs a training to its end and writes the final model to the folder `model` of the output.
 
-    With `resume` the run in the output folder goes on from its last complete checkpoint. Raises
-    `ValueError` for what cannot be, before any training.
+    With `resume`, the run in the output folder continues from its last complete checkpoint. Raises
+    `ValueError` for invalid settings, models or data before training starts.
     """
     processes, rank = (int(os.environ.get(name, default)) for name, default in _PROCESSES)
     arguments = _arguments(settings, processes)
@@ -60,15 +60,15 @@ def train(settings: Settings, resume: bool = False) -> Summary:
             "set CUDA_VISIBLE_DEVICES to one"
         )
     if settings.attention == "flex_attention" and arguments.use_cpu:
-        raise SettingsError("attention: flex_attention does not train on a CPU; take sdpa")
+        raise SettingsError("attention: flex_attention does not train on a CPU; use sdpa")
     checkpoint = _checkpoint(settings, resume, processes, rank)
     start = find_checkpoint(settings.model)
     transformers.set_seed(settings.seed)
     model = _load_model(settings, start)
     tokenizer = _load_tokenizer(settings, start, model.config)
     documents = Documents(tokenizer, settings.data.max_length)
-    stream = RowStream(settings.data, documents, settings.seed)
-    evaluation = evaluation_rows(settings.data, documents) if settings.data.eval else None
+    stream = PackedStream(settings.data, documents, settings.seed)
+    evaluation = evaluation_sequences(settings.data, documents) if settings.data.eval else None
     if checkpoint is None and rank == 0:
         _create_output(settings)
 
@@ -106,8 +106,8 @@ def _arguments(settings: Settings, processes: int) -> TrainingArguments:
     accumulation, left = divmod(settings.batch_size, micro * processes)
     if left or not accumulation:
         raise SettingsError(
-            f"batch_size={settings.batch_size} is no multiple of micro_batch_size={micro} times "
-            f"{processes} processes; change one of them"
+            f"batch_size={settings.batch_size} must be a multiple of micro_batch_size={micro} "
+            f"times {processes} processes; change one of them"
         )
     updates = settings.updates_per_batch
     optimizer = settings.optimizer
@@ -160,7 +160,7 @@ def _report_to(settings: Settings) -> list[str]:
 def _load_model(settings: Settings, start: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(start)
-    except Exception as error:  # of configs, whatever the field
+    except Exception as error:  # validators raise many types
         raise SettingsError(
             f"model={settings.model!r}: config.json is not valid: {error}"
         ) from error
@@ -172,7 +172,8 @@ def _load_model(settings: Settings, start: Path) -> Any:
         )
     if settings.objective == "plain" and looped:
         raise SettingsError(
-            f"model={settings.model!r} is a LoopUS model; objective: plain trains plain models"
+            f"model={settings.model!r} is a LoopUS model, but objective: plain trains plain "
+            "models; set objective: looped"
         )
     model_class: Any = AutoModelForCausalLM
     if looped:
@@ -201,25 +202,26 @@ def _load_tokenizer(settings: Settings, start: Path, config: Any) -> Any:
     own = any((start / name).is_file() for name in TOKENIZER_FILES)
     source = start if own else getattr(config, "base_model_name_or_path", None)
     if source is None:
-        raise SettingsError(f"model={settings.model!r} has no tokenizer; put one into its folder")
+        raise SettingsError(f"model={settings.model!r} has no tokenizer; add one to its folder")
     return AutoTokenizer.from_pretrained(source)
 
 
 def _checkpoint(settings: Settings, resume: bool, processes: int, rank: int) -> Path | None:
-    """The checkpoint to go on from, None for a start from the beginning.
+    """The checkpoint to resume from; None to start from the beginning.
 
-    Raises `SettingsError` for an output that holds something else.
+    Raises `SettingsError` if the output folder is not empty and cannot be resumed.
     """
     out, file = settings.output, settings.output / CONFIG
     if resume and file.is_file():
         _check_same(settings, settings_from(yaml.safe_load(file.read_text())))
         if (out / MODEL).exists():
             raise SettingsError(
-                f"output={str(out)!r}: this run is finished, there is {out / MODEL}"
+                f"output={str(out)!r}: this run is finished, its model is {out / MODEL}; choose "
+                "another output to train again"
             )
         return last_complete(out, processes)
     if rank == 0 and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        hint = "" if resume else "give --resume to go on with it, or "
+        hint = "" if resume else "give --resume to continue it, or "
         raise SettingsError(f"output={str(out)!r} exists; {hint}choose another folder")
     return None
 
@@ -239,8 +241,10 @@ def _check_same(now: Settings, before: Settings) -> None:
     ours, theirs = now.model_dump(mode="json"), before.model_dump(mode="json")
     different = [name for name in ours if ours[name] != theirs[name] and name not in FREE_TO_CHANGE]
     if different:
-        told = "; ".join(f"{name} was {theirs[name]}, is {ours[name]}" for name in different)
-        raise SettingsError(f"--resume goes on with the settings of {now.output / CONFIG}: {told}")
+        changes = "; ".join(f"{name} was {theirs[name]}, is {ours[name]}" for name in different)
+        raise SettingsError(
+            f"--resume needs the settings of {now.output / CONFIG}; restore them: {changes}"
+        )
 
 
 def _finish(settings: Settings, trainer: PackedTrainer, start: Path, seconds: float) -> Summary:

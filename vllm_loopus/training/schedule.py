@@ -1,4 +1,4 @@
-"""The learning rate as a function of the tokens seen."""
+"""The learning rate as a function of the number of tokens seen."""
 
 import math
 
@@ -7,9 +7,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class CosineByTokens:
-    """Share of the peak learning rate: linear warm-up, then half a cosine down to `floor`.
+    """The share of the peak learning rate: linear warm-up, then a half cosine down to `floor`.
 
-    `tokens` is where training stands; `LambdaLR` saves it with the scheduler.
+    `tokens`: the tokens seen so far; `LambdaLR` saves it with the scheduler.
     """
 
     def __init__(self, budget: int, warmup: int, floor: float) -> None:
@@ -25,5 +25,5 @@ class CosineByTokens:
 
 
 def cosine_by_tokens(optimizer: Optimizer, share: CosineByTokens) -> LambdaLR:
-    """A scheduler whose `step()` sets every group to `share` of its own learning rate."""
+    """A scheduler whose `step()` sets each parameter group to `share` of its learning rate."""
     return LambdaLR(optimizer, share)

@@ -1,4 +1,4 @@
-"""What a training run is told: the YAML file of `vllm-loopus train`, checked before work starts."""
+"""The settings of a training run: the YAML file of `vllm-loopus train`, and its checks."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def _whole_number(value: Any) -> Any:
-    """`1.5e9` is a text in YAML, and readable."""
+    """Accepts `1.5e9` and `1_000`, which YAML reads as strings."""
     try:
         return int(float(value.replace("_", ""))) if isinstance(value, str) else value
     except (ValueError, OverflowError):
@@ -37,7 +37,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A part of the file. An unknown key is an error."""
+    """A section of the file. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -48,27 +48,28 @@ class Section(BaseModel):
         if not isinstance(value, bool) or kind is bool:
             return value
         if not value and "no" in get_args(kind):
-            return "no"  # without quotes it is false in YAML
-        raise ValueError(f"{str(value).lower()} is a truth value; a number or a text belongs here")
+            return "no"  # YAML reads an unquoted `no` as false
+        raise ValueError(f"{str(value).lower()} is a boolean; give a number or a string")
 
 
 class Supervision(Section):
     """Random deep supervision.
 
-    - `n_supervision` of `n_reasoning_steps` steps are drawn for a batch; only these have a loss.
-    - `beta`: weight of `L_Mono`; `confidence_weight`: of `L_Q`.
-    - `monotonicity`: compare losses by `document` or by `batch` (as released: what one process
-      sees at a time).
-    - `confidence_input`: what the head reads, the gated `state` or the `update`; written into the
-      checkpoint, so that the served model reads the same.
-    - `confidence_target`: the right share of the `sequence`, read at its last token (as released),
-      or right or wrong at every labelled `token`.
-    - `confidence_gradient`: `body` (as released: `L_Q` trains the reasoning block too) or `head`.
-    - `supervised_passes`: passes of the block in a supervised step: 1 (paper), 2 (released code);
-      gradients run through all of them.
-    - `update`: an optimiser update at every drawn `step`, or once per `batch`.
-    - `train_encoder`: False as released (the encoder is frozen), or True: it learns from batches
-      whose first step is drawn, the only ones where a loss reaches it.
+    - `n_supervision` of `n_reasoning_steps` steps are drawn for each batch; only these have a loss.
+    - `beta`: weight of `L_Mono`; `confidence_weight`: weight of `L_Q`.
+    - `monotonicity`: compare losses per `document`, or per `batch` (as in the released code: over
+      one micro-batch of one process).
+    - `confidence_input`: what the head reads, the gated `state` or the `update`. It is stored in
+      the checkpoint, so that the served model uses the same input.
+    - `confidence_target`: the share of right tokens of the `sequence`, predicted at its last token
+      (as in the released code), or whether the prediction is right, at every labelled `token`.
+    - `confidence_gradient`: `body` (as in the released code: `L_Q` also trains the reasoning block)
+      or `head`.
+    - `supervised_passes`: passes in a supervised step, with gradients through all of them: 1
+      (paper) or 2 (released code).
+    - `update`: an optimiser update after every drawn `step`, or once per `batch`.
+    - `train_encoder`: False (as in the released code) freezes the encoder. With True it is trained
+      on batches whose first step is drawn, the only ones in which a loss depends on it.
     """
 
     n_supervision: Positive = 5
@@ -94,10 +95,10 @@ class Supervision(Section):
 
 
 class Source(Section):
-    """Rows to train on: a local `path` (JSONL or Parquet) or a `dataset` (name:config:split).
+    """Training data: a local file `path` (JSONL or Parquet) or a `dataset` (name:config:split).
 
-    A row is plain text under `text_field`, a chat under `messages`, or `prompt` and `completion`.
-    `weight`: how often it is drawn from, beside the other sources.
+    A row has text in `text_field`, a chat in `messages`, or `prompt` and `completion`. `weight`:
+    how often rows are drawn from this source, relative to the other sources.
     """
 
     path: Path | None = None
@@ -115,12 +116,12 @@ class Source(Section):
 
 
 class Data(Section):
-    """Rows of `max_length` tokens, packed with whole documents that do not see each other.
+    """Data, packed into sequences of `max_length` tokens. Documents do not attend to each other.
 
-    `shuffle_documents`: documents read, shuffled and packed at a time; with `shuffle` off, local
-    files are read in their own order, once and again (a curriculum), and only documents read at a
-    time are shuffled. `eval`: sources of the
-    evaluation set, of which the first `eval_documents` are taken.
+    - `shuffle_documents`: how many documents are read, shuffled and packed at a time.
+    - `shuffle`: whether local files are shuffled. If not, they are read in order, repeatedly (a
+      curriculum), and only the documents read at a time are shuffled.
+    - `eval`: sources of the evaluation set; the first `eval_documents` documents are used.
     """
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -132,9 +133,10 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """AdamW, with a learning rate that follows the tokens seen: warm-up, then half a cosine.
+    """AdamW, with a learning rate by tokens seen: linear warm-up, then a half cosine.
 
-    `final_learning_rate`: share of `learning_rate` left at the end. `max_grad_norm`: 0 for none.
+    `final_learning_rate`: the share of `learning_rate` at the end. `max_grad_norm`: 0 disables
+    gradient clipping.
     """
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
@@ -147,7 +149,7 @@ class Optimizer(Section):
 
 
 class Served(Section):
-    """Fields of the written checkpoint's config; what is left out stays as the start has it."""
+    """Config fields of the final checkpoint. Fields that are not given are those of `model`."""
 
     max_loops: Positive | None = None
     min_loops: Positive | None = None
@@ -160,13 +162,13 @@ class Served(Section):
 class Settings(Section):
     """A run of `vllm-loopus train`.
 
-    - `model`: where to start, a folder, an alias or owner/name on the hub; with `random_weights`
-      only its config and tokenizer are used.
-    - `objective`: `looped` (a LoopUS checkpoint) or `plain`, next-token prediction for any causal
-      LM: the control.
-    - `tokens`: tokens of data to train on; ends the run. Those of a batch count once.
-    - `batch_size`: rows of an update, over all processes; `micro_batch_size`: rows a process takes
-      at a time.
+    - `model`: the initial model, a folder, an alias or owner/name on the hub. With
+      `random_weights`, only its config and tokenizer are used.
+    - `objective`: `looped` (for a LoopUS checkpoint) or `plain`, next-token prediction for any
+      causal LM, as a control.
+    - `tokens`: the number of tokens to train on. Each token of a batch counts once.
+    - `batch_size`: packed sequences of a batch, over all processes; `micro_batch_size`: packed
+      sequences that a process computes at a time.
     - `log_every`, `eval_every`, `save_every`: in batches; 0 for never.
     """
 
@@ -209,37 +211,38 @@ class Settings(Section):
 
     @property
     def updates_per_batch(self) -> int:
-        """Optimiser updates for every batch."""
+        """The number of optimiser updates per batch."""
         by_step = self.objective == "looped" and self.supervision.update == "step"
         return self.supervision.n_supervision if by_step else 1
 
     @property
     def rounds_per_batch(self) -> int:
-        """How often a batch is gone over: its supervised steps."""
+        """The number of supervised steps per batch."""
         return self.supervision.n_supervision if self.objective == "looped" else 1
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML where a key that stands twice is an error, and not the last one taken."""
+    """A YAML loader that rejects duplicate keys, of which YAML would use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                problem = f"{key.value!r} stands twice"
+                problem = f"the key {key.value!r} is given twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep=deep)
 
 
 class SettingsError(ValueError):
-    """The file or an override is wrong; the message names key, value and fix."""
+    """A setting is invalid; the message names key, value and fix."""
 
 
 def read_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
-    """The settings in a YAML file; `overrides` are `key=value`, keys with dots, values in YAML.
+    """Reads the settings in a YAML file.
 
-    Paths in the file are taken from the working directory. Raises `SettingsError`.
+    `overrides`: `key=value`, with dots in keys and values in YAML. Paths in the file are relative
+    to the working directory. Raises `SettingsError`.
     """
     try:
         content = yaml.load(file.read_text(), _UniqueKeys)  # a safe loader
@@ -248,18 +251,18 @@ def read_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
     except yaml.YAMLError as error:
         raise SettingsError(f"{file} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"{file} holds no keys; see configs/ for examples")
+        raise SettingsError(f"{file} has no keys; see configs/ for examples")
     for override in overrides:
         _override(content, override)
     return settings_from(content)
 
 
 def settings_from(content: dict[str, Any]) -> Settings:
-    """Settings from what a file holds. Raises `SettingsError` naming every wrong key."""
+    """Settings from the content of a file. Raises `SettingsError` that names all wrong keys."""
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
-        raise SettingsError("; ".join(_told(error))) from error
+        raise SettingsError("; ".join(_messages(error))) from error
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -278,11 +281,11 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
-def _told(error: ValidationError) -> Iterator[str]:
+def _messages(error: ValidationError) -> Iterator[str]:
     for wrong in error.errors():
         where = wrong["loc"]
         if wrong["type"] == "too_short" and wrong["input"]:
-            continue  # of its items the wrong ones, which are told, do not count
+            continue  # its items are wrong, which is reported separately
         key = ".".join(str(part) for part in where)
         if wrong["type"] == "extra_forbidden":
             known = _keys_beside(where)
@@ -298,7 +301,7 @@ def _told(error: ValidationError) -> Iterator[str]:
 
 
 def _keys_beside(where: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known in the section of a key."""
+    """The known keys of the section that a key is in."""
     section: type[BaseModel] = Settings
     for part in where[:-1]:
         if isinstance(part, str) and part in section.model_fields:

@@ -1,8 +1,8 @@
-"""The endless stream of rows, and where it stands.
+"""The endless stream of packed sequences, and its position for resuming.
 
-Documents are read, shuffled and packed a window at a time. A window is a pure function of the seed,
-its number and where the sources stood when it began, so a position is a few numbers, and going on
-from one gives the rows that would have come.
+Documents are read, shuffled and packed one window at a time. A window depends only on the seed, its
+number and the positions of the sources at its start. So a position is a few numbers, and a stream
+that is resumed at a position yields the same sequences as an uninterrupted one.
 """
 
 from bisect import bisect_right
@@ -22,7 +22,7 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class LocalRows:
-    """A local file, shuffled anew in every epoch. Its position: epoch and rows taken from it."""
+    """The rows of a local file, reshuffled in every epoch. Position: epoch, and rows read in it."""
 
     def __init__(self, source: Source, seed: tuple[int, ...] | None) -> None:
         assert source.path is not None
@@ -31,17 +31,17 @@ class LocalRows:
         self.seed = seed
         self.epoch = self.taken = 0
         if not path.is_file():
-            raise DataError(f"path={self.name!r} is no file; check data.sources and data.eval")
+            raise DataError(f"path={self.name!r} is not a file; check data.sources and data.eval")
         try:
             kind = FORMATS[path.suffix]
             self.rows = load_dataset(kind, data_files=str(path), split="train")
-        except StopIteration:  # what an empty file comes to
+        except StopIteration:  # raised for an empty file
             self.rows = []
-        except Exception as error:  # of data formats; what is wrong says the one below
+        except Exception as error:  # `datasets` raises many types; the cause has the reason
             reason = error.__cause__ or error
             raise DataError(f"path={self.name!r} cannot be read: {reason}") from error
         if not len(self.rows):
-            raise DataError(f"path={self.name!r} holds no rows")
+            raise DataError(f"path={self.name!r} has no rows; check the file")
         self._order = self._shuffled()
 
     def _shuffled(self) -> Any:
@@ -54,7 +54,7 @@ class LocalRows:
 
     @property
     def left(self) -> int | None:
-        """Rows to the end of the epoch."""
+        """The number of rows until the end of the epoch."""
         return len(self.rows) - self.taken
 
     def take(self, count: int) -> list[tuple[str, Any]]:
@@ -63,7 +63,7 @@ class LocalRows:
             chosen = self._order[self.taken : self.taken + count - len(taken)]
             try:
                 columns = self.rows[chosen]
-            except UnicodeDecodeError as error:  # JSON is decoded when it is read
+            except UnicodeDecodeError as error:  # JSON is decoded at access
                 raise DataError(f"path={self.name!r} is not UTF-8: {error}") from error
             for i, index in enumerate(chosen):
                 row = {name: values[i] for name, values in columns.items()}
@@ -83,7 +83,7 @@ class LocalRows:
 
 
 class HubRows:
-    """A data set on the hub, streamed in its own order. Its position is `datasets`' own."""
+    """The rows of a data set on the hub, streamed in order. Position: that of `datasets`."""
 
     left = None
 
@@ -94,10 +94,10 @@ class HubRows:
         self.epoch = 0
         try:
             self.rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-        except Exception as error:  # of the hub, of data formats
+        except Exception as error:  # `datasets` raises many types
             raise DataError(f"dataset={self.name!r} cannot be read: {error}") from error
         self._beginning = self.rows.state_dict()
-        self._unread: dict[str, Any] | None = None  # the state that was restored and not read from
+        self._unread: dict[str, Any] | None = None  # the restored state, until the next read
         self._iterator: Iterator[Any] = iter(self.rows)
 
     def take(self, count: int) -> list[tuple[str, Any]]:
@@ -110,7 +110,7 @@ class HubRows:
                 taken.append((self.name, row))
                 ends = 0
             elif (ends := ends + 1) == 2:
-                raise DataError(f"dataset={self.name!r} holds no rows")
+                raise DataError(f"dataset={self.name!r} has no rows; check name, config and split")
             else:
                 self.restore({"epoch": self.epoch + 1, "stream": self._beginning})
         return taken
@@ -121,19 +121,19 @@ class HubRows:
     def restore(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
         self._unread = state["stream"]
-        self.rows.load_state_dict(deepcopy(self._unread))  # it goes on in what it is given
+        self.rows.load_state_dict(deepcopy(self._unread))  # modifies its argument
         self._iterator = iter(self.rows)
 
 
 def open_source(source: Source, seed: tuple[int, ...] | None) -> LocalRows | HubRows:
-    """Raises `DataError` for a source that cannot be read."""
+    """Opens a source. Raises `DataError` if it cannot be read."""
     return LocalRows(source, seed) if source.path is not None else HubRows(source)
 
 
-class RowStream(IterableDataset[list[Document]]):
-    """Rows without end: lists of documents, at most `max_length` tokens together.
+class PackedStream(IterableDataset[list[Document]]):
+    """Endless packed sequences: lists of documents with at most `max_length` tokens together.
 
-    Raises `DataError` when built, for a source whose first row cannot be used.
+    Raises `DataError` when it is built if the first row of a source cannot be used.
     """
 
     def __init__(self, data: Data, documents: Documents, seed: int) -> None:
@@ -146,9 +146,9 @@ class RowStream(IterableDataset[list[Document]]):
         self.shares = weights / weights.sum()
         self._start: dict[str, Any] = self._position(0)
         self._skip = 0
-        # Where every window began since the start, and its first row.
+        # The position at the start of each window, and the number of its first sequence.
         self._windows: list[dict[str, Any]] = []
-        self._first_rows: list[int] = []
+        self._first_sequences: list[int] = []
         self._check()
 
     def _check(self) -> None:
@@ -162,41 +162,41 @@ class RowStream(IterableDataset[list[Document]]):
     def _position(self, window: int) -> dict[str, Any]:
         return {"window": window, "sources": [source.state() for source in self.sources]}
 
-    def position(self, rows: int) -> dict[str, Any]:
-        """Where the stream stands after `rows` rows since it was built, as JSON."""
+    def position(self, count: int) -> dict[str, Any]:
+        """The position, as JSON, after `count` sequences since the stream was built."""
         if not self._windows:
-            return {**self._start, "skip": self._skip + rows}
-        rows += self._skip
-        index = bisect_right(self._first_rows, rows) - 1
-        return {**self._windows[index], "skip": rows - self._first_rows[index]}
+            return {**self._start, "skip": self._skip + count}
+        count += self._skip
+        index = bisect_right(self._first_sequences, count) - 1
+        return {**self._windows[index], "skip": count - self._first_sequences[index]}
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Go on from a position."""
+        """Continues from a position."""
         self._start = {"window": position["window"], "sources": position["sources"]}
         self._skip = position["skip"]
-        self._windows, self._first_rows = [], []
+        self._windows, self._first_sequences = [], []
 
     def __iter__(self) -> Iterator[list[Document]]:
         for source, state in zip(self.sources, self._start["sources"], strict=True):
             source.restore(state)
-        self._windows, self._first_rows = [], []
+        self._windows, self._first_sequences = [], []
         produced, empty = 0, 0
         window = self._start["window"]
         while True:
             position = self._position(window)
-            rows = self._window(np.random.default_rng([self.seed, window]))
+            sequences = self._window(np.random.default_rng([self.seed, window]))
             self._windows.append(position)
-            self._first_rows.append(produced)
-            empty = 0 if rows else empty + 1
+            self._first_sequences.append(produced)
+            empty = 0 if sequences else empty + 1
             if empty == 3:
                 raise DataError(
-                    f"{3 * self.data.shuffle_documents} documents in a row have nothing to learn "
-                    f"from within max_length={self.data.max_length} tokens; raise "
-                    "data.max_length, or look at the rows"
+                    f"{3 * self.data.shuffle_documents} consecutive documents have nothing to "
+                    f"learn within max_length={self.data.max_length} tokens; raise "
+                    "data.max_length, or check the rows"
                 )
-            for row in rows:
+            for sequence in sequences:
                 if produced >= self._skip:
-                    yield row
+                    yield sequence
                 produced += 1
             window += 1
 
@@ -209,12 +209,12 @@ class RowStream(IterableDataset[list[Document]]):
         for index, count in enumerate(np.bincount(drawn, minlength=len(self.sources))):
             key = self.data.sources[index].text_field
             taken += [(where, key, row) for where, row in self.sources[index].take(int(count))]
-        rows = pack(self.documents.of(taken), self.data.max_length)
-        return [rows[index] for index in random.permutation(len(rows))]
+        sequences = pack(self.documents.of(taken), self.data.max_length)
+        return [sequences[index] for index in random.permutation(len(sequences))]
 
 
-def evaluation_rows(data: Data, documents: Documents) -> list[list[Document]]:
-    """The evaluation set packed: the first documents of its sources, by their weights."""
+def evaluation_sequences(data: Data, documents: Documents) -> list[list[Document]]:
+    """The packed evaluation set: the first documents of its sources, by their weights."""
     weights = np.array([source.weight for source in data.eval])
     counts = np.ceil(data.eval_documents * weights / weights.sum()).astype(int)
     taken: list[tuple[str, str, Any]] = []
@@ -224,5 +224,5 @@ def evaluation_rows(data: Data, documents: Documents) -> list[list[Document]]:
         taken += [(where, source.text_field, row) for where, row in rows.take(most)]
     packed = pack(documents.of(taken), data.max_length)
     if not packed:
-        raise DataError("data.eval: no document has anything to predict; check the rows")
+        raise DataError("data.eval: no document has a target; check the rows")
     return packed

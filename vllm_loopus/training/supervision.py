@@ -1,8 +1,8 @@
-"""Random deep supervision: which steps of a batch have a loss, and what one such step computes.
+"""Random deep supervision: which steps of a batch are supervised, and the loss of one step.
 
 Of the `n_reasoning_steps` steps of a batch, `n_supervision` are drawn. The others run without
-gradient, and the state is detached before each step, so that the graph in memory is that of one
-step, however many there are. Steps after the last drawn one change nothing and are not run.
+gradient. The state is detached before each step, so that only the graph of one step is in memory.
+Steps after the last drawn one are not run, because they have no effect.
 """
 
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.blocks import Positions
 from vllm_loopus.modeling.confidence import head_input
 from vllm_loopus.modeling.exit_rule import ExitTracker
 from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.layers import Positions
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.training.objective import (
     Counts,
@@ -30,31 +30,31 @@ from vllm_loopus.training.settings import Supervision
 
 
 class TrainableLoopUS(LoopUSForCausalLM):
-    """The reference model, with a `forward` that runs a function of the model.
+    """The reference model with a `forward` that can run any function of the model.
 
-    What wraps a model for data parallel or sharded training works on its `forward`.
+    Wrappers for data-parallel and sharded training only work for calls of `forward`.
     """
 
     def __init__(self, config: LoopUSConfig) -> None:
         super().__init__(config)
-        # What sharded training gathers at a time.
+        # The modules that sharded training gathers one at a time.
         self._no_split_modules = [config.backbone.hf_layer.partition(":")[2]]
 
     def forward(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """`function(model, ...)`, or the reference's forward for anything else."""
+        """Calls `function(model, ...)` if `function` is callable, else the reference's forward."""
         if callable(function):
             return function(self, *args, **kwargs)
         return super().forward(*(() if function is None else (function,)), *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the config names the reference model."""
+        """As in transformers, but with the reference model's class name in the config."""
         super().save_pretrained(save_directory, *args, **kwargs)
         self.config.architectures = [LoopUSForCausalLM.__name__]
         self.config.save_pretrained(save_directory)
 
 
 def draw_steps(seed: int, batch: int, supervision: Supervision) -> list[int]:
-    """The supervised steps (from 0, ascending) of a batch: a function of seed and number alone."""
+    """The supervised steps (0-based, ascending) of a batch, determined by seed and batch number."""
     random = np.random.default_rng([seed, batch])
     steps = random.choice(
         supervision.n_reasoning_steps, size=supervision.n_supervision, replace=False
@@ -64,9 +64,9 @@ def draw_steps(seed: int, batch: int, supervision: Supervision) -> list[int]:
 
 @dataclass
 class Carried:
-    """What a batch carries from one supervised step to the next.
+    """The data of a micro-batch between its supervised steps.
 
-    `state` [B, T, H] is detached; None before the encoder has run.
+    `state` [B, T, H]: detached; None before the encoder has run.
     """
 
     labelled: Labelled
@@ -84,10 +84,10 @@ def supervised_step(
     supervision: Supervision,
     counts: Counts,
 ) -> dict[str, torch.Tensor]:
-    """Take a batch [B, T] through `step`, the next one with a loss, and compute its loss.
+    """Runs a micro-batch [B, T] up to and including the supervised `step`, and computes its loss.
 
-    `L = L_LM + beta L_Mono + L_Q`. Returns `loss` with its graph, its terms and `right` (the number
-    of right tokens) without. `carried` is brought to after the step.
+    `L = L_LM + beta L_Mono + L_Q`. Returns `loss` with its graph and, without graph, its terms and
+    `right`, the number of right tokens. Updates `carried` to the state after the step.
     """
     labelled = carried.labelled
     unsupervised = step - carried.steps_done
@@ -116,20 +116,19 @@ def supervised_step(
         by_document = labelled if supervision.monotonicity == "document" else None
         terms["mono_loss"] = monotonicity_loss(losses, losses_before, counts, by_document)
         loss = loss + supervision.beta * terms["mono_loss"]
-    seen = head_input(supervision.confidence_input, update, previous, state)
+    read = head_input(supervision.confidence_input, update, previous, state)
     if supervision.confidence_gradient == "head":
-        seen = seen.detach()
+        read = read.detach()
     by_token = supervision.confidence_target == "token"
-    read = seen.flatten(0, 1)[labelled.where if by_token else labelled.last]
-    q_logits = model.q_head(read)
+    q_logits = model.q_head(read.flatten(0, 1)[labelled.where if by_token else labelled.last])
     terms["confidence_loss"] = (
         token_confidence_loss(q_logits, right, counts)
         if by_token
         else sequence_confidence_loss(q_logits, right, labelled, counts)
     )
     loss = loss + supervision.confidence_weight * terms["confidence_loss"]
-    told = {name: term.detach() for name, term in terms.items()}
-    return {"loss": loss, "right": right.sum(), **told}
+    detached = {name: term.detach() for name, term in terms.items()}
+    return {"loss": loss, "right": right.sum(), **detached}
 
 
 def _state_before(
@@ -140,9 +139,9 @@ def _state_before(
     unsupervised: int,
     supervision: Supervision,
 ) -> torch.Tensor:
-    """The state [B, T, H] that a supervised step starts from, after the steps before it.
+    """The state [B, T, H] before a supervised step, after `unsupervised` steps without gradient.
 
-    It has a graph only where it is the encoder's own and the encoder is trained.
+    It has a graph only if it is the output of a trained encoder.
     """
     if carried.state is None:
         with torch.set_grad_enabled(supervision.train_encoder and unsupervised == 0):
@@ -167,7 +166,7 @@ def _unsupervised(
 def logits_at(
     model: LoopUSForCausalLM, state: torch.Tensor, positions: Positions, where: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [n, V] of states [B, T, H] at `where` [n] of their B * T positions."""
+    """Logits [n, V] from states [B, T, H], at the positions `where` [n] of B * T."""
     hidden = model.decoder.run_layers(state, positions).flatten(0, 1)[where]
     return model.decoder.logits(model.decoder.norm(hidden))
 
@@ -179,11 +178,11 @@ def measure_by_depth(
     position_ids: torch.Tensor,
     labelled: Labelled,
 ) -> dict[str, torch.Tensor]:
-    """Sums over the labelled tokens of a batch [B, T], at depths 1..`max_loops`.
+    """Sums over the labelled tokens of a micro-batch [B, T].
 
-    `loss`, `accuracy` (right tokens) and `confidence` [N]; and where each token leaves by the
-    config's halting rule, decoded at that depth as served: `exit_depth`, `exit_accuracy` and
-    `exit_loss`, a number each.
+    At depths 1..N (`max_loops`): `loss`, `accuracy` (right tokens) and `confidence`, [N] each. At
+    the exit depths by the config's halting rule, as in serving: `exit_depth`, `exit_accuracy` and
+    `exit_loss`, scalars.
     """
     embedded = model.encoder.embed_tokens(input_ids)
     positions = model.positions(embedded, None, position_ids)
@@ -196,16 +195,16 @@ def measure_by_depth(
         for name in ("exit_depth", "exit_accuracy", "exit_loss")
     }
     by_depth: dict[str, list[torch.Tensor]] = {"loss": [], "accuracy": [], "confidence": []}
-    for one in model.passes(model.encode(embedded, positions), positions):
-        judged = model.judged(one, (row, column))
-        logits = logits_at(model, one.state, positions, where)
+    for loop_pass in model.passes(model.encode(embedded, positions), positions):
+        halting_inputs = model.halting_inputs(loop_pass, (row, column))
+        logits = logits_at(model, loop_pass.state, positions, where)
         losses = token_losses(logits, labelled.targets)
         right = (logits.argmax(-1) == labelled.targets).float()
-        now = exits.after(one.depth, rule.evidence(**judged))
-        at_exit["exit_depth"] += one.depth * now.sum()
+        now = exits.update(loop_pass.depth, rule.evidence(**halting_inputs))
+        at_exit["exit_depth"] += loop_pass.depth * now.sum()
         at_exit["exit_accuracy"] += (right * now).sum()
         at_exit["exit_loss"] += (losses * now).sum()
-        found = {"loss": losses, "accuracy": right, "confidence": judged["confidence"]}
+        found = {"loss": losses, "accuracy": right, "confidence": halting_inputs["confidence"]}
         for name, values in found.items():
             by_depth[name].append(values.sum())
     return {**{name: torch.stack(sums) for name, sums in by_depth.items()}, **at_exit}

@@ -1,8 +1,8 @@
-"""transformers' Trainer, with batches that have several supervised steps.
+"""transformers' Trainer for batches with several supervised steps.
 
-A batch of `batch_size` rows is the unit of data. The Trainer's loop runs over its supervised steps
-(`rounds`): in each, every part of the batch (one a process and accumulation step) is taken on to
-the drawn step, and the Trainer updates after every round, or after the last one.
+A batch has `batch_size` packed sequences, divided into micro-batches by process and accumulation
+step. It is processed in `rounds`, one for each supervised step, or a single one if it has only one
+update. In a round, every micro-batch is run up to its supervised step; then the Trainer updates.
 """
 
 import json
@@ -31,7 +31,7 @@ NOT_DECAYED = ("A_log",)
 
 
 class PackedTrainer(Trainer):
-    """What looped and plain training share: data, counts, schedule, evaluation, log."""
+    """The common base of looped and plain training: data, counts, schedule, evaluation, logs."""
 
     def __init__(self, settings: Settings, **kwargs: Any) -> None:
         self.settings = settings
@@ -43,7 +43,7 @@ class PackedTrainer(Trainer):
         # Losses are divided by counts of the whole batch.
         self.loss_is_scaled_for_ga = True
         self._rounds: list[list[dict[str, Any]]] = []
-        self._batch_tokens = (0, 0)  # before the batch, and of it
+        self._batch_tokens = (0, 0)  # tokens before the batch, and in it
         self._counts = Counts(0, 0)
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_seen = self._labelled_seen = 0
@@ -52,25 +52,26 @@ class PackedTrainer(Trainer):
 
     @property
     def batches(self) -> int:
-        """Batches done."""
+        """The number of batches done."""
         return self.state.global_step // self.settings.updates_per_batch
 
     def tokens(self) -> int:
-        """Tokens of data seen."""
+        """The number of tokens seen."""
         return self.schedule.tokens
 
     @property
     def done(self) -> bool:
-        """Whether the token budget is used, and the last batch over."""
+        """Whether the token budget is used up and the last batch is done."""
         return not self._rounds and self.schedule.tokens >= self.settings.tokens
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Counts]:
-        """The parts of the next round; reads the next batch when the last one is over."""
+        """The micro-batches of the next round. Reads the next batch after the last round."""
         if not self._rounds:
-            parts = num_batches * self.settings.updates_per_batch // self.settings.rounds_per_batch
-            self._read([next(epoch_iterator) for _ in range(parts)])
+            settings = self.settings
+            count = num_batches * settings.updates_per_batch // settings.rounds_per_batch
+            self._read([next(epoch_iterator) for _ in range(count)])
         before, tokens = self._batch_tokens
         done = self.settings.updates_per_batch - len(self._rounds) + 1
         self.schedule.tokens = before + tokens * done // self.settings.updates_per_batch
@@ -79,52 +80,51 @@ class PackedTrainer(Trainer):
         self._labelled_seen += steps * self._counts.tokens
         return self._rounds.pop(0), self._counts
 
-    def _read(self, parts: list[dict[str, Any]]) -> None:
-        for part in parts:
-            lengths = part.pop("lengths")
-            part["carried"] = Carried(Labelled.of(part.pop("labels"), part["position_ids"]))
-            part["tokens"] = lengths.sum()
+    def _read(self, micro_batches: list[dict[str, Any]]) -> None:
+        for micro_batch in micro_batches:
+            lengths = micro_batch.pop("lengths")
+            labelled = Labelled.of(micro_batch.pop("labels"), micro_batch["position_ids"])
+            micro_batch["carried"] = Carried(labelled)
+            micro_batch["tokens"] = lengths.sum()
         counted = torch.stack(
             [
-                torch.tensor([len(p["carried"].labelled) for p in parts]).sum(),
-                torch.tensor([p["carried"].labelled.documents for p in parts]).sum(),
-                sum(p.pop("tokens") for p in parts).cpu(),
+                torch.tensor([len(m["carried"].labelled) for m in micro_batches]).sum(),
+                torch.tensor([m["carried"].labelled.documents for m in micro_batches]).sum(),
+                sum(m.pop("tokens") for m in micro_batches).cpu(),
             ]
         ).to(self.args.device)
-        labelled, documents, tokens = self.accelerator.reduce(counted, "sum").tolist()
-        self._counts = Counts(labelled, documents)
+        targets, documents, tokens = self.accelerator.reduce(counted, "sum").tolist()
+        self._counts = Counts(targets, documents)
         self._batch_tokens = (self.schedule.tokens, tokens)
-        self._rounds = self.rounds(parts)
+        self._rounds = self.rounds(micro_batches)
 
-    def rounds(self, parts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The parts of a batch as the Trainer goes through them, by update."""
-        return [parts]
+    def rounds(self, micro_batches: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The micro-batches of each round of a batch."""
+        return [micro_batches]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
-            position = self.train_dataset.position((self.batches - self._first) * self.rows)
+            sequences = (self.batches - self._first) * self.settings.batch_size
+            position = self.train_dataset.position(sequences)
             (Path(output_dir) / POSITION).write_text(json.dumps(position))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers. Raises `OSError` naming the folder; torch says `RuntimeError` for a
-        full disk."""
+        """As in transformers. Raises `OSError` that names the folder, also if the disk is full,
+        for which torch raises `RuntimeError`."""
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError) as error:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             raise OSError(
-                f"{folder} could not be written: {error}; --resume goes on from the one before it"
+                f"{folder} could not be written: {error}; free some space and continue from the "
+                "checkpoint before it with --resume"
             ) from error
 
-    @property
-    def rows(self) -> int:
-        return self.settings.batch_size
-
-    _first = 0  # batches done before this process began
+    _first = 0  # batches done before this process started
 
     def restore_position(self, checkpoint: Path) -> None:
-        """Read on from where a checkpoint stands."""
+        """Continues to read data from the position stored in a checkpoint."""
         self.train_dataset.restore(json.loads((checkpoint / POSITION).read_text()))
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         self._first = state["global_step"] // self.settings.updates_per_batch
@@ -145,7 +145,7 @@ class PackedTrainer(Trainer):
         return [name for name in names if not name.endswith(NOT_DECAYED)]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: the usual estimate knows nothing of loops."""
+        """Not estimated, because transformers' estimate ignores loops."""
         return 0
 
     def compute_loss(
@@ -155,18 +155,19 @@ class PackedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        result = self.part_loss(model, inputs, num_items_in_batch)
+        result = self.micro_batch_loss(model, inputs, num_items_in_batch)
         loss = result.pop("loss")
         for name, value in result.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-        # Gradients are averaged over processes, and every part has its share of the whole already.
+        # The Trainer averages gradients over processes, but the loss is already a share of the
+        # batch's loss.
         loss = loss * self.accelerator.num_processes
         return (loss, result) if return_outputs else loss
 
-    def part_loss(
+    def micro_batch_loss(
         self, model: nn.Module, inputs: dict[str, Any], counts: Counts
     ) -> dict[str, torch.Tensor]:
-        """`loss` of a part, and what to log: terms, and `right` tokens."""
+        """The `loss` of a micro-batch and the values to log: its terms, and `right` tokens."""
         carried = inputs["carried"]
         labelled = carried.labelled
         logits = model(
@@ -184,21 +185,21 @@ class PackedTrainer(Trainer):
                 logs.update(self._averages())
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(
-                    f"loss={logs['loss']} after {self.schedule.tokens:,} tokens: lower "
+                    f"loss={logs['loss']} after {self.schedule.tokens:,} tokens; lower "
                     "optimizer.learning_rate, or check the data"
                 )
         logs["tokens"] = self.schedule.tokens
         logs["batches"] = self.batches
-        self.state.epoch = None  # there are none: the data is a stream
+        self.state.epoch = None  # a stream has no epochs
         super().log(logs, start_time)
 
     def _averages(self) -> dict[str, float]:
-        """Terms of the loss and the share of right tokens since the last call."""
+        """Mean terms of the loss and the share of right tokens since the last call."""
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names])
-        told = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
-        accuracy = told.pop("right") / max(self._labelled_seen, 1)
-        averages = {name: value / self._steps_seen for name, value in told.items()}
+        totals = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+        accuracy = totals.pop("right") / max(self._labelled_seen, 1)
+        averages = {name: value / self._steps_seen for name, value in totals.items()}
         self._sums, self._steps_seen, self._labelled_seen = {}, 0, 0
         return {**averages, "accuracy": accuracy}
 
@@ -215,11 +216,13 @@ class PackedTrainer(Trainer):
         model.eval()
         sums: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=self.args.device)
-        for part in self._evaluation_parts(eval_dataset or self.eval_dataset):
-            labelled = Labelled.of(part["labels"], part["position_ids"])
+        for micro_batch in self._evaluation_micro_batches(eval_dataset or self.eval_dataset):
+            labelled = Labelled.of(micro_batch["labels"], micro_batch["position_ids"])
             total += len(labelled)
             with torch.no_grad():
-                measured = self.measure(model, part["input_ids"], part["position_ids"], labelled)
+                measured = self.measure(
+                    model, micro_batch["input_ids"], micro_batch["position_ids"], labelled
+                )
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double()
         total = self.accelerator.reduce(total, "sum").item()
@@ -233,17 +236,19 @@ class PackedTrainer(Trainer):
         )
         return metrics
 
-    def _evaluation_parts(self, rows: list[list[Document]]) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's parts of the evaluation set; every process has as many."""
+    def _evaluation_micro_batches(
+        self, sequences: list[list[Document]]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's micro-batches of the evaluation set; all processes have equally many."""
         size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        own = rows[self.accelerator.process_index :: processes]
-        for start in range(0, -(-len(rows) // processes), size):
-            part = collate(own[start : start + size] or [[]], *self.shape)
-            yield {name: tensor.to(self.args.device) for name, tensor in part.items()}
+        own = sequences[self.accelerator.process_index :: processes]
+        for start in range(0, -(-len(sequences) // processes), size):
+            micro_batch = collate(own[start : start + size] or [[]], *self.shape)
+            yield {name: tensor.to(self.args.device) for name, tensor in micro_batch.items()}
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Length of a row, and the token that fills it."""
+        """The length of a packed sequence, and its padding token."""
         return self.settings.data.max_length, self.processing_class.pad_token_id or 0
 
     def measure(
@@ -253,7 +258,7 @@ class PackedTrainer(Trainer):
         position_ids: torch.Tensor,
         labelled: Labelled,
     ) -> dict[str, torch.Tensor]:
-        """Sums over the labelled tokens of a part."""
+        """Sums over the labelled tokens of a micro-batch."""
         logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         logits = logits.flatten(0, 1)[labelled.where]
         right = logits.argmax(-1) == labelled.targets
@@ -261,7 +266,7 @@ class PackedTrainer(Trainer):
 
     @staticmethod
     def named(name: str, value: Any, prefix: str) -> dict[str, float]:
-        """An average, or one a depth, as metrics."""
+        """A metric for an average, or one for each depth if it is a list."""
         if isinstance(value, list):
             return {f"{prefix}_{name}_depth_{r}": v for r, v in enumerate(value, start=1)}
         return {f"{prefix}_{name}": value}
@@ -270,14 +275,16 @@ class PackedTrainer(Trainer):
 class LoopedTrainer(PackedTrainer):
     """Trains a `TrainableLoopUS` by random deep supervision."""
 
-    def rounds(self, parts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    def rounds(self, micro_batches: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         supervision = self.settings.supervision
         steps = draw_steps(self.settings.seed, self.batches, supervision)
         if supervision.update == "batch":
-            return [[{**part, "step": step} for part in parts for step in steps]]
-        return [[{**part, "step": step} for part in parts] for step in steps]
+            return [
+                [{**micro_batch, "step": step} for micro_batch in micro_batches for step in steps]
+            ]
+        return [[{**micro_batch, "step": step} for micro_batch in micro_batches] for step in steps]
 
-    def part_loss(
+    def micro_batch_loss(
         self, model: nn.Module, inputs: dict[str, Any], counts: Counts
     ) -> dict[str, torch.Tensor]:
         result = model(
@@ -289,7 +296,7 @@ class LoopedTrainer(PackedTrainer):
             self.settings.supervision,
             counts,
         )
-        # The mean of the drawn steps, where they are updated together.
+        # The mean over the drawn steps if they share an update.
         result["loss"] = (
             result["loss"] * self.settings.updates_per_batch / self.settings.rounds_per_batch
         )
@@ -306,9 +313,9 @@ class LoopedTrainer(PackedTrainer):
 
 
 class Flow(TrainerCallback):
-    """Ends the run when the token budget is used, and logs with every checkpoint.
+    """Ends the run when the token budget is used up, and logs with every checkpoint.
 
-    A run that goes on from a checkpoint then logs what an unbroken one does.
+    Thus a resumed run logs the same values as an uninterrupted one.
     """
 
     trainer: PackedTrainer

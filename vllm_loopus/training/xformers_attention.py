@@ -1,7 +1,7 @@
-"""Packed attention by xformers on CUDA, registered as transformers' attention `xformers`.
+"""Attention of packed sequences with xformers on CUDA, registered in transformers as `xformers`.
 
-Documents stand end to end in one sequence and attend inside their own block, without a mask [T, T].
-sdpa, the default, computes the same.
+The documents of a packed sequence attend only to themselves, without a mask [T, T]. The result is
+the same as with sdpa, the default.
 """
 
 import weakref
@@ -18,7 +18,7 @@ NAME = "xformers"
 
 
 def document_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the documents in position ids [B, T], row after row: each begins at 0."""
+    """Lengths of all documents in position ids [B, T], in order. Each document starts at 0."""
     starts = position_ids == 0
     starts[:, 0] = True
     begins = starts.flatten().nonzero().flatten()
@@ -27,14 +27,14 @@ def document_lengths(position_ids: torch.Tensor) -> list[int]:
 
 
 def block_mask(lengths: Sequence[int]) -> Any:
-    """xformers' mask of causal blocks of these lengths."""
+    """xformers' causal mask for documents of these lengths."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
     return BlockDiagonalCausalMask.from_seqlens(list(lengths))
 
 
 class _Masks:
-    """The mask of the last position ids: all layers and passes of a batch share them."""
+    """Caches the mask of the last position ids, which all layers and passes of a batch share."""
 
     def __init__(self) -> None:
         self._of: Any = lambda: None
@@ -61,7 +61,7 @@ def xformers_attention(
     position_ids: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """By transformers' attention interface: query [B, heads, T, D] -> [B, T, heads, D]."""
+    """Implements transformers' attention interface: query [B, heads, T, D] -> [B, T, heads, D]."""
     from xformers.ops import memory_efficient_attention
 
     assert position_ids is not None
@@ -76,26 +76,26 @@ def xformers_attention(
 
 
 def register(config: Any) -> None:
-    """Make transformers know it, for models with this config.
+    """Registers the attention with transformers, after a check that a model can use it.
 
-    Raises `SettingsError` where it cannot run: without xformers or CUDA, or for a base whose
-    attention has a window or a cap.
+    Raises `SettingsError` without xformers or CUDA, and for base models whose attention has a
+    sliding window or a cap.
     """
     try:
         import xformers.ops  # noqa: F401
     except ImportError as error:
         raise SettingsError(
-            "attention: xformers is not installed; pip install 'vllm-loopus[xformers]', or take "
+            "attention: xformers is not installed; pip install 'vllm-loopus[xformers]', or use "
             "attention: sdpa"
         ) from error
     if not torch.cuda.is_available():
-        raise SettingsError("attention: xformers has kernels for CUDA only; take attention: sdpa")
+        raise SettingsError("attention: xformers has kernels for CUDA only; use attention: sdpa")
     base = config.base if isinstance(config, LoopUSConfig) else config
     windowed = getattr(base, "sliding_window", None) is not None
     capped = getattr(base, "attn_logit_softcapping", None) is not None
     if windowed or capped:
         raise SettingsError(
-            f"attention: xformers has no windows or caps, and this {base.model_type} has; "
-            "take attention: eager"
+            f"attention: xformers does not support the sliding window or cap of this "
+            f"{base.model_type} model; use attention: eager"
         )
     AttentionInterface.register(NAME, xformers_attention)

@@ -1,7 +1,7 @@
-"""Documents of the small tasks, made when a task is loaded: the same on every machine.
+"""The documents of the tiny tasks, generated when a task is loaded, the same on every machine.
 
-Each task asks items of its own seed of `evaluation_set`, which no training run draws. Difficulties
-take turns, so that the first documents hold as many of each.
+Each task uses another seed of `evaluation_set`, whose items are not used in training. Difficulties
+alternate, so that any number of first documents has equally many of each.
 """
 
 import random
@@ -15,7 +15,7 @@ CHOICES = 4
 
 
 def questions(seed: int, per_difficulty: int, **_: Any) -> dict[str, Dataset]:
-    """A question, its answer, and four choices that hold it."""
+    """Questions with their answers, and four choices that include the answer."""
     rng = random.Random(seed)
     items = evaluation_set(seed, per_difficulty)
     rows = []

@@ -1,6 +1,6 @@
-"""What differs between the vLLM releases of our range. We look for it, never at a version number.
+"""Differences between the supported vLLM releases, detected by inspection, not by version.
 
-`tests/serving/test_upstream.py` fails for an entry that no release of the range needs any more.
+`tests/serving/test_upstream.py` fails for an entry that no supported release needs any more.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from operator import attrgetter
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter that a function of vLLM has in some releases of the range."""
+    """A parameter that a function of vLLM has in some of the supported releases."""
 
     module: str
     function: str
@@ -26,7 +26,7 @@ class Parameter:
 REPLAY_BOUNDARIES = Parameter(
     "vllm.v1.core.single_type_kv_cache_manager",
     "SingleTypeKVCacheManager.cache_blocks",
-    "replay_boundaries",  # has no default where it is there; releases without it keep no positions
+    "replay_boundaries",  # required in the releases that have it
 )
 
 PROMPT_WORKER_DEVICE = Parameter(

@@ -1,7 +1,7 @@
 """The knobs of a request in the engine core: parsed when it arrives, carried with it from then on.
 
-The front end has checked them. A request that reaches the core by another way and has knobs that
-cannot be is given the model's defaults, and the scheduler ends it with the reason.
+The front end has checked them. A request that reaches the core in another way with invalid knobs
+gets the model's defaults, and the scheduler ends it with the reason.
 """
 
 from vllm.v1.request import Request
@@ -13,7 +13,7 @@ KNOBS_IN_SALT = "|loopus:"  # separates them from the salt that the request came
 
 
 def parse_knobs(request: Request, defaults: LoopDefaults) -> str | None:
-    """Attaches the knobs to a request. Returns why they cannot be, None if they are fine."""
+    """Attaches the knobs to a request. Returns why they are invalid; None if they are valid."""
     params = request.sampling_params
     given = params.extra_args if params is not None else None
     try:
@@ -31,10 +31,10 @@ def knobs_of(request: Request) -> RequestKnobs:
 
 
 def salt_with_knobs(request: Request) -> None:
-    """Gives each setting of the knobs a prefix cache of its own: in `last_exited`, K/V depends on
+    """Separates the prefix caches of different knobs, because in `last_exited` K/V depends on
     them."""
     suffix = f"{KNOBS_IN_SALT}{knobs_of(request)}"
-    if (request.cache_salt or "").endswith(suffix):  # a session that goes on
+    if (request.cache_salt or "").endswith(suffix):  # the next input of a session
         return
     request.cache_salt = f"{request.cache_salt or ''}{suffix}"
     request.block_hashes = []

@@ -18,7 +18,7 @@ from vllm_loopus.serving.core.demand import Demand
 from vllm_loopus.serving.core.plane_managers import NO_REPLAY, adopt_coordinator
 from vllm_loopus.serving.messages.blocks import BlockOffer, TakenBlock
 
-# Requests that end so say nothing of what a request needs.
+# Requests that end with one of these do not show what a request needs.
 CUT_SHORT = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
@@ -94,7 +94,7 @@ class DepthKVCacheManager(KVCacheManager):
         if holder is None:
             computed = kwargs.get("new_computed_blocks")
             hits = computed.blocks if computed is not None else ()
-            # If nobody runs, it is admitted in any case: one sequence always fits.
+            # If no request runs, it is admitted in any case: one sequence always fits.
             crowded = kwargs.get("full_sequence_must_fit") and kwargs.get("has_scheduled_reqs")
             if crowded and not self._fits(request, hits):
                 return None
@@ -185,8 +185,8 @@ class DepthKVCacheManager(KVCacheManager):
                 self._planes[depth - 1].place(name, column, block)
 
     def note(self, name: str, wanted: int, in_flight: bool) -> None:
-        """The sequence cannot go on without `wanted` blocks. `in_flight`: whether it has positions
-        that have begun and not finished."""
+        """The sequence cannot continue without `wanted` blocks. `in_flight`: whether it has
+        positions that have started and not finished."""
         holder = self._holders[name]
         holder.wanted, holder.in_flight = wanted, in_flight
 

@@ -14,7 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_loopus.serving.compat import REPLAY_BOUNDARIES
 
-# Sliding windows may keep blocks at some positions only; our planes keep all.
+# Sliding windows may cache only some positions; our planes cache all.
 NO_REPLAY: dict[str, Any] = {REPLAY_BOUNDARIES.name: ()} if REPLAY_BOUNDARIES.is_there else {}
 
 
@@ -92,7 +92,7 @@ class StaircaseCoordinator(HybridKVCacheCoordinator):
 
 
 def adopt_coordinator(coordinator: Any) -> None:
-    """Makes the managers of a coordinator that vLLM has just built ours, one for each depth.
+    """Replaces the managers of a coordinator that vLLM has just built by ours, one for each depth.
 
     vLLM's scheduler builds them itself; changing their classes avoids a copy of that code.
     """

@@ -29,10 +29,10 @@ logger = init_logger("vllm.loopus")
 
 
 class LoopUSScheduler(Scheduler):
-    """Schedules as vLLM does. A request that got no token is scheduled again where it stands.
+    """Schedules like vLLM. A request that got no token is scheduled again at the same position.
 
-    It keeps its place in `running`, its blocks and its priority. Every step gives each sequence in
-    flight at least its turn, the longest waiting first (`step/run.py`), so nobody starves.
+    It keeps its place in `running`, its blocks and its priority. In every step each sequence in
+    flight gets a share of the rows, the longest waiting first (`step/run.py`), so none starves.
     """
 
     kv_cache_manager: DepthKVCacheManager
@@ -122,8 +122,8 @@ class LoopUSScheduler(Scheduler):
         progress: LoopProgress | None = getattr(model_runner_output, "loop", None)
         if progress is None:
             raise RuntimeError(
-                "LoopUSScheduler got a step of a worker that is not LoopUSWorker; leave worker_cls "
-                "alone, or set scheduler_cls to vLLM's scheduler too"
+                "LoopUSScheduler got a step of a worker that is not LoopUSWorker; do not set "
+                "worker_cls, or set scheduler_cls to vLLM's scheduler too"
             )
         emitting = {
             request_id: scheduled
@@ -198,8 +198,8 @@ class LoopUSScheduler(Scheduler):
         return finished
 
     def _update_request_as_session(self, session: "Request", update: Any) -> None:
-        """A streaming-input session goes on, from what is complete at every depth in the prefix
-        cache, because the planes of its answers may have gaps."""
+        """Continues a streaming-input session from the positions that are complete at every depth
+        in the prefix cache, because the planes of its answers may have gaps."""
         super()._update_request_as_session(session, update)
         self.kv_cache_manager.free(session)
         session.num_computed_tokens = 0

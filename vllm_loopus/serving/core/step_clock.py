@@ -26,10 +26,10 @@ class LinearCost:
 
     @property
     def fixed(self) -> float | None:
-        """The cost at size 0; None until it can be told from the slope.
+        """The cost at size 0; None until it can be distinguished from the slope.
 
-        At least `FLOOR` of the mean cost: an estimate of zero is noise, and would let sequences
-        wait for free.
+        At least `FLOOR` of the mean cost, because an estimate of zero is noise, and waiting would
+        then seem to cost nothing.
         """
         spread = self._weight * self._xx - self._x * self._x
         if self._weight < 5 or spread < 1e-6 * self._xx * self._weight:
@@ -61,8 +61,9 @@ class StepClock:
         """The step is over. `idle`: nothing is left to do, so the time until the next step is not
         a cost.
 
-        Passes that the host did not wait for are left out: their time on the host is not what they
-        cost. A boundary's cost goes by its rows: a prompt has one token and many rows.
+        Passes that the host did not wait for are left out, because their time on the host is not
+        their cost. The cost of a boundary depends on its rows: a prompt has one token but many
+        rows.
         """
         times = progress.times
         for rows, seconds, waited in zip(

@@ -1,5 +1,5 @@
-"""What answers of the OpenAI server say besides the text: exit depths, in whole answers and in
-server-sent events, and why a request failed."""
+"""Additions to answers of the OpenAI server: exit depths, in complete answers and in server-sent
+events, and the reason of a failed request."""
 
 import json
 from collections.abc import AsyncIterator, Iterable
@@ -27,8 +27,8 @@ class FailureReason(str):
 
 
 def explain_failure(completion: Any) -> None:
-    """Lets the finish reason of a failed completion carry its stop reason, because the server has
-    nothing else at hand when it raises its error."""
+    """Adds the stop reason of a failed completion to its finish reason, because the server only
+    has the latter when it raises its error."""
     if completion.finish_reason == "error" and isinstance(completion.stop_reason, str):
         reason = FailureReason(completion.finish_reason)
         reason.why = completion.stop_reason
@@ -42,7 +42,7 @@ class DepthRecorder:
         self.depths: dict[int, list[int]] = {}
 
     def add(self, outputs: Iterable[Any], first: int = 0) -> None:
-        """`CompletionOutput`s, deltas or whole; `first` is the choice that index 0 stands for."""
+        """Adds `CompletionOutput`s, deltas or complete. `first`: the choice of the index 0."""
         for output in outputs:
             self.depths.setdefault(first + output.index, []).extend(exit_depths(output))
 

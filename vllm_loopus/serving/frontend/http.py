@@ -90,8 +90,8 @@ class LoopedHandler(GenerateBaseServing):
             )
         if given.get(RETURN_EXIT_DEPTHS) and not self.answers_with_depths:
             raise KnobError(
-                f"{RETURN_EXIT_DEPTHS} is answered by /v1/completions, /v1/chat/completions and "
-                "/v1/responses alone",
+                f"{RETURN_EXIT_DEPTHS} is only supported by /v1/completions, /v1/chat/completions "
+                "and /v1/responses",
                 parameter=RETURN_EXIT_DEPTHS,
             )
 
@@ -246,7 +246,7 @@ HANDLERS: dict[str, type[LoopedHandler]] = {
 
 
 def adopt_handlers(vllm_config: Any, state: Any) -> None:
-    """Makes the handlers that vLLM has just built for a looped model ones of ours."""
+    """Turns the handlers that vLLM has just built for a looped model into ours."""
     config = vllm_config.model_config.hf_config
     options = EngineOptions.of(vllm_config.additional_config)
     for attribute, mixed_in in HANDLERS.items():
@@ -258,8 +258,8 @@ def adopt_handlers(vllm_config: Any, state: Any) -> None:
 
 
 async def _body_of(raw_request: "Request | None") -> Any:
-    """What was sent; None if only the parsed request is known: from a batch file, or through Ray
-    Serve, which only hands on the headers."""
+    """The body that was sent; None if only the parsed request is known: from a batch file, or
+    through Ray Serve, which only passes the headers."""
     if raw_request is None:
         return None
     try:

@@ -1,8 +1,8 @@
 """Metrics of the loop: in `/metrics`, in `llm.get_metrics()`, and a line in the periodic log.
 
-A stat logger of vLLM's kind. It is built after vLLM's own Prometheus logger, which unregisters
-every metric named `vllm:...` when it starts. It is called before that one, to take out what travels
-in a field of vLLM's (`messages/stats.py`). `docs/metrics.md` says what each metric means.
+A stat logger of vLLM. It is built after vLLM's Prometheus logger, which unregisters every metric
+named `vllm:...` when it starts. It is called before that one, to remove the statistics that are
+sent in a field of vLLM's (`messages/stats.py`). `docs/metrics.md` explains each metric.
 """
 
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ class LoopStatLogger(AggregateStatLoggerBase):
             logger.info("Loop: %s", recent)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to log: the worker logs the start-up block (`runners/start_up.py`)."""
+        """Nothing to log: the worker logs the start-up summary (`runners/start_up.py`)."""
 
 
 class LoopMetrics:

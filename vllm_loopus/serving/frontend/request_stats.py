@@ -1,7 +1,7 @@
 """How a request ended, in its statistics (`RequestOutput.metrics`).
 
-Ray Data LLM hands on the text, token ids and statistics of an output, and nothing else. So exit
-depths and the reason of a failure are in the statistics, too.
+Ray Data LLM only passes on the text, token ids and statistics of an output. So the statistics also
+contain exit depths and the reason of a failure.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ def exit_depths_in(metrics: Mapping[str, Any]) -> list[int]:
 
 
 def add_outcome(stats: RequestStateStats, completion: Any) -> None:
-    """Adds the outcome of a completion that was just built. Statistics of other models are left
-    alone."""
+    """Adds the outcome of a completion that was just built. Statistics of other models are not
+    changed."""
     depths = getattr(completion, SPAN, None)
     failed = completion.finish_reason == "error"
     if depths is None and not failed:

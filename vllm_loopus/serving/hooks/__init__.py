@@ -1,1 +1,1 @@
-"""Where vLLM is told about looped models: its hooks, and patches where it has none."""
+"""Connects looped models to vLLM through its hooks, and through patches where it has none."""

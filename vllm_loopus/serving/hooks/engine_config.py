@@ -65,8 +65,8 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
         size_cpu_cache(vllm_config)
         _use_our_classes(vllm_config)
 
-    # Proposed to vLLM, which does not call these yet (`patches/`): `patches.py` does. They import
-    # what only the front end needs.
+    # Hooks that we proposed to vLLM (`patches/`). Until vLLM calls them, `patches.py` does. They
+    # import modules that only the front end needs.
 
     @staticmethod
     def verify_sampling_params(params: Any, model_config: "ModelConfig") -> None:
@@ -93,7 +93,7 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def adapt_serving_handlers(vllm_config: "VllmConfig", state: Any) -> None:
-        """Makes the API server's handlers ones that know knobs and exit depths."""
+        """Makes the API server's handlers support knobs and exit depths."""
         from vllm_loopus.serving.frontend.http import adopt_handlers
 
         adopt_handlers(vllm_config, state)
@@ -120,7 +120,7 @@ def _refuse_impossible(vllm_config: "VllmConfig") -> None:
     _refuse(
         parallel.decode_context_parallel_size > 1,
         f"decode_context_parallel_size={parallel.decode_context_parallel_size}",
-        "planes by depth are not sharded by position; leave it 1",
+        "planes by depth are not sharded by position; set it to 1",
     )
     cache_dtype = vllm_config.cache_config.cache_dtype
     _refuse(
@@ -189,7 +189,7 @@ def _refuse(condition: bool, option: str, fix: str) -> None:
 
 
 def _use_the_base_tokenizer(model_config: "ModelConfig", config: LoopedConfig) -> None:
-    """Uses the base model's tokenizer if a local checkpoint has none of its own."""
+    """Uses the base model's tokenizer if a local checkpoint has none."""
     folder = Path(model_config.model)
     if (
         model_config.skip_tokenizer_init
@@ -200,7 +200,7 @@ def _use_the_base_tokenizer(model_config: "ModelConfig", config: LoopedConfig) -
         return
     if not config.base_model_name_or_path:
         raise ValueError(
-            f"tokenizer={model_config.model} holds no tokenizer files and the checkpoint names no "
+            f"tokenizer={model_config.model} has no tokenizer files and the checkpoint has no "
             "base_model_name_or_path; pass tokenizer=NAME or skip_tokenizer_init=True"
         )
     logger.info("%s has no tokenizer: using its base's, %s", folder, config.base_model_name_or_path)

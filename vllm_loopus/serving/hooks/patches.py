@@ -1,9 +1,9 @@
-"""The functions of vLLM that we replace. `patches/catalogue.toml` says why, and what a user would
-lose without each.
+"""The functions of vLLM that we replace. `patches/catalogue.toml` has the reasons, and what a user
+would lose without each.
 
-A patch wraps one function and calls the original for everything but looped models and names that
-are redirected. It is applied once in each process. A function that has disappeared from vLLM or has
-other parameters stops the start-up. A vLLM that has what the patch's diff proposes is left alone.
+A patch wraps one function and calls the original, except for looped models and redirected names. It
+is applied once in each process. If the function is missing in vLLM or has other parameters, the
+start fails. If vLLM already has what the patch's diff proposes, the patch is not applied.
 """
 
 import importlib
@@ -31,7 +31,7 @@ class Patch:
     key: str  # its entry in patches/catalogue.toml
     module: str
     name: str
-    parameters: tuple[str, ...]  # "..." at the end: more may follow, and `wrap` passes them on
+    parameters: tuple[str, ...]  # "..." at the end: more may follow, which `wrap` passes through
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     obsolete: Callable[[], bool]  # whether this vLLM has what the diff proposes
 
@@ -78,7 +78,7 @@ def _groups_by_depth(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def alias_target(model: Any) -> Any:
-    """Where vLLM's redirect hook leads. Raises `AliasError` for an alias that leads nowhere."""
+    """The target of vLLM's redirect hook. Raises `AliasError` for an unknown alias."""
     from vllm.transformers_utils.utils import maybe_model_redirect
 
     target = maybe_model_redirect(model) if isinstance(model, str) else model
@@ -89,7 +89,7 @@ def alias_target(model: Any) -> Any:
 
 def _aliases_not_looked_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def is_cloud_storage(model_or_path: Any) -> Any:
-        # `EngineArgs` looks every other name up on the hub. `ModelConfig` redirects it later.
+        # `EngineArgs` would look up an alias on the hub; `ModelConfig` redirects it later.
         return original(model_or_path) or alias_target(model_or_path) != model_or_path
 
     return is_cloud_storage

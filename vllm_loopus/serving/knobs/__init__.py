@@ -1,1 +1,1 @@
-"""What a user may set: options of an engine, knobs of a request, and their names."""
+"""What a user can set: options of an engine, knobs of a request, and their names."""

@@ -20,8 +20,8 @@ class EngineOptions:
 
     - `kv_policy`: `exact` computes the K/V that deeper tokens need at every depth. `last_exited`
       copies the K/V and state of a token's exit depth to all deeper depths: an approximation.
-    - `prefill_depth`: `lazy` computes a prompt down to the depth at which its last position exits,
-      and deeper when a later token goes there; `full` computes it to full depth at once.
+    - `prefill_depth`: `lazy` computes a prompt to the exit depth of its last position, and deeper
+      when a later token needs it; `full` computes it to full depth at once.
     - `exit_quorum`: the share of the sequences in flight that must have exited before a step
       decodes and samples them, or `auto`.
     - `reasoning_effort`: the `max_loops` of requests that name an effort and no `max_loops`, for
@@ -95,7 +95,7 @@ class EngineOptions:
 
     @property
     def full_prefill(self) -> bool:
-        """Whether prompts run to full depth, wherever their last position exits."""
+        """Whether prompts run to full depth, whatever the exit depth of their last position."""
         return self.prefill_depth == "full"
 
     def planes(self, max_loops: int, served: int) -> int:

@@ -1,7 +1,7 @@
 """Names of the loop knobs of a request, and which unknown names are refused.
 
-vLLM's connectors and the user's logits processors keep their arguments in `extra_args`
-(`vllm_xargs` over HTTP) too. So an unknown name is only refused when it
+vLLM's connectors and the user's logits processors also take their arguments from `extra_args`
+(`vllm_xargs` over HTTP). So an unknown name is only refused if it
 
 1. is a field of the checkpoint or an option of the engine (`halting_strategy`, `kv_policy`, `N`),
 2. is spelt almost like a knob (`max_loop`, `exit_treshold`), or

@@ -97,7 +97,7 @@ def check_request(
 
 
 def check_names(given: Iterable[str], custom_processors: bool = False) -> None:
-    """Raises `KnobError` for a name that looks like a knob of ours and is none."""
+    """Raises `KnobError` for a name that looks like one of our knobs but is none."""
     for name in given:
         if name not in REQUEST_KNOBS and (reason := objection(name, custom_processors)):
             raise KnobError(f"{_shown(name)} {reason}", parameter=name[:100])

@@ -1,1 +1,1 @@
-"""What scheduler and worker tell each other, and what both tell the front end."""
+"""Messages between scheduler and worker, and from both to the front end."""

@@ -1,9 +1,9 @@
 """K/V blocks of deeper planes: what the scheduler offers and what the worker took.
 
-A sequence gets its blocks of depth 1 from the scheduler. How deep it goes is only known inside a
-step, so the worker gives it blocks of deeper planes in the pass that needs them, out of the free
-blocks that came with the step. The scheduler books afterwards what was taken. So a block is in use
-only while it holds a position. All ranks take the same decisions from the same data.
+A sequence gets its blocks of depth 1 from the scheduler. Its exit depth is only known inside a
+step, so the worker gives it blocks of deeper planes in the pass that needs them, from the free
+blocks that the scheduler offered for the step. Afterwards the scheduler books the blocks that were
+taken. So a block is only in use while it holds a position. All ranks decide from the same data.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,9 @@
 """Exit depths of generated tokens, from the engine core to the user's outputs.
 
-The scheduler sends them in `EngineCoreOutput.routed_experts`, an array per token that vLLM keeps
-for mixtures of experts and that looped models have no other use for. `attach` takes them out where
-vLLM builds a `CompletionOutput`, so that nothing else sees them. A vLLM that carries a model's
-values of tokens (`patches/token-values-in-outputs.diff`) gets them as such instead. This module
-imports no vLLM.
+The scheduler sends them in `EngineCoreOutput.routed_experts`, an array per token that vLLM has for
+mixtures of experts and looped models do not use otherwise. `attach` removes them where vLLM builds
+a `CompletionOutput`, so that nothing else sees them. A vLLM with per-token values of a model
+(`patches/token-values-in-outputs.diff`) gets them there. This module does not import vLLM.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the worker tells the scheduler about a step."""
+"""The worker's report to the scheduler about a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,13 +26,13 @@ class LoopProgress:
 
     - `computed`: for each scheduled request that got no token, how many of its positions count as
       computed. The next step continues there.
-    - `in_flight`: those of them with positions that have begun and not finished.
+    - `in_flight`: those of them with positions that have started and not finished.
     - `complete`: for each request, how many positions are complete at each depth. The prefix cache
       may have them.
     - `taken`: blocks that sequences took. `wanted`: how many blocks of deeper planes a sequence
       needs before it can go on.
     - `exit_depths`: for each request that got a token, the depth at which it exited.
-    - `failed`: requests that cannot go on, and why. Nothing else is said about them but `taken`.
+    - `failed`: requests that cannot continue, and why. Of the other fields, only `taken` has them.
     - `boundary_rows`: rows of encoder and decoder together; 0 without a decoder call.
     - `times`: of the passes. `stats`: what the step adds to the metrics.
     """

@@ -1,8 +1,8 @@
 """What the loop did, from the engine core to the metrics of the front end.
 
-It travels in `SchedulerStats.kv_connector_stats`, a mapping that vLLM keeps for KV connectors,
-which looped models refuse. `LoopStats.received` takes it out before vLLM's own loggers look. A vLLM
-with a field for a model's statistics (`patches/loop-in-stat-loggers.diff`) gets it there.
+It is sent in `SchedulerStats.kv_connector_stats`, a mapping for KV connectors, which looped models
+do not support. `LoopStats.received` removes it before vLLM's own loggers read the statistics. A
+vLLM with a field for a model's statistics (`patches/loop-in-stat-loggers.diff`) gets it there.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class LoopStats:
     - `steps`: the number of passes of each step. `passes`: the number of rows of each pass.
     - `encoded_rows`: positions that entered the loop; at full depth each costs one row in every
       pass. `catch_up_rows`: rows of passes for positions before those in flight.
-    - `decoder_rows`: rows of the decoder. `decoder_catch_up_rows`: those that brought no token.
+    - `decoder_rows`: rows of the decoder. `decoder_catch_up_rows`: those without a token.
     - `quorums`: at each decoding, the share of the sequences wanting a token that had exited.
     - `waiting`: sequences that had exited and waited for one more pass, summed over the passes.
     - `exit_depths`: of the tokens that went to the front end.

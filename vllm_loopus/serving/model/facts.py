@@ -1,4 +1,4 @@
-"""What a looped checkpoint is, from its config: for `vllm-loopus info` and the start-up block."""
+"""Properties of a looped checkpoint from its config, for `vllm-loopus info` and the start log."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from vllm_loopus.serving.model.kv_layout import KVLayout
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A looped checkpoint, in words and numbers."""
+    """The properties of a looped checkpoint, as text and numbers."""
 
     family: str
     base: str  # model type of the base
@@ -40,14 +40,14 @@ class ModelFacts:
         )
 
     def rows(self) -> list[tuple[str, str]]:
-        """What to print: names and texts."""
+        """The lines to print: names and texts."""
         layers = f"encoder {self.encoder}, reasoning {self.reasoning}, decoder {self.decoder}"
         sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in self.kv_bytes_a_token.items()]
         return [
             ("layers", layers),
             ("loops", f"{self.min_loops} to {self.max_loops}"),
             ("exit rule", self.exit_rule),
-            ("K/V a token", ", ".join(sizes)),
+            ("K/V per token", ", ".join(sizes)),
         ]
 
 
@@ -77,7 +77,7 @@ def layout_of_engine(vllm_config: Any) -> KVLayout:
 
 
 def told_layers(indices: Sequence[int]) -> str:
-    """A run of layers in words."""
+    """A range of layers as text."""
     if not indices:
         return "no layer"
     first, last = indices[0], indices[-1]

@@ -1,7 +1,7 @@
 """How many bytes of K/V and state a position takes, item by item.
 
 Pure arithmetic over the layout that `planes.py` sets up. A test compares it with what vLLM
-allocates; `info`, the start-up block and the metrics show it.
+allocates; `info`, the start-up summary and the metrics show it.
 """
 
 from dataclasses import dataclass
@@ -106,10 +106,10 @@ class KVLayout:
     def __str__(self) -> str:
         kib = ", ".join(f"{name} {size / 1024:.2f}" for name, size in self.items().items())
         total = self.allocated(self.max_loops) / 1024
-        return f"{total:.2f} KiB a token at depth {self.max_loops} ({kib})"
+        return f"{total:.2f} KiB per token at depth {self.max_loops} ({kib})"
 
 
 def sequences_that_fit(num_blocks: int, block_size: int, length: int, planes: float) -> float:
-    """How many sequences of `length` tokens a pool holds if each block of depth 1 stands for
-    `planes` blocks. One block of the pool is vLLM's null block."""
+    """How many sequences of `length` tokens fit in a pool if they hold `planes` blocks for each
+    block of depth 1. One block of the pool is vLLM's null block."""
     return max(num_blocks - 1, 0) / (cdiv(length, block_size) * planes)

@@ -22,7 +22,7 @@ from vllm_loopus.modeling.checkpoint import (
     LEGACY_WEIGHTS,
     CheckpointCheck,
     current_name,
-    readable,
+    explaining_read_errors,
 )
 from vllm_loopus.modeling.confidence import ConfidenceHead, head_input
 from vllm_loopus.modeling.gate import SelectiveGate
@@ -246,7 +246,7 @@ class LoopUSForCausalLM(LoopedModelBase):
         files that cannot be read. A quantised checkpoint has tensors of its own kind, which vLLM's
         loader checks.
         """
-        weights = readable(weights, self.model_name)
+        weights = explaining_read_errors(weights, self.model_name)
         loader = AutoWeightsLoader(self)
         mapper = LlamaModel.hf_to_vllm_mapper  # merges q, k, v and gate, up where they are split
         if self.quant_config is not None:
@@ -254,6 +254,6 @@ class LoopUSForCausalLM(LoopedModelBase):
             return loader.load_weights(renamed, mapper=mapper)
         dtype = self.encoder.embed_tokens.weight.dtype
         check = CheckpointCheck(expected_shapes(self.config), dtype)
-        loaded = loader.load_weights(check.passed(weights), mapper=mapper)
+        loaded = loader.load_weights(check.checked(weights), mapper=mapper)
         check.raise_if_wrong(self.model_name)
         return loaded

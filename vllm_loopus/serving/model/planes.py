@@ -1,18 +1,17 @@
 """Where the K/V and states of each recursion depth live in vLLM's paged memory.
 
 A *plane* is what one position needs at one depth: the K/V of reasoning and decoder layers, and the
-state `h^r`. Every plane is a KV cache group of vLLM with a block table of its own, so planes can
-hold different numbers of blocks. vLLM lays all groups over the same tensors and draws block ids
-from one pool. Layers stand at the same index in every group, so layer `l` is the same tensor at
-every depth, and the depth of a row is only the block table and slot mapping it is given. One
-`Attention` for each layer therefore serves all depths, and rows at different depths can share a
-pass.
+state `h^r`. Every plane is a KV cache group of vLLM with its own block table, so planes can have
+different numbers of blocks. In vLLM all groups share the same tensors and take block ids from one
+pool. Layers have the same index in every group, so layer `l` is the same tensor at every depth, and
+the depth of a row is determined by its block table and slot mapping. Therefore one `Attention` per
+layer serves all depths, and rows at different depths can share a pass.
 
 The plane of depth 1, which every position has, also holds the K/V of the encoder and, for a model
 that injects it in every pass, the constant input.
 
-Layers with a sliding window keep their K/V as the others do; the window is only a mask. Planes must
-look alike, and a deeper token may need any position again.
+Layers with a sliding window store all their K/V like the others; the window is only a mask. All
+planes must have the same layout, and a deeper token may need any position again.
 """
 
 from collections.abc import Iterator
@@ -177,7 +176,7 @@ class Planes:
 
     @contextmanager
     def deferring(self, rows: torch.Tensor | None) -> Iterator[DeferredWrites | None]:
-        """Inside, the K/V of `rows` [M] is kept for slots that are known later; None for none."""
+        """Inside, the K/V of `rows` [M] is stored for slots that are known later; None for none."""
         self.deferred = None if rows is None else DeferredWrites(rows)
         try:
             yield self.deferred

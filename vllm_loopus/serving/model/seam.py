@@ -1,6 +1,6 @@
-"""What the engine needs of a looped model. Nothing in `worker/` knows more of one.
+"""The interface between the engine and a looped model. `worker/` uses nothing else of a model.
 
-Rows are positions of sequences, T in a call, each at a depth of its own. H is the hidden size.
+Rows are positions of sequences, T in a call, at individual depths. H is the hidden size.
 """
 
 from typing import Protocol
@@ -13,7 +13,7 @@ from vllm_loopus.serving.model.planes import Planes
 class LoopedModel(Protocol):
     """A looped model over paged attention. `base.py` has what such models share.
 
-    - `planes`: its memory, by depth; says which attention layers belong to encoder, loop, decoder.
+    - `planes`: its memory by depth, and the attention layers of encoder, loop and decoder.
     - `reads_depth`: whether a pass needs to know the depth of each row.
     """
 

@@ -1,9 +1,9 @@
-"""What the loop needs of a model runner.
+"""The interface between the loop and a model runner.
 
-The loop (`worker/`) knows no runner: in each step it gets a `StepInput`, a plain description of
-what the scheduler wants, and gives `Decoded` rows and a `LoopProgress`. The adapters are the only
-code that knows vLLM's runners; `tests/serving/test_runners.py` shows that both describe the same
-steps alike.
+The loop (`worker/`) does not depend on a runner: in each step it gets a `StepInput`, a plain
+description of the scheduler's output, and returns `Decoded` rows and a `LoopProgress`. Only the
+adapters depend on vLLM's runners; `tests/serving/test_runners.py` checks that both describe the
+same steps alike.
 
 Block tables and slot mappings are the loop's own (`worker/block_tables.py`), because a step takes
 blocks that the scheduler has not assigned yet; so are the forward contexts of its passes
@@ -38,7 +38,7 @@ class LoopRunner(Protocol):
         ...
 
     def describe(self, scheduler_output: Any) -> StepInput:
-        """What a scheduler output says, in the form in which this runner's scheduler sends it."""
+        """The `StepInput` for a scheduler output in the form that this runner gets."""
         ...
 
     def zero_blocks(self, block_ids: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 vLLM 0.32 asks Ray for the accelerators of a worker, and refuses a platform that has no name for
 them (`Platform.ray_device_key`). A CPU worker needs none. Here it gets a bundle with one of Ray's
-CPUs instead; all else is vLLM's. Ray then counts one CPU for each rank, whatever number of cores
+CPUs instead; the rest is vLLM's. Ray then counts one CPU for each rank, whatever number of cores
 its threads are bound to.
 """
 

@@ -1,4 +1,4 @@
-"""The block of the log that says what an engine with a looped model is and has room for."""
+"""The start-up summary in the log: the model, its K/V memory and the options of an engine."""
 
 from typing import Any
 

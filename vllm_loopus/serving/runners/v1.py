@@ -1,7 +1,7 @@
 """The V1 model runner: vLLM's on CPUs, and ours elsewhere unless `VLLM_USE_V2_MODEL_RUNNER=1`.
 
-Its scheduler sends a request that comes back after a preemption with its blocks alone; the tokens
-are those that the runner remembers.
+For a request that resumes after a preemption, the scheduler only sends the blocks; the runner has
+stored the tokens.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class NoSlotMappings(MultiGroupBlockTable):
-    """The block tables of vLLM's runner, without slots: those are the loop's own. vLLM's, of all
-    planes, take 0.6 ms a step on a CPU, and nobody reads them."""
+    """The block tables of vLLM's runner, without slot mappings, which the loop computes itself.
+    vLLM's would take 0.6 ms per step on a CPU for all planes, and are not used."""
 
     def compute_slot_mapping(self, *args: Any, **kwargs: Any) -> None:
         pass

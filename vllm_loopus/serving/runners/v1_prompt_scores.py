@@ -2,7 +2,7 @@
 
 All positions of a prompt are scored at the exit depth of the last one, so their hidden states come
 when that is known: before vLLM's runner has seen the request. vLLM's own function is called as for
-a prompt in chunks, with stand-ins for what it reads about the request. Only the scores are kept.
+a prompt in chunks, with stand-ins for what it reads about the request. Only the scores are stored.
 """
 
 from collections.abc import Callable, Iterable

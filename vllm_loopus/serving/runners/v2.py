@@ -6,7 +6,7 @@ token. What it lacks is overridden here instead:
 
 - It never sees the scheduler output: blocks offered for deeper planes, blocks of requests that go
   on, preemptions (`execute_model`).
-- Every scheduled request goes through LM head and sampler; nothing can choose some of them
+- Every scheduled request goes through LM head and sampler; there is no way to select some of them
   (`execute_model` again, which gives the runner only the requests that have exited).
 - The runner's output has no room for what the scheduler has to know (`sample_tokens`).
 - Prompt scores are computed from the rows of one step (`prompt_logprobs_worker`).

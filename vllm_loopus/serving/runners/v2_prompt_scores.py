@@ -1,7 +1,7 @@
 """Log-probabilities of prompts on the V2 runner, part by part.
 
 As `v1_prompt_scores.py`. vLLM's own worker for them is called as for a batch of one prompt in
-chunks, one worker for each prompt; this class stands in its place in the runner.
+chunks, one worker for each prompt; this class replaces it in the runner.
 """
 
 from collections.abc import Callable

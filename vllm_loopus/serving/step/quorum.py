@@ -1,8 +1,8 @@
 """When a step ends its passes and decodes the sequences that have exited: the quorum.
 
-A boundary (decoder, LM head, sampling, scheduling, encoder) has a fixed cost, whatever the number
-of tokens, so it pays to wait until more sequences have exited. Those that have exited are idle
-meanwhile.
+A boundary (decoder, LM head, sampling, scheduling, encoder) has a fixed cost that does not depend
+on the number of tokens, so it is worthwhile to wait until more sequences have exited. Those that
+have exited are idle meanwhile.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class AutoQuorum:
     def chance(self, sequence: LoopedSequence) -> float:
         """How likely the sequence is ready for the decoder after one more pass.
 
-        Exit depths given for a replay are ignored: they stand for what a model would decide.
+        Exit depths given for a replay are ignored, because they simulate the decisions of a model.
         """
         depth = sequence.depth + 1
         if sequence.fills:

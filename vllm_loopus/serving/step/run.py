@@ -24,8 +24,8 @@ class StepExecutor(Protocol):
 
     @property
     def asynchronous(self) -> bool:
-        """Whether a call may return before the device has computed it. `run_passes` with anybody
-        to decide on, `check_states` and `decode` always wait for the device."""
+        """Whether a call may return before the device has computed it. `run_passes` with exits to
+        decide, `check_states` and `decode` always wait for the device."""
         ...
 
     def make_room(self, chunk: Chunk) -> int:
@@ -38,7 +38,7 @@ class StepExecutor(Protocol):
         ...
 
     def encode(self, chunks: list[Chunk]) -> None:
-        """Depth 0: runs the encoder and keeps `h^0` for the pass that follows."""
+        """Depth 0: runs the encoder and stores `h^0` for the pass that follows."""
         ...
 
     def run_passes(self, chunks: list[Chunk], passes: int, deciding: list[int]) -> list[bool]:
@@ -52,7 +52,7 @@ class StepExecutor(Protocol):
         ...
 
     def decode(self, chunks: list[Chunk]) -> None:
-        """Runs the decoder and keeps the hidden states of the newest positions of the chunks.
+        """Runs the decoder and stores the hidden states of the newest positions of the chunks.
         Sequences with a NaN or infinite state, here or in the passes before, fail."""
         ...
 
@@ -111,12 +111,12 @@ def run_step(
 ) -> StepReport:
     """Refines the sequences in flight until the quorum ends the passes, then decodes.
 
-    `new_chunks` (depth 0) belong to sequences that have just begun; together they have at most
-    `row_budget` rows. No pass and no decoder call has more rows than that. If more are wanted,
-    everybody gets an equal share, and the longest in flight get what is left over: a long catch-up
-    does not keep others from their next pass. A step has at most as many passes as there are
-    depths, so nobody waits for others without bound. A sequence without a block for its next plane
-    waits for the next step.
+    `new_chunks` (depth 0) belong to sequences that have just started; together they have at most
+    `row_budget` rows. No pass and no decoder call has more rows than that. If more are needed, all
+    sequences get an equal share, and the rest goes to those longest in flight, so that a long
+    catch-up does not delay the next pass of others. A step has at most as many passes as there are
+    depths, so waiting is bounded. A sequence without a block for its next plane waits for the next
+    step.
     """
     step = _Step(scheduled, row_budget, quorum, executor)
     quorum.begin_step(costs)
@@ -155,7 +155,7 @@ class _Step:
         self.report.encoded_rows = sum(map(len, new_chunks))
 
     def refine(self, max_depth: int) -> None:
-        """Passes until the quorum ends them or nobody has anything to refine."""
+        """Runs passes until the quorum ends them or nothing is left to refine."""
         report = self.report
         while (left := max_depth - len(report.passes)) > 0:
             if not self._run_passes(left):
@@ -169,8 +169,9 @@ class _Step:
                 break
 
     def _run_passes(self, most: int) -> bool:
-        """A pass over all who have something to refine and get room, and, up to `most` in all,
-        the passes after it that have nothing to decide; False if nobody has anything to refine."""
+        """Runs a pass over all sequences that have something to refine and get blocks, and, up to
+        `most` in all, the passes after it that decide nothing. False if nothing is left to refine.
+        """
         batch, complete = self._next_batch()
         if not batch:
             return False
@@ -196,7 +197,7 @@ class _Step:
     def _next_batch(self) -> tuple[list[Chunk], bool]:
         """What the next pass computes, and whether that is all that is wanted.
 
-        New positions come first and are never put off, because `h^0` is not kept.
+        New positions come first and are never deferred, because `h^0` is not stored.
         """
         wanted = [chunks for s in self._eldest_first if (chunks := s.next_chunks())]
         in_all = sum(len(chunk) for chunks in wanted for chunk in chunks)

@@ -2,7 +2,7 @@
 
 `done[r]` positions, from 0 on, have K/V and state at depth r; `done[0]` have been encoded. A token
 that goes to depth r takes along the positions from `done[r]` on that come before it (policy
-`exact`), so `done[0] >= done[1] >= ... >= done[N]`. The decoder has watermarks of its own,
+`exact`), so `done[0] >= done[1] >= ... >= done[N]`. The decoder has separate watermarks,
 `decoded[r] <= done[r]`: positions that have decoder K/V at depth r. They are not ordered by depth.
 """
 
@@ -124,7 +124,7 @@ class LoopedSequence:
 
     @property
     def fills(self) -> bool:
-        """Whether the newest position runs to full depth, wherever it exits."""
+        """Whether the newest position runs to full depth, independent of its exit depth."""
         return self.full_prefill and self.prefilling
 
     @property

@@ -1,1 +1,1 @@
-"""The worker's side: the computing of a step over paged memory. It knows no model runner."""
+"""The worker's side: computes steps over paged memory, independent of the model runner."""

@@ -144,7 +144,7 @@ class PagedExecutor:
             ran, state = self._run_pass(layout, state, injected, extra)
         self._last_pass = _LastPass(layout, state, injected)
         refined, observed = ran.outputs
-        # NaN stays NaN, so the states of the last pass tell of those before as well.
+        # NaN stays NaN, so the states of the last pass also show NaN of the passes before.
         self._verdicts.watch(WatchedRows.of(chunks, layout, refined))
         exits = self._exits.after(chunks, deciding, layout, observed)
         if writes is not None:
@@ -202,8 +202,8 @@ class PagedExecutor:
         writes.write(rows, slots)
 
     def _inputs(self, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`h^{r-1}` [T, H] and the constant input [T, I] of all rows: fresh from the encoder, left
-        by the last pass, or from the pages."""
+        """`h^{r-1}` [T, H] and the constant input [T, I] of all rows: from the encoder, from the
+        last pass, or from the pages."""
         last, self._last_pass = self._last_pass, None
         if last is not None and layout.follows(last.layout):
             return last.state, last.injected

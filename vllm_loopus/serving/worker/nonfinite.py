@@ -44,9 +44,9 @@ class WatchedRows:
 def cleanse(caches: list[Any], blocks: NDArray[np.int64]) -> None:
     """Replaces NaN and infinity by zero in `blocks` of all `caches`, [num_blocks, ...] each.
 
-    A row that attends masks what it must not see with a weight of zero, and zero times NaN is NaN:
-    whoever gets the blocks next would fail too. Finite numbers stay, because other sequences may
-    share the first blocks.
+    Attention gives masked positions a weight of zero, and zero times NaN is NaN, so the next
+    sequence with these blocks would fail too. Finite numbers are not changed, because other
+    sequences may share the first blocks.
     """
     for cache in caches:
         index = torch.from_numpy(blocks).to(cache.device)

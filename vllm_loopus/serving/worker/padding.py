@@ -6,7 +6,7 @@ planes of different depths are the same tensors with other block tables. So one 
 all depths.
 
 Padded rows have slot -1, so attention writes nothing for them. Padded chunks have no row and no
-length, so nothing attends. The outputs of padded rows are cut off before anybody reads them.
+length, so nothing attends. The outputs of padded rows are removed before they are used.
 """
 
 from dataclasses import dataclass
@@ -134,7 +134,7 @@ class Padding:
             query_start_cpu=torch.from_numpy(offsets),
             seq_lens=self._write(self._seq_lens, ends, len(ends), 0),
             seq_lens_cpu=torch.from_numpy(ends),
-            # A graph keeps what these were at its capture: bounds that hold for all calls.
+            # A graph uses the values at its capture, so these are bounds that hold for all calls.
             max_query_len=1 if size.uniform else size.num_tokens,
             max_seq_len=self._limits.max_seq_len,
         )

@@ -278,5 +278,5 @@ def _buffers(model: LoopedModel, rows: int, dtype: torch.dtype, device: torch.de
 
 
 def uncaptured(run: Run) -> Run:
-    """Runs padded rows anew each time: shows what padding does and costs, without a GPU."""
+    """Runs padded rows without a graph, to test and measure padding without a GPU."""
     return run

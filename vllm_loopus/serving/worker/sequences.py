@@ -117,8 +117,8 @@ class RunningSequences:
         offer: BlockOffer,
         costs: StepCosts | None = None,
     ) -> tuple[Decoded, LoopProgress]:
-        """Runs a step over the scheduled requests; `scheduled` says how many new positions each may
-        begin. A sequence in flight goes on with those it has begun, whatever the number."""
+        """Runs a step over the scheduled requests. `scheduled`: how many new positions each may
+        start. A sequence in flight continues with its positions, whatever the number."""
         self._tables.begin_step(offer)
         new_chunks: list[Chunk] = []
         tokens: list[int] = []

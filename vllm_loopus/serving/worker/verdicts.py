@@ -1,17 +1,16 @@
-"""What a step decides by floating-point numbers: which rows exit, which states are NaN or infinite.
+"""The decisions of a step that depend on floating-point values: exits, and NaN or infinite states.
 
 **Ranks.** Every rank of a tensor-parallel group runs the same control flow (`step/run.py`) over the
 same data: all get the scheduler's output, including measured costs and free blocks, as one message.
-What may differ is what each rank computes in floating point; nothing promises equal bits, since an
-all-reduce may add up in another order on each. A rank that runs one pass more than the others waits
-for them forever. So the first rank of the group decides, and its decisions are broadcast: equal on
-all ranks by construction. That is one message of a few bytes a row for each pass that decides, and
-none with a single rank. (Sampled tokens are vLLM's: every rank samples from the same gathered
-logits with the same seeds.)
+Only floating-point results may differ between ranks, because an all-reduce may add in another order
+on each. A rank that runs one pass more than the others would wait for them forever. So the first
+rank of the group decides, and its decisions are broadcast. This takes one message of a few bytes
+per row for each deciding pass, and none with a single rank. (Sampled tokens are vLLM's: every rank
+samples from the same gathered logits with the same seeds.)
 
-**Waiting.** Whoever reads from the device waits for it. So all that a pass decides is one tensor of
-bytes, read once; sums that show NaN wait on the device for the next such reading, or for
-`check_states`, once a step. `tests/serving/test_syncs.py` counts the readings.
+**Waiting.** Reading from the device waits for it. So the decisions of a pass are one tensor of
+bytes, read once. The sums that show NaN stay on the device until the next such reading, or until
+`check_states`, once per step. `tests/serving/test_syncs.py` counts the readings.
 """
 
 import numpy as np
@@ -53,8 +52,8 @@ class Verdicts:
         """The bytes of `parts`."""
         watched, self._watched = self._watched, []
         sent = [rows.sums for rows in watched] + parts
-        told = [part.contiguous().view(torch.uint8) for part in sent]
-        read = to_host(self._group.broadcast(torch.cat(told) if told[1:] else told[0], src=0))
+        raw = [part.contiguous().view(torch.uint8) for part in sent]
+        read = to_host(self._group.broadcast(torch.cat(raw) if raw[1:] else raw[0], src=0))
         end = 0
         for rows in watched:
             start, end = end, end + 4 * len(rows.sums)

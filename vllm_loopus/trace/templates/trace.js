@@ -140,7 +140,7 @@ function markExits() {
   const answer = at("answer");
   answer.replaceChildren();
   trace.tokens.forEach((token, index) => {
-    const piece = element("span", answer, { title: `left at depth ${left[index].depth}` }, token.text);
+    const piece = element("span", answer, { title: `exited at depth ${left[index].depth}` }, token.text);
     piece.style.background = `rgba(240, 83, 28, ${0.06 + 0.4 * left[index].depth / own.max_loops})`;
   });
   drawCharts();
@@ -161,11 +161,11 @@ function showTip(cell, token, row) {
   }
   const list = element("dl", tip);
   for (const [name, label] of Object.entries(NAMES)) {
-    element("dt", list, {}, name === "probability" ? "of the token that came" : label);
+    element("dt", list, {}, name === "probability" ? "of the answer's token" : label);
     element("dd", list, {}, name === "probability" ? percent(depth[name]) : short(depth[name], 4));
   }
   if (exit.depth === depth.depth) {
-    element("dt", list, {}, "leaves here by");
+    element("dt", list, {}, "exits here by");
     element("dd", list, {}, exit.why);
   }
   tip.hidden = false;
@@ -254,7 +254,7 @@ function drawCharts() {
   for (const index of indices) {
     const item = element("span", legend);
     element("i", item).style.background = colourFor(index);
-    const beyond = found && !found.tokens.includes(index) ? " (no states kept)" : "";
+    const beyond = found && !found.tokens.includes(index) ? " (no states stored)" : "";
     item.append(`${index}: ${shown(trace.tokens[index].text)}${beyond}`);
   }
 }

@@ -1,4 +1,4 @@
-"""What a recast checkpoint says of itself: model card, provenance, analysis and pictures."""
+"""Writes the model card, the provenance file and the analysis report of a recast checkpoint."""
 
 import hashlib
 import json
@@ -26,24 +26,24 @@ RUNNERS_UP = 5
 
 
 @dataclass(frozen=True)
-class Story:
-    """How a checkpoint came about, for its card and provenance file."""
+class RecastRecord:
+    """How a checkpoint was recast, for its model card and provenance file."""
 
     base: Base
     cut: Cut
     config: LoopUSConfig
     seed: int
-    by_hand: Sequence[str]  # of encoder and decoder, those not left to the rule
+    by_hand: Sequence[str]  # which of encoder and decoder the user gave
     command: Sequence[str]
     analysis: Analysis | None = None
 
     def write(self, folder: Path, weights: dict[str, str]) -> None:
-        """Adds card, provenance and (where analysed) numbers and pictures to `folder`.
+        """Adds the card, the provenance file and, if there is an analysis, its report to `folder`.
 
         `weights`: the SHA-256 of each weight file.
         """
         if self.analysis is not None:
-            from vllm_loopus.recast.report import write_report  # matplotlib: only where drawn
+            from vllm_loopus.recast.report import write_report  # imports matplotlib
 
             write_report(folder, self.analysis.to_dict(), self.cut, self.chosen_by)
         (folder / "provenance.json").write_text(json.dumps(self._provenance(weights), indent=1))
@@ -51,7 +51,7 @@ class Story:
 
     @property
     def chosen_by(self) -> str:
-        """One sentence without its full stop: who chose the cut."""
+        """How the cut was chosen: a sentence without its full stop."""
         whole = {"encoder", "decoder"} == set(self.by_hand)
         if whole:
             chosen = "The cut was given by hand"
@@ -59,8 +59,8 @@ class Story:
             chosen = f"The {self.by_hand[0]} was given by hand, the rest is the best by the rule"
         else:
             chosen = "The cut is the best by the rule"
-        said = self.analysis and self.analysis.against_published
-        return chosen + (f". {said}" if said else "")
+        published = self.analysis and self.analysis.against_published
+        return chosen + (f". {published}" if published else "")
 
     def _provenance(self, weights: dict[str, str]) -> dict[str, Any]:
         files = [self.base.folder / "config.json", *self.base.files]
@@ -92,7 +92,7 @@ class Story:
         loader = PackageLoader("vllm_loopus.recast")
         environment = Environment(loader=loader, undefined=StrictUndefined)
         link = f"[{repository}](https://huggingface.co/{repository})"
-        blocks = [block for block, run in self.cut.runs.items() for _ in run]
+        parts = [part for part, run in self.cut.runs.items() for _ in run]
         text = environment.get_template("card.md.j2").render(
             name=folder.name,
             base=link if repository else f"`{self.base.name}`",
@@ -103,7 +103,7 @@ class Story:
             representation=self.analysis and self.analysis.representation,
             ranking=self.analysis.ranking[:RUNNERS_UP] if self.analysis else (),
             sample=self.analysis.sample if self.analysis else "",
-            blocks=blocks,
+            parts=parts,
             chosen_by=self.chosen_by,
             command=shlex.join(self.command),
             versions=versions(),
@@ -112,15 +112,15 @@ class Story:
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """How a checkpoint was rewritten from one format to the other."""
+class ConversionRecord:
+    """How a checkpoint was converted from one format to the other."""
 
     source: str
     checkpoint_format: str
     command: Sequence[str]
 
     def write(self, folder: Path, weights: dict[str, str]) -> None:
-        """Adds itself to `provenance.json` of `folder`; `weights` as in `Story.write`."""
+        """Adds the record to `provenance.json` in `folder`. `weights`: as in `RecastRecord`."""
         file = folder / "provenance.json"
         provenance = _object_in(file)
         entry = {
@@ -137,7 +137,7 @@ class Conversion:
 
 
 def _object_in(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is none."""
+    """The JSON object in a file; an empty one if there is none."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -146,18 +146,18 @@ def _object_in(file: Path) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """The current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes a checkpoint."""
+    """The versions of Python and of the packages that write a checkpoint."""
     found = {name: metadata.version(name) for name in PACKAGES}
     return {**found, "python": platform.python_version()}
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file's contents."""
+    """The SHA-256 of a file."""
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while piece := stream.read(PIECE):

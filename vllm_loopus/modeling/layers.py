@@ -1,4 +1,4 @@
-"""Encoder, reasoning block and decoder from the base model's own transformers layers."""
+"""Encoder, reasoning block and decoder, built from the base model's transformers layers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from vllm_loopus.modeling.gate import SelectiveGate
 
 @dataclass(frozen=True)
 class Positions:
-    """What every layer needs to know of positions: ids, and by layer type rotary table and mask."""
+    """Position inputs of the layers: ids, and a rotary table and mask for each layer type."""
 
     position_ids: torch.Tensor  # [B, T]
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos, sin [B, T, head_dim]
@@ -30,7 +30,7 @@ class Positions:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> "Positions":
-        """For hidden states [B, T, H] and an optional mask [B, T] of valid tokens."""
+        """Builds them for hidden states [B, T, H] and an optional mask [B, T] of valid tokens."""
         if position_ids is None:
             if attention_mask is not None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -58,7 +58,7 @@ class Positions:
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Embeddings times sqrt(H), a factor that Gemma rounds to their dtype."""
+    """Embeddings multiplied by sqrt(H). As in Gemma, the factor is rounded to their dtype."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         scale = torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype)
@@ -66,7 +66,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class LayerRun(nn.Module):
-    """A run of the base model's layers; the base class of all three blocks."""
+    """Consecutive layers of the base model; the base class of the three parts below."""
 
     def __init__(self, config: LoopUSConfig, indices: Iterable[int]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class LayerRun(nn.Module):
 
 
 class Encoder(LayerRun):
-    """`E`: embedding and the first layers of the base."""
+    """`E`: the embedding and the first layers of the base model."""
 
     def __init__(self, config: LoopUSConfig) -> None:
         super().__init__(config, config.encoder_layer_indices)
@@ -96,7 +96,7 @@ class Encoder(LayerRun):
 
 
 class ReasoningBlock(LayerRun):
-    """`R` and its gate `G`: one pass takes the state at depth r-1 to depth r."""
+    """`R` and its gate `G`: one pass maps the state at depth r-1 to the state at depth r."""
 
     def __init__(self, config: LoopUSConfig) -> None:
         super().__init__(config, config.reasoning_layer_indices)
@@ -104,7 +104,7 @@ class ReasoningBlock(LayerRun):
 
 
 class Decoder(LayerRun):
-    """`D`: the last layers of the base, its final norm and the LM head (never tied)."""
+    """`D`: the last layers of the base model, its final norm and an untied LM head."""
 
     def __init__(self, config: LoopUSConfig) -> None:
         super().__init__(config, config.decoder_layer_indices)
