@@ -7,13 +7,14 @@ SERVING := requirements/serving.lock
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-fast test-faults test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
+.PHONY: demo test test-fast test-faults test-install test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
 .venv/.complete: $(LOCK) pyproject.toml
 .venv-lowest/.complete: $(LOWEST) pyproject.toml
-.venv/.complete .venv-lowest/.complete:
+.venv-serving/.complete: $(SERVING) pyproject.toml
+.venv/.complete .venv-lowest/.complete .venv-serving/.complete:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-metadata -e .
@@ -36,7 +37,13 @@ test-fast: .venv
 test-faults: .venv
 	$(BIN)/python -m pytest tests -m faults
 
-# The same with the lowest vLLM of the range, in an environment of its own; a part of it:
+# A fresh environment with only what serving needs: it serves loopus-tiny, and has no tools.
+test-install:
+	rm -rf .venv-serving
+	$(MAKE) .venv-serving/.complete
+	.venv-serving/bin/python tests/install/serving_only.py
+
+# The tests with the lowest vLLM of the range, in an environment of its own; a part of it:
 # make test-lowest TESTS=tests/serving/test_golden.py
 test-lowest: .venv-lowest/.complete
 	.venv-lowest/bin/python -m pytest $(or $(TESTS),tests) -n 2 --dist loadgroup
@@ -69,7 +76,7 @@ bench-early-exit: .venv
 train-tiny: .venv
 	examples/train_tiny.sh
 
-# The README's table: base against looped, as Markdown on standard output. What is measured stays in
+# The table of docs/evaluation.md: base against looped, as Markdown on standard output. What is measured stays in
 # eval-results; the same command measures only what has changed.
 eval-tiny: .venv
 	@$(BIN)/vllm-loopus eval loopus-tiny --tasks tiny --out eval-results --markdown
@@ -86,4 +93,4 @@ lock:
 	  --python-version 3.11 --no-emit-index-url --no-emit-find-links -o $(LOWEST)
 
 clean:
-	rm -rf .venv .venv-lowest build *.egg-info
+	rm -rf .venv .venv-lowest .venv-serving build *.egg-info

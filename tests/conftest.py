@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests import quick
+
 # Set before vLLM is imported: the engine stays in the test's process, scheduling is deterministic.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -79,6 +81,11 @@ def kv_manager(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
 
 
+def runner_of(llm: Any) -> Any:
+    """vLLM's model runner of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def admit_too_many(llm: Any) -> None:
     """From now on the scheduler expects sequences to stay at depth 1 and to grow by nothing, so
     that it has to preempt."""
@@ -96,8 +103,7 @@ def admit_too_many(llm: Any) -> None:
 
 def spy_on_steps(llm: Any) -> list[Any]:
     """A list that gets the `LoopStats` of every step from now on."""
-    core = llm.llm_engine.engine_core.engine_core
-    sequences = core.model_executor.driver_worker.worker.model_runner._sequences
+    sequences = runner_of(llm)._sequences
     original, seen = sequences.step, []
 
     def step(*args: Any) -> Any:
@@ -124,26 +130,12 @@ def _isolated_home(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def quick_starts() -> None:
-    """What vLLM does for every engine is done once in the process: a start takes 0.5 s, not 5.
-
-    It looks for Triton kernels in all modules, and walks the whole heap for garbage five times.
-    """
-    from vllm.platforms import current_platform
-    from vllm.v1.engine import core
-    from vllm.v1.worker import gpu_worker
-
-    if current_platform.is_cpu():
-        platform = type(current_platform)
-        platform.register_triton_kernel_overrides()
-        platform.register_triton_kernel_overrides = classmethod(lambda cls: None)
-    core.freeze_gc_heap = gpu_worker.freeze_gc_heap = gc.unfreeze = lambda: None
-    gc.collect()
-    gc.freeze()
+    quick.starts()
 
 
 @pytest.fixture
-def forked_processes(quick_starts: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's processes are forks of the test's: a second's start where a new interpreter takes ten.
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's processes are forks of one that has imported vLLM: a second's start, not ten.
 
     `tests/test_plugin.py` starts them as vLLM does.
     """
@@ -151,8 +143,9 @@ def forked_processes(quick_starts: None, monkeypatch: pytest.MonkeyPatch) -> Non
     from vllm.v1.engine import coordinator, utils
     from vllm.v1.executor import multiproc_executor
 
-    cleanup_dist_env_and_memory()  # of an engine in this process: a child would take it for its own
-    context = multiprocessing.get_context("fork")
+    cleanup_dist_env_and_memory()  # of an engine in this process
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.forks"])
     for module in (coordinator, utils, multiproc_executor):
         monkeypatch.setattr(module, "get_mp_context", lambda: context)
 

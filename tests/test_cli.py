@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, runner_of
 from vllm_loopus import LoopUSConfig, aliases
 from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.cli import checks
@@ -40,8 +40,7 @@ def test_info() -> None:
 
 def test_the_estimate_is_what_the_engine_has(make_llm: Any) -> None:
     llm = make_llm(GOLDEN / "llama", skip_tokenizer_init=True, max_model_len=128)
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    layout = worker.model_runner.model.planes.layout
+    layout = runner_of(llm).model.planes.layout
     config = LoopUSConfig.from_pretrained(GOLDEN / "llama")
     estimate = estimate_kv(config, memory_gib=1, max_model_len=128, dtype="float32")
     assert estimate.bytes_a_token == {d: layout.allocated(d) for d in range(1, 9)}

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.bases import BASES, SIZES, WINDOW, load_base, save_base
+from tests.conftest import runner_of
 from vllm_loopus import exit_depths
 from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.recast.convert import recast
@@ -116,10 +117,7 @@ def test_early_exit(case: Case) -> None:
 
 @torch.no_grad()
 def test_one_open_loop_is_the_base(case: Case) -> None:
-    core = case.llm.llm_engine.engine_core.engine_core
-    bias = (
-        core.model_executor.driver_worker.worker.model_runner.model.reasoning.gate.delta_proj.bias
-    )
+    bias = runner_of(case.llm).model.reasoning.gate.delta_proj.bias
     trained = bias.clone()
     bias.fill_(-100)  # a = 1: the update is taken whole
     try:

@@ -1,12 +1,13 @@
 """vLLM's features with early exit: each answer equals the one the request gets alone."""
 
 import re
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import GOLDEN, golden_cases
+from tests.conftest import GOLDEN, golden_cases, runner_of
 from vllm_loopus import LoopUSForCausalLM, exit_depths
 from vllm_loopus.serving.knobs.engine import EngineOptions
 
@@ -230,7 +231,18 @@ def test_prompt_logprobs_in_chunks(make_llm: Any, reference: Any) -> None:
         max_num_seqs=8,
         hf_overrides={"exit_threshold": KNOBS["exit_threshold"]},
     )
+    scores = runner_of(llm).prompt_scores
+    original, parts = scores.score, []
+
+    def score(request_id: str, start: int, hidden: torch.Tensor) -> None:
+        assert len(hidden) <= 16
+        assert not any(part() is not None for part in parts), "states of an earlier part are kept"
+        original(request_id, start, hidden)
+        parts.append(weakref.ref(hidden))
+
+    scores.score = score
     assert_prompt_logprobs(llm, reference)
+    assert len(parts) > 4, "prompts were scored in parts"
 
 
 @pytest.mark.parametrize(

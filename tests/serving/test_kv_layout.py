@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, runner_of
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.model.planes import depth_of, layer_name_at
 
@@ -27,7 +27,7 @@ def engine(make_llm: Any, request: pytest.FixtureRequest) -> tuple[Any, Any, KVL
         num_gpu_blocks_override=BLOCKS,
     )
     core = llm.llm_engine.engine_core.engine_core
-    model = core.model_executor.driver_worker.worker.model_runner.model
+    model = runner_of(llm).model
     return core, model, model.planes.layout
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.exceptions import GenerationError
 
-from tests.conftest import GOLDEN, counter, golden_cases, kv_manager, spy_on_steps
+from tests.conftest import GOLDEN, counter, golden_cases, kv_manager, runner_of, spy_on_steps
 from vllm_loopus import exit_depths
 from vllm_loopus.serving.frontend.answers import explain_failure
 from vllm_loopus.serving.frontend.http import LoopedHandler
@@ -25,19 +25,15 @@ POISON = 511  # a token id that the golden prompts and answers do not hold
 FAILED = "vllm:loopus_nonfinite_requests"
 
 
-def model_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-
-
 def caches(llm: Any) -> list[torch.Tensor]:
-    result: list[torch.Tensor] = model_of(llm).model.planes.caches()
+    result: list[torch.Tensor] = runner_of(llm).model.planes.caches()
     return result
 
 
 @contextmanager
 def embedded(llm: Any, value: float) -> Iterator[None]:
     """The poison's embedding is `value`: states are poisoned from the encoder on."""
-    weight = model_of(llm).model.encoder.embed_tokens.weight.data
+    weight = runner_of(llm).model.encoder.embed_tokens.weight.data
     row = weight[POISON].clone()
     weight[POISON] = value
     yield
@@ -47,7 +43,7 @@ def embedded(llm: Any, value: float) -> Iterator[None]:
 @contextmanager
 def at_position(llm: Any, name: str, position: int) -> Iterator[None]:
     """What `refine` or `decode` is given for `position` is NaN."""
-    model = model_of(llm).model
+    model = runner_of(llm).model
     original = getattr(model, name)
 
     def poisoned(state: torch.Tensor, positions: torch.Tensor, *rest: Any) -> Any:
@@ -140,7 +136,7 @@ def test_a_state_that_goes_bad_in_passes_that_run_as_one_call(
     llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the last of them is looked at: what is no number stays so."""
-    model = model_of(llm).model
+    model = runner_of(llm).model
     original, calls = model.refine, 0
 
     def poisoned_once(state: torch.Tensor, positions: torch.Tensor, *rest: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.forward_context import get_forward_context
 
-from tests.conftest import GOLDEN, golden_cases, spy_on_steps
+from tests.conftest import GOLDEN, golden_cases, runner_of, spy_on_steps
 from vllm_loopus import exit_depths
 from vllm_loopus.serving.worker import regions
 
@@ -55,10 +55,6 @@ def fingerprint(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.data_ptr(), value.shape, value.stride(), value.dtype
     return value
-
-
-def runner_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 @pytest.mark.parametrize("policy", ["exact", "last_exited"])
@@ -120,3 +116,8 @@ def test_golden(make_llm: Any, monkeypatch: pytest.MonkeyPatch, policy: str) -> 
     assert set(of_passes) - {1, 2, 4, 8, 16, 24}
     for cache in planes.caches():
         assert not cache[0].any()
+    padding = runner._sequences._executor._regions._padding
+    size = min(padding.descriptors(), key=lambda descriptor: descriptor.num_tokens)
+    assert padding.write_wanted(size, np.zeros(size.num_reqs, np.int64)).numel() == size.num_reqs
+    with pytest.raises(ValueError, match="wanted rows"):
+        padding.write_wanted(size, np.zeros(size.num_reqs + 1, np.int64))

@@ -44,7 +44,7 @@ def main() -> None:
     pretend_a_cpu_backend()
     from vllm import LLM, SamplingParams
 
-    from tests.conftest import GOLDEN, golden_cases
+    from tests.conftest import GOLDEN, golden_cases, runner_of
     from vllm_loopus import exit_depths
 
     cases = [
@@ -63,8 +63,7 @@ def main() -> None:
         num_gpu_blocks_override=41,
         disable_log_stats=False,
     )
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
 
     def sampling(case: dict[str, Any], **more: Any) -> Any:
         defaults = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
