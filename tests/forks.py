@@ -4,7 +4,7 @@ import os
 
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks share the cores
 
-import vllm_loopus.serving.runners.worker  # noqa: E402, F401
-from tests import quick  # noqa: E402
+import vllm_loopus.serving.runners.worker  # noqa: F401
+from tests import quick
 
 quick.starts()

@@ -24,15 +24,15 @@ tags: [{tags}]
 
 {about}
 
-It knows two synthetic tasks whose items have a known number of steps k
+It solves two synthetic tasks whose items need a known number of steps k
 (`vllm_loopus/tiny/tasks.py`): where a ball is after k swaps of cups (`b:ab,cd=`, answer `a`), and
-a pocket calculator of one digit (`3+2*3=`, answer `5`). Right answers in percent on {items:,}
+a one-digit pocket calculator (`3+2*3=`, answer `5`). Percentage of right answers on {items:,}
 held-out items, greedy, float32; ± is one standard error; perplexity is that of the right answer:
 
 {table}
 
 Made by `examples/train_tiny.sh` on two CPU cores; `provenance.json` has settings, data and hashes.
-The control is the base trained further, as a plain model, on the tokens that the looped one was
+The control is the base, trained further as a plain model on the tokens that the looped model was
 post-trained on.
 """
 ABOUT = {
@@ -43,7 +43,7 @@ ABOUT = {
     ),
     BASE: (
         "The plain Qwen3 model that `loopus-tiny` was recast from: 4 layers, {parameters:,} "
-        "parameters, character level, trained from nothing."
+        "parameters, character level, trained from scratch."
     ),
 }
 
