@@ -4,6 +4,8 @@ BIN := .venv/bin
 LOCK := requirements/cpu.lock
 LOWEST := requirements/lowest.lock
 SERVING := requirements/serving.lock
+# Two processes; the tests of a group (tests/conftest.py) run in one, in the order given there.
+TOGETHER := -n 2 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
@@ -27,11 +29,11 @@ serve: .venv
 	$(BIN)/vllm serve loopus-tiny --host 127.0.0.1 --port 8000
 
 test: .venv
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests $(TOGETHER)
 
 # Without an engine, for the inner loop.
 test-fast: .venv
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not engine and not faults"
+	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not faults"
 
 # Slow runs with injected faults: killed batches and training, clients that hang up, a soak.
 test-faults: .venv
@@ -46,7 +48,7 @@ test-install:
 # The tests with the lowest vLLM of the range, in an environment of its own; a part of it:
 # make test-lowest TESTS=tests/serving/test_golden.py
 test-lowest: .venv-lowest/.complete
-	.venv-lowest/bin/python -m pytest $(or $(TESTS),tests) -n 2 --dist loadgroup
+	.venv-lowest/bin/python -m pytest $(or $(TESTS),tests) $(TOGETHER)
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Offline generation with `LLM`, then a real `vllm serve` that answers a chat request.
 
-Run by `make demo`. Needs nothing but the installed package: the model is embedded in it.
+Run by `make demo`. Needs vLLM and the extra `bench` of the package. The model is embedded in it.
 """
 
 import json

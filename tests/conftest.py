@@ -2,7 +2,6 @@
 
 import gc
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests import quick
+from tests import forks, quick
 
 # Set before vLLM is imported: the engine stays in the test's process, scheduling is deterministic.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -21,25 +20,35 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Small models gain nothing from a second thread, and two test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KV_BYTES = 2**26  # of an engine in the tests' own process
+KV_BYTES = 2**25  # of an engine in the tests' own process
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN_LOOPED = GOLDEN.parent / "golden_looped"
 BACKBONES = ("qwen3", "llama", "phi3")
 
 
-ENGINES = {"make_llm", "address", "forked_processes", "cluster"}  # fixtures with a vLLM engine
+# Fixtures with a vLLM engine, or a process that imports vLLM.
+ENGINES = {"make_llm", "address", "forked_processes", "in_fork", "cluster", "results", "told"}
+# Fixtures of the session that start a process: the tests that share it.
+SHARED = {"address": "server", "forked_processes": "forks", "in_fork": "forks"}
+# Two test processes end at about the same time if the longest groups are first.
+FIRST = ["tests/scale_out/test_ray.py", "tests/serving/test_early_exit.py", "forks", "server"]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that need an engine, and says which tests share a process: those of a module,
-    and all that talk to the one server."""
+    and those with the same server or forks."""
+    places = []
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & ENGINES:
+        fixtures = getattr(item, "fixturenames", ())
+        if ENGINES.intersection(fixtures):
             item.add_marker("engine")
         module, _, _ = item.nodeid.partition("::")
-        item.add_marker(pytest.mark.xdist_group("server" if "address" in fixtures else module))
+        group = next((SHARED[name] for name in fixtures if name in SHARED), module)
+        item.add_marker(pytest.mark.xdist_group(group))
+        places.append(FIRST.index(group) if group in FIRST else len(FIRST))
+    order = sorted(range(len(items)), key=places.__getitem__)
+    items[:] = [items[place] for place in order]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -133,6 +142,11 @@ def quick_starts() -> None:
     quick.starts()
 
 
+@pytest.fixture(scope="session")
+def in_fork() -> Callable[..., Any]:
+    return forks.in_fork
+
+
 @pytest.fixture
 def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's processes are forks of one that has imported vLLM: a second's start, not ten.
@@ -144,10 +158,8 @@ def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.executor import multiproc_executor
 
     cleanup_dist_env_and_memory()  # of an engine in this process
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.forks"])
     for module in (coordinator, utils, multiproc_executor):
-        monkeypatch.setattr(module, "get_mp_context", lambda: context)
+        monkeypatch.setattr(module, "get_mp_context", forks.context)
 
 
 @pytest.fixture(scope="module")

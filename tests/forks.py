@@ -1,10 +1,24 @@
-"""Imported by the process that the processes of vLLM are forks of (`conftest.forked_processes`)."""
+"""New processes as forks of one that has imported vLLM: a second's start, not ten.
 
-import os
+The plugin is not loaded in them, and their environment is that of the first use.
+"""
 
-os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks share the cores
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
+from typing import TypeVar
 
-import vllm_loopus.serving.runners.worker  # noqa: F401
-from tests import quick
+R = TypeVar("R")
 
-quick.starts()
+
+def context() -> BaseContext:
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.preloaded"])
+    return found
+
+
+def in_fork(function: Callable[..., R], *arguments: object) -> R:
+    """What `function`, of a module, returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=context()) as pool:
+        return pool.submit(function, *arguments).result()

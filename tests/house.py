@@ -19,10 +19,11 @@ def files() -> dict[str, Path]:
     return {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imported(file: Path, known: Container[str]) -> Iterator[str]:
-    """What a file imports. `from package import module` is an import of the module, not of the
-    package."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported(file: Path, known: Container[str], at_once: bool = False) -> Iterator[str]:
+    """What a file imports; `at_once`: when it is imported itself. `from package import module` is
+    an import of the module, not of the package."""
+    tree = ast.parse(file.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

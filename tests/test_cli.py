@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 from tests.conftest import GOLDEN, runner_of
 from vllm_loopus import LoopUSConfig, aliases
 from vllm_loopus.aliases import EMBEDDED
-from vllm_loopus.cli import checks
+from vllm_loopus.cli import checks, probe
 from vllm_loopus.cli.info import estimate_kv
 from vllm_loopus.cli.main import app
 from vllm_loopus.evaluation.table import markdown
@@ -69,6 +68,7 @@ def test_info_of_other_models(tmp_path: Path) -> None:
     assert "has no config.json" in run("info", str(tmp_path)).stderr
 
 
+@pytest.mark.engine
 def test_doctor_finds_the_plugin_in_real_processes() -> None:
     result = run("doctor", "--json")
     findings = {finding["check"]: finding for finding in json.loads(result.stdout)}
@@ -83,13 +83,19 @@ def by_check(findings: Any) -> dict[str, checks.Finding]:
     return {finding.check: finding for finding in findings}
 
 
-def test_a_plugin_list_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_list_without_us(
+    in_fork: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     finding = by_check(checks.entry_point())["VLLM_PLUGINS"]
     assert finding.status == "error" and "VLLM_PLUGINS=other,loopus" in finding.fix
-    code = "from vllm_loopus.cli.probe import state; print(state())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "'registered': False, 'patches': 0" in told.stdout
+    found = in_fork(state_with_plugins, "other")
+    assert (found["registered"], found["patches"]) == (False, 0)
+
+
+def state_with_plugins(names: str) -> dict[str, Any]:
+    os.environ["VLLM_PLUGINS"] = names
+    return probe.state()
 
 
 def test_an_unsupported_or_missing_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,7 @@
 """The plugin: version range, re-entrance, every kind of process, and other models untouched."""
 
-import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,84 +14,68 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.conftest import GOLDEN, golden_cases
 from vllm_loopus import plugin
 
-ANSWER = """
-import json, sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    model, prompts, options, knobs, refused = json.loads(sys.argv[1])
-    options = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True, **options}
-    llm = LLM(model, **options)
+PLAIN = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True}
+
+
+def answers_of(llm: Any, prompts: list[list[int]], knobs: list[Any]) -> list[Any]:
+    """Greedy completions, one for each prompt."""
+    from vllm import SamplingParams
+
     params = [
         SamplingParams(
             temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, extra_args=knob
         )
-        for knob in knobs or [None] * len(prompts)
+        for knob in knobs
     ]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    answers = [list(o.outputs[0].token_ids) for o in outputs]
-    if knobs:
-        from vllm_loopus import exit_depths
-        answers += [exit_depths(o) for o in outputs]
-    if refused:
-        try:
-            LLM(refused, **options)
-        except Exception as error:
-            answers.append(str(error))
-    print("ANSWER", json.dumps(answers))
-"""
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [output.outputs[0] for output in llm.generate(asked, params, use_tqdm=False)]
 
 
-def answer(
-    tmp_path: Path,
-    model: Path,
-    prompts: list[list[int]],
-    options: dict,
-    knobs: list[dict] | None = None,
-    refused: Path | None = None,
-    **environment: str,
-) -> list[Any]:
-    """Greedy tokens from a fresh process that has only the installed package; then, with `knobs`
-    for each request, the exit depths, and the error that loading the model `refused` raises."""
-    script = tmp_path / "answer.py"
-    script.write_text(ANSWER)
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(script),
-            json.dumps([str(model), prompts, options, knobs, refused and str(refused)]),
-        ],
-        env={**os.environ, **environment},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert lines, result.stdout[-3000:] + result.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("ANSWER "))
+def answered_by_processes(prompts: list[list[int]], knobs: list[Any]) -> list[Any]:
+    """Tokens and depths from an engine core and a worker of their own."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    from vllm import LLM
+
+    from vllm_loopus import exit_depths
+
+    llm = LLM(str(GOLDEN / "qwen3"), **PLAIN)
+    outputs = answers_of(llm, prompts, knobs)
+    llm.llm_engine.engine_core.shutdown()
+    return [(list(output.token_ids), exit_depths(output)) for output in outputs]
 
 
-def test_engine_core_and_worker_processes(tmp_path: Path) -> None:
-    """As vLLM starts them: with CPUs, a new interpreter for the engine core and one for its worker,
-    whatever the options say."""
+def test_engine_core_and_worker_processes(in_fork: Callable[..., Any]) -> None:
+    """As vLLM starts them: with CPUs, a new interpreter for the engine core and one for its
+    worker."""
     cases = [
         case
         for case in golden_cases("qwen3")
         if (case["halting_strategy"], case["q_eval_interval"]) == ("threshold", 1)
     ]
     assert len({case["q_threshold"] for case in cases}) > 1
-    answers = answer(
-        tmp_path,
-        GOLDEN / "qwen3",
-        [case["prompt"] for case in cases],
-        {},
-        [{"max_loops": case["N"], "exit_threshold": case["q_threshold"]} for case in cases],
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
-    )
-    assert answers == [case["tokens"] for case in cases] + [case["depths"] for case in cases]
+    knobs = [{"max_loops": case["N"], "exit_threshold": case["q_threshold"]} for case in cases]
+    answers = in_fork(answered_by_processes, [case["prompt"] for case in cases], knobs)
+    assert answers == [(case["tokens"], case["depths"]) for case in cases]
 
 
-def test_other_models_are_untouched(tmp_path: Path, make_llm: Any) -> None:
+def plain_answers(llm: Any) -> list[list[int]]:
+    return [list(o.token_ids) for o in answers_of(llm, [[1, 2, 3], [5, 6, 7, 8]], [None, None])]
+
+
+def without_the_plugin(plain: Path, looped: Path) -> tuple[list[list[int]], str]:
+    """In a process of its own: answers of a plain model, and the error for a looped one."""
+    os.environ["VLLM_PLUGINS"] = ""
+    from vllm import LLM
+
+    answers = plain_answers(LLM(str(plain), enforce_eager=True, **PLAIN))
+    with pytest.raises(Exception) as error:  # vLLM's, whatever it is
+        LLM(str(looped), **PLAIN)
+    return answers, str(error.value)
+
+
+def test_other_models_are_untouched(
+    tmp_path: Path, in_fork: Callable[..., Any], make_llm: Any
+) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=64,
@@ -105,15 +87,12 @@ def test_other_models_are_untouched(tmp_path: Path, make_llm: Any) -> None:
         head_dim=32,
         max_position_embeddings=128,
     )
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "plain")
-    prompts = [[1, 2, 3], [5, 6, 7, 8]]
-    plain, eager = tmp_path / "plain", {"enforce_eager": True}
-    *without, error = answer(
-        tmp_path, plain, prompts, eager, refused=GOLDEN / "qwen3", VLLM_PLUGINS=""
-    )
+    plain = tmp_path / "plain"
+    Qwen3ForCausalLM(config).save_pretrained(plain)
+    without, error = in_fork(without_the_plugin, plain, GOLDEN / "qwen3")
     assert "lds" in error or "LoopUSForCausalLM" in error  # without the plugin it is not known
-    assert answer(tmp_path, plain, prompts, eager) == without
-    llm = make_llm(plain, skip_tokenizer_init=True, **eager)
+    llm = make_llm(plain, enforce_eager=True, **PLAIN)
+    assert plain_answers(llm) == without
     vllm_config = llm.llm_engine.vllm_config
     from vllm.engine.arg_utils import EngineArgs
 

@@ -132,7 +132,7 @@ def test_the_page_needs_nothing_and_escapes(results: Path, report: dict[str, Any
         (("--only", "everything"), "only='everything' has unknown sections"),
         (("--seqs", "4,none"), "seqs='4,none' must be"),
         (("--original", "."), "not a checkout of the original"),
-        (("--from", "README.md"), "README.md is no report"),
+        (("--from", "README.md"), "README.md is not a vllm-loopus bench report"),
         (("--only", "served"), "only='served': the request rate of served depends on decode"),
         (("--out", "README.md"), "is a file"),
     ],

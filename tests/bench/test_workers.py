@@ -72,6 +72,7 @@ def test_verify_finds_what_the_reference_would_not_say(looped: tuple[Path, float
     assert len(depths) > 1
 
 
+@pytest.mark.engine
 def test_a_worker_that_fails_says_why(tmp_path: Path, checkout: Path) -> None:
     import sys
 

@@ -59,10 +59,10 @@ def cluster() -> Iterator[dict[str, str]]:
         ray.shutdown()
 
 
-def wait_for(holds: Callable[[], Any], run: subprocess.Popen[bytes]) -> Any:
+def wait_for(holds: Callable[[], Any], run: subprocess.Popen[bytes] | None = None) -> Any:
     deadline = time.monotonic() + PATIENCE
     while not (result := holds()):
-        assert run.poll() is None, f"it ended first, with {run.returncode}"
+        assert run is None or run.poll() is None, f"it ended first, with {run.returncode}"
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.02)
     return result
@@ -213,21 +213,28 @@ def test_two_replicas_on_ray_serve(
     """What `deploy` writes is run as it says; answers and depths are a plain engine's, knobs are
     refused as in `vllm serve`, and both replicas are at work."""
     pytest.importorskip("ray.serve.llm", reason="Ray Serve LLM is not installed")
+    from click.testing import CliRunner as ClickRunner
+    from ray import serve
+    from ray.serve.scripts import cli as serve_command
     from vllm import SamplingParams
 
     from vllm_loopus import exit_depths
     from vllm_loopus.cli.main import app
+    from vllm_loopus.deploy.app import APP
 
     port = free_port()
-    engine = {"max_model_len": 128, "dtype": "float32", "block_size": 32}
+    engine = {
+        "max_model_len": 128,
+        "dtype": "float32",
+        "block_size": 32,
+        "enforce_eager": True,
+    }
     options = [
         *("--replicas", "2", "--out", str(tmp_path), "--device", "cpu", "--cpus", "0.5"),
         *("--port", str(port), "--engine-args", json.dumps(engine)),
     ]
     written = CliRunner().invoke(app, ["deploy", "loopus-tiny", *options])
     assert written.exit_code == 0, written.output
-    serve = Path(sys.executable).with_name("serve")
-    log = tmp_path / "log"
     knobs = {"max_loops": 4, "exit_threshold": 0.9}
     questions = [f"{a}+{b}*2=" for a in range(3) for b in range(3)]
     body = {"max_tokens": 4, "vllm_xargs": {**knobs, "return_exit_depths": 1}}
@@ -238,43 +245,29 @@ def test_two_replicas_on_ray_serve(
         except (OSError, ValueError):  # not there yet, or Serve's own pages
             return False
 
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            [str(serve), "run", str(tmp_path / "app.yaml")],
-            env=cluster,
-            stdout=output,
-            stderr=output,
-        ) as server,
-    ):
-        try:
-            wait_for(healthy, server)
-            with ThreadPoolExecutor(9) as pool:
-                answers = list(
-                    pool.map(
-                        lambda q: ask(port, "/v1/completions", {"prompt": q, **body}), questions
-                    )
-                )
-            refused = ask(
-                port, "/v1/completions", {"prompt": "1+1=", "vllm_xargs": {"max_loop": 2}}
+    # `serve run APP`, in this process, which is connected to Ray and has imported vLLM.
+    started = ClickRunner().invoke(serve_command, ["run", "--non-blocking", str(tmp_path / APP)])
+    try:
+        assert started.exit_code == 0, started.output
+        wait_for(healthy)
+        with ThreadPoolExecutor(9) as pool:
+            answers = list(
+                pool.map(lambda q: ask(port, "/v1/completions", {"prompt": q, **body}), questions)
             )
-            chat = ask(
-                port,
-                "/v1/chat/completions",
-                {"messages": [{"role": "user", "content": questions[0]}], **body},
-            )
-            replicas = [
-                actor
-                for process in psutil.process_iter(["cmdline"])
-                for actor in process.info["cmdline"] or ()
-                if "ServeReplica" in actor and "LLMServer" in actor
-            ]
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                server.kill()
+        refused = ask(port, "/v1/completions", {"prompt": "1+1=", "vllm_xargs": {"max_loop": 2}})
+        chat = ask(
+            port,
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": questions[0]}], **body},
+        )
+        replicas = [
+            actor
+            for process in psutil.process_iter(["cmdline"])
+            for actor in process.info["cmdline"] or ()
+            if "ServeReplica" in actor and "LLMServer" in actor
+        ]
+    finally:
+        serve.shutdown()
     assert len(replicas) == 2
     assert refused[0] == 400 and "did you mean max_loops?" in json.dumps(refused[1])
     assert chat[0] == 200 and chat[1]["choices"][0]["exit_depths"]

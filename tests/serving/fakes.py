@@ -1,6 +1,6 @@
 """Scheduler, model-runner adapters and staircase without a model.
 
-`FakeExecutor` stands for model and paged memory: K/V and states are names of what they should hold,
+`FakeExecutor` replaces model and paged memory: K/V and states are names of what they should hold,
 a depth and a token prefix. It fails when a row reads what is not there.
 """
 
@@ -40,7 +40,7 @@ from vllm_loopus.serving.worker.sequences import RunningSequences
 
 BLOCK = 4
 VOCABULARY = 50
-POISON = 10**6  # a token of a prompt: states are no numbers from its position on
+POISON = 10**6  # a token of a prompt: states are NaN from its position on
 
 
 def digest(*parts: Any) -> int:
@@ -53,7 +53,7 @@ def next_token(tokens: Iterable[int]) -> int:
 
 
 def wanted_depth(tokens: Iterable[int], max_depth: int) -> int:
-    """Where the fake model's head lets the last of `tokens` leave, budgets aside."""
+    """Where the fake model's head lets the last of `tokens` exit, budgets aside."""
     return 1 + digest("depth", tuple(tokens)) % max_depth
 
 
@@ -126,7 +126,7 @@ class FakeExecutor:
     def read(self, kind: str, sequence: LoopedSequence, depth: int, position: int) -> None:
         found = self.memory.get((kind, self.slot(sequence, depth, position)))
         assert found is not None, (kind, depth, position)
-        # In `last_exited` a generated position may hold what it had where it left.
+        # In `last_exited` a generated position may hold what it had where it exited.
         assert found[1] == self.prefix(sequence, position), (kind, depth, position, found)
         assert found[0] == depth or sequence.last_exited, (kind, depth, position, found)
 
@@ -145,18 +145,18 @@ class FakeExecutor:
         return found
 
     def run_passes(self, rows: list[Chunk], passes: int, deciding: list[int]) -> list[bool]:
-        for above in range(passes - 1, -1, -1):
-            at = [Chunk(r.sequence, r.depth - above, r.start, r.end) for r in rows]
+        for deeper in range(passes - 1, -1, -1):  # passes still to come
+            at = [Chunk(r.sequence, r.depth - deeper, r.start, r.end) for r in rows]
             self.run_pass(at)
-            leaves = [self.leaves(at[index]) for index in deciding]
-            assert not (above and any(leaves)), "nobody leaves before the last pass"
+            exits = [self.exits(at[index]) for index in deciding]
+            assert not (deeper and any(exits)), "no token exits before the last pass"
         self.longest_run = max(self.longest_run, passes)
-        for index, word in zip(deciding, leaves, strict=True):
+        for index, exit_ in zip(deciding, exits, strict=True):
             row = rows[index]
-            if row.sequence.copies_on_exit and row.sequence.exits_at(row.depth, word):
+            if row.sequence.copies_on_exit and row.sequence.exits_at(row.depth, exit_):
                 for kind in ("state", "reasoning"):
                     self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
-        return leaves
+        return exits
 
     def run_pass(self, rows: list[Chunk]) -> None:
         assert 0 < sum(map(len, rows)) <= self.budget
@@ -179,8 +179,8 @@ class FakeExecutor:
             for position in range(row.start):
                 self.read("reasoning", row.sequence, row.depth, position)
 
-    def leaves(self, row: Chunk) -> bool:
-        """The halting rule's word for the newest position."""
+    def exits(self, row: Chunk) -> bool:
+        """Whether the exit rule lets the newest position exit."""
         knobs, prefix = row.sequence.knobs, self.prefix(row.sequence, row.end - 1)
         assert len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
         if row.depth >= knobs.max_loops:
@@ -255,8 +255,8 @@ class FakeV1:
 
 
 class FakeV2:
-    """As much of vLLM's V2 runner as its adapter relies on: it forgets who is preempted, knows no
-    request that comes back, and asks the model's `ModelState` for inputs and metadata."""
+    """As much of vLLM's V2 runner as its adapter relies on: it forgets preempted requests,
+    gets resumed ones as new, and asks the model's `ModelState` for inputs and metadata."""
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())

@@ -104,7 +104,7 @@ def test_log_line_and_start_up_summary(server_log: Path, address: str, client: O
         f"{SERVED}, ",
         "encoder layer 0, reasoning layers 1-2 (2), decoder layer 3",
         "1 to 8",
-        "threshold: confidence above 0.5",
+        "threshold: exits when the confidence is > 0.5",
         "exact, prefill lazy, exit quorum auto",
         "KiB at 1, ",
         " at 8 (sequences of 256 tokens, by depth)",
@@ -251,7 +251,7 @@ def test_log_line() -> None:
                   quorums=[0.25, 0.75], blocks=[7, 2], exit_depths=[1, 5]),
     )  # fmt: skip
     assert str(totals) == (
-        "mean exit depth 3.00 of 8, 2.0 passes a step, 20.0 rows a pass (10% catch-up), "
+        "mean exit depth 3.00 of 8, 2.0 passes per step, 20.0 rows per pass (10% catch-up), "
         "1.5 waiting, quorum 0.50, 50% of full depth saved, K/V blocks by depth 7 2"
     )
     assert "mean exit depth 0.00" in str(LoopTotals(8))

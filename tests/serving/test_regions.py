@@ -116,7 +116,7 @@ def test_golden(make_llm: Any, monkeypatch: pytest.MonkeyPatch, policy: str) -> 
     assert set(of_passes) - {1, 2, 4, 8, 16, 24}
     for cache in planes.caches():
         assert not cache[0].any()
-    padding = runner._sequences._executor._regions._padding
+    padding = runner._sequences._executor._regions.decoder._padding
     size = min(padding.descriptors(), key=lambda descriptor: descriptor.num_tokens)
     assert padding.write_wanted(size, np.zeros(size.num_reqs, np.int64)).numel() == size.num_reqs
     with pytest.raises(ValueError, match="wanted rows"):

@@ -60,6 +60,7 @@ def test_exits_are_the_engines(
     assert (tokens, depths) == (cases[0]["tokens"][:length], cases[0]["depths"][:length])
 
 
+@pytest.mark.engine
 def test_the_command_checks_both_sides(tmp_path: Path) -> None:
     cases = varied("qwen3", "threshold")
     prompts = tmp_path / "prompts.jsonl"
@@ -83,6 +84,7 @@ def test_the_command_checks_both_sides(tmp_path: Path) -> None:
     assert told[1]["traces"][0]["engine_exit_depths"] is None
 
 
+@pytest.mark.engine
 def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = varied("qwen3", "threshold")[0]
     prompts = tmp_path / "prompts.jsonl"

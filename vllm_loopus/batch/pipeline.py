@@ -1,26 +1,23 @@
 """The Ray Data LLM pipeline from checked rows to results.
 
-Chat templates are applied in Ray's map tasks, and texts are decoded by vLLM's front end in the
+Rows are prepared in Ray's map tasks (`stages.py`), and texts are decoded by vLLM's front end in the
 engine's actor, because Ray's own stages for these would need an actor each. Results arrive in any
 order, and a row may be answered more than once; the caller must ignore duplicates.
 """
 
 import json
 import logging
-from collections import UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from vllm_loopus.batch.rows import Row
-from vllm_loopus.serving.frontend.request_stats import exit_depths_in
+from vllm_loopus.batch.stages import FAILED, Prepare, result_of
 
-FAILED = "__inference_error__"  # Ray's column with the error of a failed row, else empty
 MAX_RAY_BLOCKS = 2000
 MAX_FAILED_STARTS = 1  # consecutive failed starts of an engine; by default Ray retries more often
 
@@ -41,47 +38,6 @@ class Work:
     ranks: int
     batch_size: int
     environment: dict[str, str]
-
-
-class Arguments(UserDict[str, Any]):
-    """Arguments of `SamplingParams`. Not a dict, because in a column of dicts Arrow would give each
-    row the keys of all rows, with None for missing values."""
-
-
-class Prepare:
-    """Converts a checked row, as JSON, to the input of the engine stage."""
-
-    def __init__(self, tokenizer: str, trust_remote_code: bool) -> None:
-        self._tokenizer = tokenizer, trust_remote_code
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        request = json.loads(row["request"])
-        prepared = {FAILED: "", "sampling_params": Arguments(_whole_keys(request))}
-        if isinstance(request["prompt"], str):
-            return {**prepared, "prompt": request["prompt"]}
-        if request["prompt"] is not None:
-            return {**prepared, "tokenized_prompt": request["prompt"]}
-        try:
-            token_ids = _tokenizer(*self._tokenizer).apply_chat_template(
-                request["messages"], tokenize=True, return_dict=False, **request["template"]
-            )
-        except Exception as error:  # templates raise many types
-            return {FAILED: f"the chat template refused the messages: {error}"}
-        return {**prepared, "tokenized_prompt": list(token_ids)}
-
-
-def result_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The result of a row that the engine has answered."""
-    metrics = row["metrics"] or {}
-    result = {
-        "text": row["generated_text"],
-        "tokens": [int(token) for token in row["generated_tokens"]],
-        "prompt_tokens": int(row["num_input_tokens"]),
-        "exit_depths": [int(depth) for depth in exit_depths_in(metrics)],
-        "finish_reason": metrics["finish_reason"],
-        "stop_reason": metrics["stop_reason"],
-    }
-    return {"index": row["index"], "echo": row["echo"], "result": json.dumps(result)}
 
 
 @contextmanager
@@ -147,18 +103,3 @@ def _processor(work: Work) -> Any:
     return build_processor(
         config, preprocess=Prepare(work.tokenizer, trusted), postprocess=result_of
     )
-
-
-def _whole_keys(request: dict[str, Any]) -> dict[str, Any]:
-    """The sampling parameters with integer keys in `logit_bias`, which JSON turns into strings."""
-    params = dict(request["sampling_params"])
-    if "logit_bias" in params:
-        params["logit_bias"] = {int(token): v for token, v in params["logit_bias"].items()}
-    return params
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(source: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -40,7 +40,7 @@ def _fitted(columns: list[Any], values: Any) -> list[float]:
 
 
 def counts(steps: Steps, tokens: int) -> dict[str, float]:
-    """Passes and decoder rows a token, rows a pass."""
+    """Passes and decoder rows per token, rows per pass."""
     passes = sum(len(step["rows"]) for step in steps)
     return {
         "passes": passes / tokens,

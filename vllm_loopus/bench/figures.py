@@ -62,7 +62,7 @@ def _decode(report: Mapping[str, Any]) -> Iterator[Figure]:
             where = f"`{policy}`, {seqs} sequences"
             taken, model = row["counts"], row["simulated"]
             note = (
-                f"{taken['passes']:.3f} passes a token of {taken['rows']:.1f} rows (simulated "
+                f"{taken['passes']:.3f} passes per token of {taken['rows']:.1f} rows (simulated "
                 f"{model['passes']:.3f} of {model['rows']:.1f})"
             )
             if row["explained"]:
@@ -155,7 +155,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """What a reader of the table has to know."""
+    """Date, machine, command and model of a table."""
     model, plan = report["model"], report["plan"]
     text = (
         f"{report['date'][:10]}, {report['machine']}, {report['dtype']}; `{report['command']}`; "
@@ -168,7 +168,7 @@ def headline(report: Mapping[str, Any]) -> str:
         )
         text += (
             f" {part['requests']} requests of {plan['tokens']} tokens, {part['seqs']} at a time: "
-            f"by simulation the most of on over off is {reach}."
+            f"best simulated on/off ratio: {reach}."
         )
     return text
 

@@ -55,8 +55,8 @@ class ModelSize:
         }
 
     def config(self) -> dict[str, Any]:
-        """In the released format, which the original reads too. No token exits early unless told
-        to."""
+        """In the released format, which the original reads too. No token exits early unless
+        asked to."""
         return {
             "model_type": "lds",
             "architectures": ["LoopUSForCausalLM"],

@@ -1,4 +1,4 @@
-"""An engine under test in a process of its own, and the parent's end of the talk with it."""
+"""An engine under test in a process of its own, and the parent's side of the protocol."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import IO, Any
 import psutil
 
 WORKERS = Path(__file__).parent / "workers"
-LAST_LINES = 25  # of a worker's log, told with its failure
+LAST_LINES = 25  # of a worker's log, shown with its failure
 
 
 class WorkerError(RuntimeError):

@@ -38,11 +38,9 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         report = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is no report of vllm-loopus bench: {error}") from error
+        raise ValueError(f"{file} is not a vllm-loopus bench report: {error}") from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise ValueError(
-            f"{file} is no report of vllm-loopus bench: its format says something else"
-        )
+        raise ValueError(f"{file} is not a vllm-loopus bench report (unknown format)")
     return report
 
 

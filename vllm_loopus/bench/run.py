@@ -22,16 +22,16 @@ WITH_FLEET = ("decode", "sweep", "mixed", "long", "cache")
 def run(
     setup: Setup, command: Sequence[str], keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """The report as JSON. A section that fails is in `failed` with the reason; others go on. What
-    there is after a section is given to `keep`."""
+    """The report as JSON. A section that fails is in `failed` with the reason; the others still
+    run. After each section the report so far is given to `keep`."""
     plan = setup.plan
     report: dict[str, Any] = {"format": FORMAT, "version": VERSION, **about(setup, command)}
     report["failed"] = {}
 
     @contextmanager
-    def section(name: str, told: str) -> Iterator[None]:
-        """One that fails spoils itself alone."""
-        setup.tell(f"{name}: {told}")
+    def section(name: str, what: str) -> Iterator[None]:
+        """A failure affects this section only."""
+        setup.tell(f"{name}: {what}")
         try:
             yield
         except Exception as error:

@@ -22,8 +22,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. `minutes` is what measuring is to take in all; engines start beyond it, and
-    each section does its least whatever the time."""
+    """Sizes of a run. `minutes`: total measuring time, without engine starts; every section runs at
+    least its minimum."""
 
     name: str
     size: str

@@ -129,7 +129,7 @@ def info(
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the cut, loops, halting rule and K/V size of a checkpoint."""
+    """Show the cut, loops, exit rule and K/V size of a checkpoint."""
     with report_errors(ValueError):
         config = load_config(model)
         estimate = estimate_kv(config, memory, max_model_len, dtype, tensor_parallel_size)

@@ -54,7 +54,7 @@ def measure(setup: Setup) -> dict[str, Any]:
 def _row(fleet: Fleet, work: Workload, right: list[int]) -> dict[str, Any]:
     found = fleet.run(MODEL, work, answers=True)
     count = len(right)
-    hits = sum(told[0] == token for told, token in zip(found["answers"], right, strict=True))
+    hits = sum(answer[0] == token for answer, token in zip(found["answers"], right, strict=True))
     depths = found["exit_depths"]
     return {
         "rate": found["tokens"] / found["seconds"],

@@ -74,13 +74,14 @@ def _client(
         )
     if done.returncode or not file.exists():
         raise RuntimeError(f"vllm bench serve failed:\n{log.read_text()[-3000:]}")
-    told = json.loads(file.read_text())
-    if told["failed"]:
-        raise RuntimeError(f"{told['failed']} requests of vllm bench serve failed, see {log}")
+    result = json.loads(file.read_text())
+    if result["failed"]:
+        raise RuntimeError(f"{result['failed']} requests of vllm bench serve failed, see {log}")
     return {
-        "completed": told["completed"],
-        "tokens_a_second": told["output_throughput"],
+        "completed": result["completed"],
+        "tokens_a_second": result["output_throughput"],
         "ms": {
-            metric: {f"p{p}": told[f"p{p}_{metric}_ms"] for p in PERCENTILES} for metric in METRICS
+            metric: {f"p{p}": result[f"p{p}_{metric}_ms"] for p in PERCENTILES}
+            for metric in METRICS
         },
     }

@@ -50,7 +50,7 @@ class Original:
         model.set_runtime_stats_enabled(True)
         model.reset_runtime_stats()
         started = time.perf_counter()
-        told = model.generate(
+        rows = model.generate(
             torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max(tokens),
@@ -58,7 +58,7 @@ class Original:
             repetition_penalty=1.0,
         ).tolist()
         seconds = time.perf_counter() - started
-        answers = [row[width : width + count] for row, count in zip(told, tokens, strict=True)]
+        answers = [row[width : width + count] for row, count in zip(rows, tokens, strict=True)]
         steps = model.get_runtime_stats()["avg_reasoning_steps"]
         return {"seconds": seconds, "answers": answers, "mean_depth": steps}
 

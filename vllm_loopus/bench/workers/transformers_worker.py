@@ -69,10 +69,10 @@ class Reference:
         """The base model's own cached generation; prompts of one length."""
         ids = torch.tensor(prompts, device=self._model.device)
         started = time.perf_counter()
-        told = self._model.generate(
+        result = self._model.generate(
             ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True
         )
-        told.tolist()
+        result.tolist()
         return {"seconds": time.perf_counter() - started}
 
     def verify(self, prompt: list[int], answer: list[int], threshold: float) -> Any:

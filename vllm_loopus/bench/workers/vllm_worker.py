@@ -104,21 +104,21 @@ class Driver:
         from vllm_loopus.serving.messages.exit_depths import SPAN, exit_depths
 
         depths: Counter[int] = Counter()
-        told = []
+        answered = []
         for name in sorted(self._outputs, key=int):
             completion = self._outputs[name].outputs[0]
             if hasattr(completion, SPAN):
                 depths.update(exit_depths(completion))
-            told.append(list(completion.token_ids))
+            answered.append(list(completion.token_ids))
         return {
             "seconds": self._busy,
-            "tokens": sum(map(len, told)),
+            "tokens": sum(map(len, answered)),
             "steps": [step.to_dict() for step in self._steps],
             "peak_blocks": self._peak_blocks,
             "first_token": [self._first[n] - self._arrived[n] for n in self._arrived],
             "whole": [self._last[n] - self._arrived[n] for n in self._arrived],
             "exit_depths": {str(depth): depths[depth] for depth in sorted(depths)},
-            "answers": told if answers else None,
+            "answers": answered if answers else None,
         }
 
     def profile(self, requests: list[dict[str, Any]]) -> Any:

@@ -29,7 +29,7 @@ class _Holder:
     request: Request
     budget: int  # planes that its positions may need
     held: int  # blocks, shared ones included
-    wanted: int = 0  # blocks without which it cannot go on
+    wanted: int = 0  # blocks without which it cannot continue
     in_flight: bool = False
 
 
@@ -45,7 +45,7 @@ class DepthKVCacheManager(KVCacheManager):
     _promised_in_all: int
     _needed: dict[str, float]  # planes that preempted requests had for each block of depth 1
     demand: Demand
-    short_of_planes: int  # how often a sequence could not go on for lack of deeper blocks
+    short_of_planes: int  # how often a sequence could not continue for lack of deeper blocks
     hits_by_depth: list[int]  # positions found in the prefix cache so far
 
     @classmethod
@@ -85,8 +85,8 @@ class DepthKVCacheManager(KVCacheManager):
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        """As in vLLM at depth 1. Also None if the request lacks blocks of deeper planes to go on,
-        or, for a request to be admitted, if what it is expected to need is not free."""
+        """As in vLLM at depth 1. Also None if the request lacks blocks of deeper planes to
+        continue, or, for a request to be admitted, if what it is expected to need is not free."""
         name = request.request_id
         holder = self._holders.get(name)
         hits: Sequence[Sequence[KVCacheBlock]] = ()
@@ -100,7 +100,7 @@ class DepthKVCacheManager(KVCacheManager):
                 return None
             holder = _Holder(request, self._budget(request), sum(map(len, hits)))
         elif holder.in_flight:
-            return self._go_on(name, holder, kwargs.get("reserved_blocks", 0))
+            return self._continue(name, holder, kwargs.get("reserved_blocks", 0))
         else:
             wanted = holder.wanted
         kwargs["delay_cache_blocks"] = True
@@ -118,9 +118,9 @@ class DepthKVCacheManager(KVCacheManager):
                 self.hits_by_depth[depth] += len(found) * self._block_size
         return blocks
 
-    def _go_on(self, name: str, holder: _Holder, reserved: int) -> KVCacheBlocks | None:
+    def _continue(self, name: str, holder: _Holder, reserved: int) -> KVCacheBlocks | None:
         """For a sequence in flight, which has its blocks of depth 1; None if it lacks blocks of
-        deeper planes to go on."""
+        deeper planes to continue."""
         most = len(self._planes) * self._blocks_a_pass - self._promised_in_all
         wanted = min(holder.wanted, max(0, most))
         free = self.block_pool.get_num_free_blocks() - self._promised_in_all - reserved
@@ -207,7 +207,7 @@ class DepthKVCacheManager(KVCacheManager):
         if request.is_finished():
             self._needed.pop(name, None)
         if holder is not None and at_first:
-            if not request.is_finished():  # it comes back when there is room for what it had
+            if not request.is_finished():  # it resumes when there is room for what it had
                 self._needed[name] = holder.held / at_first
             elif request.status not in CUT_SHORT:
                 new_tokens = request.num_tokens - request.num_prompt_tokens

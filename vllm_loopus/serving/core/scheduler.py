@@ -92,7 +92,7 @@ class LoopUSScheduler(Scheduler):
             self._end_with_error(request.request_id, reason)
 
     def _end_with_error(self, request_id: str, reason: str) -> None:
-        """vLLM ends it after the step, among other requests that it cannot go on with."""
+        """vLLM finishes it with an error after the step."""
         logger.error("Request %s failed: %s", request_id, reason)
         self.grammar_compile_error_reqs.add(request_id)
 
@@ -134,7 +134,7 @@ class LoopUSScheduler(Scheduler):
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = emitting
         outputs = super().update_from_output(visible, model_runner_output)
-        if not self.log_stats:  # nobody has taken them
+        if not self.log_stats:  # statistics are not logged
             self._stats = LoopStats()
         self._clock.end(progress, idle=not self.has_requests())
         for of_client in outputs.values():

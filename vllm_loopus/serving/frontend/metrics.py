@@ -50,8 +50,8 @@ class LoopTotals:
         rows, full = sum(stats.passes), self.max_loops * stats.encoded_rows
         return (
             f"mean exit depth {self.loops / max(self.tokens, 1):.2f} of {self.max_loops}, "
-            f"{len(stats.passes) / max(len(stats.steps), 1):.1f} passes a step, "
-            f"{rows / passes:.1f} rows a pass "
+            f"{len(stats.passes) / max(len(stats.steps), 1):.1f} passes per step, "
+            f"{rows / passes:.1f} rows per pass "
             f"({100 * stats.catch_up_rows / max(rows, 1):.0f}% catch-up), "
             f"{stats.waiting / passes:.1f} waiting, "
             f"quorum {sum(stats.quorums) / max(len(stats.quorums), 1):.2f}, "
@@ -119,13 +119,13 @@ class LoopMetrics:
         )
         self.pass_rows = self._histogram("pass_rows", "Rows of a pass; its count: passes.", rows)
         self.quorum = self._histogram(
-            "quorum", "Share of sequences wanting a token that had exited, at a decoding.", QUORUMS
+            "quorum", "Share of sequences wanting a token that had exited.", QUORUMS
         )
         self.counters = {
             name: self._per_engine(prometheus._counter_cls, name, documentation)
             for name, documentation in COUNTERS.items()
         }
-        for gauge in self._gauge("max_loops", "Loops that the engine serves at most.").values():
+        for gauge in self._gauge("max_loops", "Maximum number of loops.").values():
             gauge.set(max_loops)
         self.saved = self._gauge(
             "compute_saved_ratio", "Share of full-depth rows not computed, since the start."
@@ -135,7 +135,7 @@ class LoopMetrics:
         )
         self.sequences = self._gauges(
             "kv_sequences",
-            "Sequences of the greatest length that fit, at full depth and at the observed one.",
+            "Sequences of max_model_len that fit, at full depth and at the observed one.",
             "at",
             FITS,
         )

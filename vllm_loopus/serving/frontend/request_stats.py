@@ -4,13 +4,12 @@ Ray Data LLM only passes on the text, token ids and statistics of an output. So 
 contain exit depths and the reason of a failure.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.metrics.stats import RequestStateStats
 
-from vllm_loopus.serving.messages.exit_depths import NAME, SPAN
+from vllm_loopus.serving.messages.exit_depths import SPAN
 
 
 @dataclass
@@ -20,13 +19,6 @@ class LoopedRequestStats(RequestStateStats):
     exit_depths: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-
-
-def exit_depths_in(metrics: Mapping[str, Any]) -> list[int]:
-    """Of statistics as a dict: ours, or those of a vLLM that carries a model's values of tokens."""
-    if (values := metrics.get("token_values")) is not None:
-        return list(values.get(NAME, []))
-    return list(metrics.get("exit_depths") or [])
 
 
 def add_outcome(stats: RequestStateStats, completion: Any) -> None:

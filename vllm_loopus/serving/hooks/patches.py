@@ -38,7 +38,7 @@ class Patch:
     def apply(self) -> None:
         """Idempotent. Raises `RuntimeError` if vLLM no longer has what is replaced."""
         if self.obsolete():
-            logger.info("vllm-loopus: %s stands down, this vLLM can do it itself", self.key)
+            logger.info("vllm-loopus: %s not applied: this vLLM already has the feature", self.key)
             return
         target: Any = importlib.import_module(self.module)
         *owners, name = self.name.split(".")

@@ -1,7 +1,9 @@
 """Knobs of one request: `SamplingParams.extra_args`, over HTTP `vllm_xargs`.
 
-They are parsed once in the front end, which refuses bad ones, and once in the engine core, which
-carries them with the request from there on (`core/admission.py`).
+They are checked at admission, which refuses bad ones: in vLLM's input processor
+(`hooks/patches.py`), and over HTTP also in the handler, before an answer begins
+(`frontend/http.py`). The engine core parses them once more and carries them with the request from
+there on (`core/admission.py`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,10 +33,10 @@ class LoopDefaults(Protocol):
 
 @dataclass(frozen=True)
 class RequestKnobs:
-    """The recursion budget and halting knobs of one request.
+    """The recursion budget and exit rule knobs of one request.
 
-    `exit_depths` gives the exit depths of the first generated tokens, which are then not asked of
-    the halting rule. It decides for all tokens after the last one given.
+    `exit_depths` gives the exit depths of the first generated tokens. The exit rule decides for all
+    tokens after them.
     """
 
     max_loops: int

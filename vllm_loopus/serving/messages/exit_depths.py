@@ -6,6 +6,7 @@ a `CompletionOutput`, so that nothing else sees them. A vLLM with per-token valu
 (`patches/token-values-in-outputs.diff`) gets them there. This module does not import vLLM.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -70,3 +71,11 @@ def exit_depths(output: Any) -> list[int]:
         raise ValueError("this output has no exit depths: it is not from a looped model")
     depths, start = getattr(output, SPAN)
     return list(depths[start : start + len(output.token_ids)])
+
+
+def exit_depths_in(metrics: Mapping[str, Any]) -> list[int]:
+    """The exit depths in the statistics of a request, as a dict: `frontend/request_stats.py`,
+    or those of a vLLM that carries a model's values of tokens."""
+    if (values := metrics.get("token_values")) is not None:
+        return list(values.get(NAME, []))
+    return list(metrics.get("exit_depths") or [])

@@ -30,7 +30,7 @@ class LoopProgress:
     - `complete`: for each request, how many positions are complete at each depth. The prefix cache
       may have them.
     - `taken`: blocks that sequences took. `wanted`: how many blocks of deeper planes a sequence
-      needs before it can go on.
+      needs before it can continue.
     - `exit_depths`: for each request that got a token, the depth at which it exited.
     - `failed`: requests that cannot continue, and why. Of the other fields, only `taken` has them.
     - `boundary_rows`: rows of encoder and decoder together; 0 without a decoder call.

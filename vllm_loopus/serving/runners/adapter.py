@@ -103,8 +103,8 @@ class LoopAdapter(Runner):
         return result
 
     def describe(self, scheduler_output: "SchedulerOutput") -> StepInput:
-        """See `LoopRunner`. This is what the outputs of both schedulers say in the same way; the
-        adapters add new requests and those that come back."""
+        """See `LoopRunner`. The part that is the same for both runners; the adapters add new and
+        resumed requests."""
         cached = scheduler_output.scheduled_cached_reqs
         schedule = LoopSchedule.received(scheduler_output) or LoopSchedule()
         finished = sorted(

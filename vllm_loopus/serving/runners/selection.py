@@ -26,7 +26,7 @@ def check_runner() -> None:
 
 
 def select_runner(vllm_config: VllmConfig) -> None:
-    """Settles the runner of one model: V1, on which our tests run, unless the user asks for V2.
+    """Settles the runner of one model: V1 unless the user asks for V2.
 
     Other models in the process are not affected: the class of this config is changed, no variable.
     """
@@ -39,12 +39,9 @@ def runner_in_use(is_v2: bool) -> str:
     """The runner, why it was chosen, and how far it is verified."""
     if is_v2:
         return (
-            f"vLLM's V2 model runner, as {CHOICE}=1 asks; our tests have only seen it with "
-            "Triton's interpreter on a CPU: docs/gpu.md"
+            f"vLLM's V2 model runner, as {CHOICE}=1 asks; tested only with Triton's interpreter on "
+            "a CPU: docs/gpu.md"
         )
     if current_platform.is_cpu():
-        return "vLLM's V1 model runner, the one our tests run on"
-    return (
-        "vLLM's V1 model runner, the one our tests run on, but on CPUs: nothing is verified on a "
-        "GPU: docs/gpu.md"
-    )
+        return "vLLM's V1 model runner, tested on CPUs"
+    return "vLLM's V1 model runner, tested on CPUs only; nothing is verified on a GPU: docs/gpu.md"

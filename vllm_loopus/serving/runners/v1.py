@@ -80,7 +80,7 @@ class V1Adapter(LoopAdapter):
     def _resume(
         self, request_id: str, blocks: BlockIds, computed: int, knobs: RequestKnobs
     ) -> NewSequence:
-        """A preempted request comes back: all that it had is to be computed again."""
+        """A resumed request: everything is recomputed."""
         new: NewRequestData | None = self._unseen.get(request_id)
         if new is not None:  # preempted before its first token
             tokens, generated = list(new.prompt_token_ids or ()), 0

@@ -11,7 +11,7 @@ token. What it lacks is overridden here instead:
 - The runner's output has no room for what the scheduler has to know (`sample_tokens`).
 - Prompt scores are computed from the rows of one step (`prompt_logprobs_worker`).
 
-Its scheduler sends a request that comes back after a preemption as a new one, with all its tokens.
+Its scheduler sends a request that resumes after a preemption as a new one, with all its tokens.
 The runner itself drops a request that is preempted.
 """
 
@@ -118,7 +118,7 @@ def _of(grammar_output: Any, exited: list[str]) -> Any:
     ]
     if not rows:
         return None
-    kept = {
+    selected = {
         "structured_output_request_ids": [
             grammar_output.structured_output_request_ids[row] for row in rows
         ],
@@ -126,5 +126,5 @@ def _of(grammar_output: Any, exited: list[str]) -> Any:
     }
     # Not in every release of the range.
     if (drafts := getattr(grammar_output, "num_acceptable_drafts", None)) is not None:
-        kept["num_acceptable_drafts"] = [drafts[row] for row in rows]
-    return replace(grammar_output, **kept)
+        selected["num_acceptable_drafts"] = [drafts[row] for row in rows]
+    return replace(grammar_output, **selected)

@@ -14,7 +14,7 @@ from vllm_loopus.serving.step.staircase import LoopedSequence
 
 
 class Quorum(Protocol):
-    """Decides after each pass whether the step goes on."""
+    """Decides after each pass whether the step continues."""
 
     def begin_step(self, costs: StepCosts | None) -> None:
         """A step begins. `costs`: as measured so far, None while unknown."""
@@ -51,7 +51,7 @@ class AutoQuorum:
     """Ends the passes when waiting longer would make a token more expensive than it is now.
 
     With `k` of `n` sequences waiting, one more pass wastes `k / n` of its fixed cost; the fixed
-    cost of the boundary is shared by all who exit with it. Waiting goes on while the cost of one
+    cost of the boundary is shared by all who exit with it. Waiting continues while the cost of one
     more pass, for each sequence it is expected to bring, is below the cost that a ready sequence
     bears now. Whether a sequence exits next is known from the request's budget, or learned: the
     share of the tokens that exited at a depth among those that reached it. Recent tokens count

@@ -33,8 +33,9 @@ class StepExecutor(Protocol):
         ...
 
     def make_room_deeper(self, chunks: list[Chunk], passes: int) -> int:
-        """How many of the `passes` from the depths of the chunks on, one depth deeper each, all
-        chunks have blocks for. Those of the first pass are there; takes new ones for the others."""
+        """How many of the next `passes` every chunk has blocks for; takes new blocks from the
+        second pass on. The first pass is at the depths of the chunks, each later one a depth
+        deeper."""
         ...
 
     def encode(self, chunks: list[Chunk]) -> None:
@@ -46,7 +47,7 @@ class StepExecutor(Protocol):
         are at the depths of the last. In the first, chunks at depth 1 come first, as encoded.
 
         Returns for each index in `deciding` whether the exit rule lets that newest position exit
-        after the last pass; nobody exits before it. A sequence with a NaN or infinite state fails
+        after the last pass; no token exits earlier. A sequence with a NaN or infinite state fails
         here, in `decode` or in `check_states`.
         """
         ...
@@ -229,7 +230,7 @@ class _Step:
 
     def _passes_ahead(self, batch: Sequence[Chunk], most: int) -> int:
         """How many passes over the positions of `batch` come before there is anything to decide.
-        One if somebody waits for the decoder: the quorum is asked after each pass."""
+        1 if a sequence waits for the decoder: the quorum is asked after each pass."""
         passes = most
         for chunk in batch:
             passes = min(passes, chunk.sequence.passes_ahead(chunk))

@@ -154,7 +154,7 @@ class BlockTables:
         """Of passes over the same positions, one depth deeper each; `chunks` are at the depths of
         the last."""
         places = [(self._index[c.sequence.request_id], c.start, c.end) for c in chunks]
-        # While nobody exits or joins, a pass has the positions of the one before.
+        # While no sequence exits or joins, a pass has the positions of the one before.
         if self._spans is None or self._spans.chunks != places:
             self._spans = Spans.of(places, self.block_size)
         spans = self._spans

@@ -59,7 +59,7 @@ class RunningSequences:
             self.grow(request_id, block_ids)
 
     def add(self, new: NewSequence) -> None:
-        """A new sequence, or a preempted one that comes back with all its tokens so far."""
+        """A new sequence, or a preempted one that resumes with all its tokens so far."""
         request_id = new.request_id
         self.remove(request_id)
         found, decoded = self._tables.add(request_id, new.block_ids, new.cached)
@@ -161,7 +161,7 @@ class RunningSequences:
             if wanted := self._wanted(sequence):
                 progress.wanted[name] = wanted
             if name not in progress.exit_depths:
-                # In flight: one position has to be scheduled again for the step to go on.
+                # In flight: one position has to be scheduled again for the step to continue.
                 progress.computed[name] = sequence.done[0] - sequence.in_flight
         progress.stats.nonfinite_requests = len(progress.failed)
         return progress

@@ -1,4 +1,4 @@
-"""Small data between host and device: copies that the host does not wait for, and the one it does.
+"""Small host-device copies: asynchronous, except reading the verdict.
 
 A plain `.to(device)` from pageable memory waits for everything queued on the device. A pass sends
 its positions, slots and tables without waiting, and reads its verdict back once (`to_host`).
