@@ -21,6 +21,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KV_BYTES = 2**25  # of an engine in the tests' own process
+FORKED = str(Path(__file__).with_name("forked"))  # see its `sitecustomize.py`
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN_LOOPED = GOLDEN.parent / "golden_looped"
 BACKBONES = ("qwen3", "llama", "phi3")

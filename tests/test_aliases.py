@@ -71,7 +71,9 @@ def test_a_configured_redirect_file_stays(
         assert "loopus-phi-4" in table
 
 
-@pytest.mark.parametrize("how", ["other contents", "writable by others", "a link", "no folder"])
+@pytest.mark.parametrize(
+    "how", ["other contents", "a file of others", "a folder of a group", "a link", "no folder"]
+)
 def test_a_table_that_others_could_have_written_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -81,9 +83,10 @@ def test_a_table_that_others_could_have_written_is_not_used(
     assert file.stat().st_mode & 0o777 == 0o600
     if how == "other contents":
         file.write_text('{"loopus-tiny": "/elsewhere"}')
-    elif how == "writable by others":
+    elif how == "a file of others":
         file.chmod(0o666)
-        file.parent.chmod(0o777)
+    elif how == "a folder of a group":
+        file.parent.chmod(0o770)
     elif how == "a link":
         file.rename(tmp_path / "elsewhere.json")
         file.symlink_to(tmp_path / "elsewhere.json")
@@ -94,7 +97,7 @@ def test_a_table_that_others_could_have_written_is_not_used(
     assert redirects() == expected
     used = Path(os.environ[aliases.REDIRECT_VARIABLE])
     assert not used.is_symlink() and used.stat().st_mode & 0o077 == 0
-    assert not used.parent.stat().st_mode & 0o002
+    assert not used.parent.stat().st_mode & 0o022
     before = used
     assert redirects() == expected  # as in a child process, which inherits the variable
     assert Path(os.environ[aliases.REDIRECT_VARIABLE]) == before

@@ -45,7 +45,7 @@ PACKAGE_RULES = {
     "deploy": {*BASE, "serving"},
     "evaluation": {*BASE, "modeling", "recast", "serving", "plugin", "tiny"},
     "bench": {*BASE, "modeling", "serving", "trace", "tiny"},
-    "__init__": {"config", "modeling", "serving"},
+    "__init__": {"architectures", "config", "modeling", "serving"},
 }
 
 

@@ -131,7 +131,7 @@ def _is_trusted(file: Path, text: str) -> bool:
     try:
         status, folder = file.lstat(), file.parent.stat()
         own = status.st_uid == folder.st_uid == os.getuid() and stat.S_ISREG(status.st_mode)
-        writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or folder.st_mode & stat.S_IWOTH
+        writable = (status.st_mode | folder.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
         return own and not writable and file.read_text() == text
     except OSError:
         return False
@@ -177,6 +177,6 @@ def _read_redirects(file: Path) -> dict[str, str]:
 
 
 def _write(file: Path, content: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_text(file, json.dumps(content, indent=1, sort_keys=True))
     file.chmod(0o600)

@@ -222,10 +222,9 @@ class ReleasedLoopUSConfig(LoopUSConfig):
         return LoopUSConfig.from_dict({**config_dict, "model_type": "loopus"}, **kwargs)
 
 
-def register_configs() -> None:
-    """Registers both formats with `AutoConfig`. May be called repeatedly."""
-    for config_class in (LoopUSConfig, ReleasedLoopUSConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+def register_released_format() -> None:
+    """Registers the released checkpoints' format with `AutoConfig`. May be called repeatedly."""
+    AutoConfig.register(ReleasedLoopUSConfig.model_type, ReleasedLoopUSConfig, exist_ok=True)
 
 
 _INTEGERS = ("max_loops", "min_loops", "exit_interval")

@@ -3,12 +3,13 @@
 import ast
 import builtins
 import importlib
+import importlib.util
+import io
 import pkgutil
-import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -135,37 +136,29 @@ CASES = [
     ("scipy", ["bench", "--plan", "tiny"], "bench"),
     ("ray", ["batch", "in.jsonl", "out.jsonl"], "ray"),
 ]
-# Each in a fork of one process that has imported what takes long.
-ONE_MISSING = f"""
-import importlib.util, os, sys
-import torch, transformers, vllm_loopus
-from vllm_loopus.cli.entry import main
-original = importlib.util.find_spec
-for index, (module, arguments, _) in enumerate({CASES!r}):
-    sys.stdout.flush()
-    if child := os.fork():
-        os.waitpid(child, 0)
-        continue
-    sys.stderr = sys.stdout
-    import vllm_loopus.extras as extras
+
+
+def told_without(module: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of the command `vllm-loopus` where `module` is not installed."""
+    extras = importlib.import_module("vllm_loopus.extras")
+    original = importlib.util.find_spec
     extras.find_spec = lambda name, *rest: None if name == module else original(name, *rest)
     sys.argv = ["vllm-loopus", *arguments]
-    print("CASE", index)
-    try:
-        main()
-    except SystemExit as end:
-        print("CODE", end.code)
-    sys.stdout.flush()
-    os._exit(0)
-"""
+    output = io.StringIO()
+    code = 0
+    with redirect_stdout(output), redirect_stderr(output):
+        try:
+            importlib.import_module("vllm_loopus.cli.entry").main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, output.getvalue()
 
 
-def test_what_is_missing_is_named_with_its_command() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", ONE_MISSING], capture_output=True, text=True, cwd=ROOT
-    )
-    _, *told = re.split(r"^CASE \d+$", result.stdout, flags=re.MULTILINE)
-    for (module, arguments, extra), text in zip(CASES, told, strict=True):
-        assert f"needs {module}" in text, (arguments, text)
-        assert f"pip install 'vllm-loopus[{extra}]'" in text
-        assert "CODE 2" in text and "Traceback" not in text
+@pytest.mark.parametrize(("module", "arguments", "extra"), CASES)
+def test_what_is_missing_is_named_with_its_command(
+    in_fork: Callable[..., tuple[int, str]], module: str, arguments: list[str], extra: str
+) -> None:
+    code, output = in_fork(told_without, module, arguments)
+    assert f"needs {module}" in output, output
+    assert f"pip install 'vllm-loopus[{extra}]'" in output
+    assert code == 2 and "Traceback" not in output

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import GOLDEN
+from tests.conftest import FORKED, GOLDEN
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
 from tests.serving.test_executors import heads_of_rank
 from vllm_loopus.bench.server import free_port
@@ -44,9 +44,10 @@ TIMES = 6  # each case, so that there is a middle to kill in
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
+def cluster(quick_starts: None) -> Iterator[dict[str, str]]:
     """The environment of commands that join it."""
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = str(PATIENCE)
+    os.environ["PYTHONPATH"] = FORKED
     context = ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
     try:
         environment = {
@@ -57,6 +58,7 @@ def cluster() -> Iterator[dict[str, str]]:
         yield environment
     finally:
         ray.shutdown()
+        del os.environ["PYTHONPATH"]
 
 
 def wait_for(holds: Callable[[], Any], run: subprocess.Popen[bytes] | None = None) -> Any:
@@ -115,28 +117,37 @@ class Batch:
         """Rows with an answer on the disk."""
         return self.partial.read_bytes().count(b"\n") - 1 if self.partial.exists() else 0
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def arguments(self) -> list[str]:
+        """Of the command; writes its input."""
         source = self.folder / "in.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        command = [
-            *(sys.executable, "-m", "vllm_loopus.cli", "batch", str(source), str(self.output)),
+        return [
+            *("batch", str(source), str(self.output)),
             *("--model", str(GOLDEN / BACKBONE), "--engine-args", json.dumps(ENGINE)),
             *("--batch-size", "2", "--json"),
         ]
+
+    def start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-m", "vllm_loopus.cli", *self.arguments()],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
 
     def finish(self, run: subprocess.Popen[bytes]) -> dict[str, Any]:
-        """Waits for the end. Every row is answered once, in order, with the golden tokens and
-        depths, and the row that cannot be with its error; returns the summary."""
         with run:
             try:
-                told, log = run.communicate(timeout=PATIENCE)
+                printed, log = run.communicate(timeout=PATIENCE)
             finally:
                 run.kill()
-        assert run.returncode == 1, log.decode()[-3000:]  # one failed
-        summary: dict[str, Any] = json.loads(told)
+        return self.check(run.returncode, printed.decode(), log.decode())
+
+    def check(self, code: int, printed: str, log: str) -> dict[str, Any]:
+        """Every row is answered once, in order, with the golden tokens and depths, and the row that
+        cannot be with its error; returns the summary."""
+        assert code == 1, log[-3000:]  # one failed
+        summary: dict[str, Any] = json.loads(printed)
         assert (summary["rows"], summary["failed"]) == (len(self.rows), 1)
         answers = [json.loads(line) for line in self.output.read_text().splitlines()]
         assert [a["custom_id"] for a in answers] == [row["custom_id"] for row in self.rows]
@@ -151,8 +162,11 @@ class Batch:
 
 @pytest.mark.timeout(3 * PATIENCE)
 def test_batch(cluster: dict[str, str], tmp_path: Path) -> None:
+    from vllm_loopus.cli.main import app
+
     batch = Batch(tmp_path, batch_rows(1), cluster)
-    assert batch.finish(batch.start())["resumed"] == 0
+    done = CliRunner().invoke(app, batch.arguments())
+    assert batch.check(done.exit_code, done.stdout, done.stderr)["resumed"] == 0
 
 
 @pytest.mark.faults

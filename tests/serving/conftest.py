@@ -12,6 +12,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.conftest import FORKED
 from vllm_loopus.bench.server import running_server
 
 SERVED = "loopus-tiny"
@@ -36,6 +37,7 @@ def address(server_log: Path) -> Iterator[str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_LOG_STATS_INTERVAL": "1",
+        "PYTHONPATH": FORKED,
     }
     environment.pop("HF_HUB_OFFLINE", None)  # a user has not set it, and nothing may be fetched
     with server_log.open("w") as output:

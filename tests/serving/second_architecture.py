@@ -198,7 +198,7 @@ class SecondLoopForCausalLM(LoopedModelBase):
         return refined, refined
 
     def exit_evidence(self, observed: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.model.early_exit_gate(observed).squeeze(-1)).float()
+        return torch.sigmoid(self.model.early_exit_gate(observed).squeeze(-1).float())
 
     def decode(
         self, state: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor | None = None
@@ -234,7 +234,7 @@ RECORD = Architecture(
     family="Second",
     config_class=SecondConfig,
     model=f"{__name__}:{NAME}",
-    reference="",
+    reference=None,
     exit_rule=HazardRule.of,
     layers=_layers,
 )

@@ -92,3 +92,9 @@ def test_two_ranks(make_llm: Any, forked_processes: None, setting: Any) -> None:
         first, second = llm.collective_rpc(recorded)
         assert len(first) > 20 and first == second
         assert max(rows for passes, *_ in first for rows in passes) <= 24
+
+
+def test_a_worker_process(make_llm: Any, forked_processes: None) -> None:
+    llm = start(make_llm, MIXED[0], distributed_executor_backend="mp")
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+    assert_golden(cases, generate(llm, cases))

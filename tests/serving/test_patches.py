@@ -112,7 +112,6 @@ def test_a_patch_is_not_applied_where_its_diff_is(tmp_path: Path) -> None:
 WITH_ALL_DIFFS = (
     "tests/serving/test_golden.py::test_alone_and_in_one_batch[qwen3-8]",
     "tests/serving/test_kv_layout.py",
-    "tests/serving/test_knobs.py",
 )
 
 

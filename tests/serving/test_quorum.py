@@ -129,7 +129,7 @@ def test_costs_that_cannot_be_told_apart() -> None:
 def progress(
     passes: list[int], seconds: list[float], boundary_rows: int, waited: bool = True
 ) -> LoopProgress:
-    times = PassTimes(seconds, [waited] * len(passes))
+    times = PassTimes(seconds, [waited] * len(passes), ended_idle=waited)
     return LoopProgress(boundary_rows=boundary_rows, times=times, stats=LoopStats(passes=passes))
 
 
@@ -150,6 +150,10 @@ def test_prompts_do_not_hide_what_a_boundary_costs(monkeypatch: pytest.MonkeyPat
     assert learned.per_boundary == pytest.approx(8.0) and learned.per_pass == pytest.approx(10.0)
     now += 50.0  # a step without a boundary says nothing of one
     clock.end(progress([4], [50.0], boundary_rows=0), idle=False)
+    clock.begin()
+    # Nor does one in which the device still ran the passes.
+    now += 90.0
+    clock.end(progress([4], [1e-5], boundary_rows=8, waited=False), idle=False)
     clock.begin()
     after = clock.costs()
     assert after is not None and after.per_boundary == learned.per_boundary

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -51,10 +52,13 @@ def _registered() -> Iterator[None]:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
-    register()
-    architectures.ARCHITECTURES.append(second.RECORD)
-    MODELS_CONFIG_MAP[second.NAME] = LoopedVllmConfig
+    # The class itself: by its name, vLLM would look at it in a process of its own.
+    assert resolve_name(second.RECORD.model) is second.SecondLoopForCausalLM
     ModelRegistry.register_model(second.NAME, second.SecondLoopForCausalLM)
+    architectures.ARCHITECTURES.append(second.RECORD)
+    architectures.register()
+    register()
+    assert MODELS_CONFIG_MAP[second.NAME] is LoopedVllmConfig
     yield
     architectures.ARCHITECTURES.remove(second.RECORD)
 

@@ -61,6 +61,7 @@ def test_exits_are_the_engines(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("quick_starts")
 def test_the_command_checks_both_sides(tmp_path: Path) -> None:
     cases = varied("qwen3", "threshold")
     prompts = tmp_path / "prompts.jsonl"

@@ -148,7 +148,7 @@ def test_the_slider(
     name = "convergence_epsilon" if strategy == "convergence" else "exit_threshold"
     most = float(one.page.get_attribute("#limit", "max"))
     seen = set()
-    for share in (0.0, 0.2, 0.4, 0.55, 0.7, 1.0):
+    for share in (0.0, 0.2, 0.4, 0.55, 0.7, 0.85, 0.97, 1.0):
         value = one.move(share * most)
         assert math.isclose(value, share * most)
         for min_loops in (1, 3):

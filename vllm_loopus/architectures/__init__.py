@@ -1,16 +1,25 @@
 """The looped architectures that can be served, with one `Architecture` record each.
 
 To add one, write a config class, a vLLM model that implements `serving/model/seam.py` and a
-reference model, and add a module here with its record, listed in `ARCHITECTURES`. No other code
-depends on the architecture of a model.
+reference model, and add a module here with its record, listed in `ARCHITECTURES`. Nothing else in
+`serving/` depends on the architecture of a model.
 """
 
-from transformers import PreTrainedConfig
+from pkgutil import resolve_name
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_loopus.architectures.loopus import LOOPUS
 from vllm_loopus.architectures.record import Architecture, LoopedConfig, LoopLayers
 
-__all__ = ["ARCHITECTURES", "Architecture", "LoopLayers", "LoopedConfig", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "LoopLayers",
+    "LoopedConfig",
+    "architecture_of",
+    "register",
+]
 
 ARCHITECTURES: list[Architecture] = [LOOPUS]
 
@@ -21,3 +30,13 @@ def architecture_of(config: PreTrainedConfig | None) -> Architecture | None:
         if isinstance(config, architecture.config_class):
             return architecture
     return None
+
+
+def register() -> None:
+    """Registers configs and reference models with transformers. May be called repeatedly."""
+    for architecture in ARCHITECTURES:
+        config_class = architecture.config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        if architecture.reference is not None:
+            model = resolve_name(architecture.reference)
+            AutoModelForCausalLM.register(config_class, model, exist_ok=True)

@@ -52,7 +52,8 @@ class Architecture:
     - `name`: as in `architectures` of config.json. `family`: the name in messages.
     - `config_class`: implements `LoopedConfig`.
     - `model`: the vLLM model, which implements `serving/model/seam.py`.
-    - `reference`: the transformers model that defines the correct answers.
+    - `reference`: the transformers model that defines the correct answers, for
+      `AutoModelForCausalLM`; None if it is not a transformers model.
     - `exit_rule`, `layers`: functions of the config.
 
     Model classes are given as `module:Class` and imported when they are first used, because they
@@ -63,6 +64,6 @@ class Architecture:
     family: str
     config_class: type[PreTrainedConfig]
     model: str
-    reference: str
+    reference: str | None
     exit_rule: Callable[[Any], ExitRule]
     layers: Callable[[Any], LoopLayers]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -251,11 +251,6 @@ class LoopUSForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> bool:
         return False
-
-
-def register_models() -> None:
-    """Registers LoopUS configs with `AutoModelForCausalLM`. May be called repeatedly."""
-    AutoModelForCausalLM.register(LoopUSConfig, LoopUSForCausalLM, exist_ok=True)
 
 
 def expected_shapes(config: LoopUSConfig) -> dict[str, torch.Size]:

@@ -35,6 +35,11 @@ CALLED = (
     "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl.do_kv_cache_update",
     "vllm.v1.attention.backend.AttentionMetadataBuilder.build",
     "vllm.v1.attention.backend.AttentionMetadataBuilder.build_for_cudagraph_capture",
+    "vllm.v1.attention.backend.AttentionMetadataBuilder.update_block_table",
+    "vllm.v1.cudagraph_dispatcher.CudagraphDispatcher.dispatch",
+    "vllm.v1.cudagraph_dispatcher.CudagraphDispatcher.get_capture_descs",
+    "vllm.v1.cudagraph_dispatcher.CudagraphDispatcher.initialize_cudagraph_keys",
+    "vllm.distributed.parallel_state.GroupCoordinator.broadcast",
     "vllm.v1.worker.utils.AttentionGroup.get_metadata_builder",
     "vllm.v1.request.Request.update_block_hashes",
     "vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker.__init__",
@@ -46,6 +51,7 @@ CALLED = (
 )
 # Attributes of objects that are not part of vLLM's interface, or are read where it has none.
 ATTRIBUTES = (
+    "vllm.platforms.interface.Platform.ray_device_key",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.fake_free_list_head",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.num_free_blocks",
     "vllm.v1.core.block_pool.BlockPool.blocks",

@@ -62,8 +62,8 @@ class StepClock:
         a cost.
 
         Passes that the host did not wait for are left out, because their time on the host is not
-        their cost. The cost of a boundary depends on its rows: a prompt has one token but many
-        rows.
+        their cost; so are boundaries in which the device still ran the last pass. The cost of a
+        boundary depends on its rows: a prompt has one token but many rows.
         """
         times = progress.times
         for rows, seconds, waited in zip(
@@ -71,7 +71,8 @@ class StepClock:
         ):
             if waited:
                 self._passes.add(rows, seconds)
-        self._last = None if idle else (sum(times.seconds), progress.boundary_rows)
+        counts = times.ended_idle and not idle
+        self._last = (sum(times.seconds), progress.boundary_rows) if counts else None
 
     def pause(self) -> None:
         """The time until the next step is not a cost, as after an idle one."""

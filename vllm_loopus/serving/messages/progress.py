@@ -14,10 +14,13 @@ class PassTimes:
     - `seconds`: of each pass; the mean where several ran as one call.
     - `waited`: for each pass, whether it began on an idle device and the host waited for its end.
       Only then is the time what a pass costs.
+    - `ended_idle`: whether the host waited for the end of the last pass. Otherwise some of its time
+      is in the rest of the step.
     """
 
     seconds: list[float] = field(default_factory=list)
     waited: list[bool] = field(default_factory=list)
+    ended_idle: bool = True
 
 
 @dataclass

@@ -51,8 +51,14 @@ class ModelFacts:
         ]
 
 
-def layout_of(config: Any, dtype_bytes: int, tensor_parallel: int = 1) -> KVLayout:
-    """The K/V layout of a checkpoint that is not loaded: unquantised K/V, bytes on one rank."""
+def layout_of(
+    config: Any, dtype_bytes: int, tensor_parallel: int = 1, kv_dtype_bytes: int | None = None
+) -> KVLayout:
+    """The K/V layout of a checkpoint that is not loaded, on one rank.
+
+    `dtype_bytes`: of a number of the model. `kv_dtype_bytes`: of one in the K/V cache, if that is
+    another. A constant input of the loop is taken to have the size of a state.
+    """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -63,7 +69,7 @@ def layout_of(config: Any, dtype_bytes: int, tensor_parallel: int = 1) -> KVLayo
         encoder=len(layers.encoder),
         reasoning=len(layers.reasoning),
         decoder=len(layers.decoder),
-        kv_bytes=2 * max(heads // tensor_parallel, 1) * head_size * dtype_bytes,
+        kv_bytes=2 * max(heads // tensor_parallel, 1) * head_size * (kv_dtype_bytes or dtype_bytes),
         state_bytes=state,
         injected_bytes=state if layers.injects else 0,
     )
@@ -71,9 +77,12 @@ def layout_of(config: Any, dtype_bytes: int, tensor_parallel: int = 1) -> KVLayo
 
 def layout_of_engine(vllm_config: Any) -> KVLayout:
     """The K/V layout of a rank of an engine, as its workers lay it out."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
     model = vllm_config.model_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    return layout_of(model.hf_config, model.dtype.itemsize, ranks)
+    kv = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
+    return layout_of(model.hf_config, model.dtype.itemsize, ranks, kv.itemsize)
 
 
 def told_layers(indices: Sequence[int]) -> str:

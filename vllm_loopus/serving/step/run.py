@@ -247,7 +247,7 @@ class _Step:
         report.times.waited += [self._idle and done] * passes
         report.passes += [rows] * passes
         report.catch_up_rows += passes * sum(chunk.catch_up for chunk in batch)
-        self._idle = done
+        self._idle = report.times.ended_idle = done
 
     def decode(self) -> None:
         """Decodes the sequences that have exited, as far as the row budget goes."""
