@@ -13,14 +13,14 @@ from tests import forks, quick
 
 # Set before vLLM is imported: the engine stays in the test's process, scheduling is deterministic.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, which take 0.6 s to clear
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Small models gain nothing from a second thread, and two test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KV_BYTES = 2**25  # of an engine in the tests' own process
+KV_BYTES = 2**25  # of the engines of `make_llm`, `address` and `cluster`
 FORKED = str(Path(__file__).with_name("forked"))  # see its `sitecustomize.py`
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN_LOOPED = GOLDEN.parent / "golden_looped"
@@ -184,7 +184,9 @@ def make_llm(quick_starts: None) -> Iterator[Callable[..., Any]]:
             "kv_cache_memory_bytes": KV_BYTES,
             **engine_args,
         }
-        current.append(LLM(str(model), **options))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # whole GiB; it would win
+            current.append(LLM(str(model), **options))
         return current[-1]
 
     yield make

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import FORKED, GOLDEN
+from tests.conftest import FORKED, GOLDEN, KV_BYTES
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
 from tests.serving.test_executors import heads_of_rank
 from vllm_loopus.bench.server import free_port
@@ -33,6 +33,7 @@ ENGINE = {
     "max_model_len": 128,
     "block_size": 32,
     "skip_tokenizer_init": True,
+    "kv_cache_memory_bytes": KV_BYTES,
     "hf_overrides": {
         "halting_strategy": RULE[0],
         "exit_interval": RULE[1],
@@ -47,7 +48,9 @@ TIMES = 6  # each case, so that there is a middle to kill in
 def cluster(quick_starts: None) -> Iterator[dict[str, str]]:
     """The environment of commands that join it."""
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = str(PATIENCE)
-    os.environ["PYTHONPATH"] = FORKED
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", FORKED)
+    patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would win over the bytes
     context = ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
     try:
         environment = {
@@ -58,7 +61,7 @@ def cluster(quick_starts: None) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         ray.shutdown()
-        del os.environ["PYTHONPATH"]
+        patch.undo()
 
 
 def wait_for(holds: Callable[[], Any], run: subprocess.Popen[bytes] | None = None) -> Any:
@@ -220,6 +223,7 @@ def ask(port: int, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]
         return error.code, json.load(error)
 
 
+@pytest.mark.deploy
 @pytest.mark.timeout(3 * PATIENCE)
 def test_two_replicas_on_ray_serve(
     cluster: dict[str, str], tmp_path: Path, make_llm: Callable[..., Any]
@@ -241,6 +245,7 @@ def test_two_replicas_on_ray_serve(
         "max_model_len": 128,
         "dtype": "float32",
         "block_size": 32,
+        "kv_cache_memory_bytes": KV_BYTES,
         "enforce_eager": True,
     }
     options = [

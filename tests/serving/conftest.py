@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import FORKED
+from tests.conftest import FORKED, KV_BYTES
 from vllm_loopus.bench.server import running_server
 
 SERVED = "loopus-tiny"
@@ -20,6 +20,7 @@ MAX_LOOPS = 8
 EFFORTS = {"low": 2, "medium": 4}
 ARGUMENTS = (
     *("--model", SERVED, "--max-model-len", "256", "--dtype", "float32"),
+    *("--kv-cache-memory-bytes", str(KV_BYTES)),
     *("--hf-overrides", json.dumps({"max_loops": MAX_LOOPS, "exit_threshold": 0.5})),
     *("--additional-config", json.dumps({"loopus": {"reasoning_effort": EFFORTS}})),
 )
@@ -39,6 +40,7 @@ def address(server_log: Path) -> Iterator[str]:
         "VLLM_LOG_STATS_INTERVAL": "1",
         "PYTHONPATH": FORKED,
     }
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the bytes
     environment.pop("HF_HUB_OFFLINE", None)  # a user has not set it, and nothing may be fetched
     with server_log.open("w") as output:
         try:
