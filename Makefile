@@ -9,7 +9,7 @@ TOGETHER := -n 2 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-fast test-faults test-deploy test-install test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
+.PHONY: demo test test-fast test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -33,15 +33,15 @@ test: .venv
 
 # Without an engine, for the inner loop.
 test-fast: .venv
-	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not faults and not deploy"
+	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not faults and not ray"
 
 # Slow runs with injected faults: killed batches and training, clients that hang up, a soak.
 test-faults: .venv
 	$(BIN)/python -m pytest tests -m faults
 
-# A Ray Serve application of two replicas. CI runs it after `make test`.
-test-deploy: .venv
-	$(BIN)/python -m pytest tests -m deploy
+# Batches, ranks and replicas on a Ray cluster of this machine. CI runs it after `make test`.
+test-ray: .venv
+	$(BIN)/python -m pytest tests -m ray
 
 # A fresh environment with only what serving needs: it serves loopus-tiny, and has no tools.
 test-install:

@@ -32,7 +32,7 @@ ENGINES = {"make_llm", "address", "forked_processes", "in_fork", "cluster", "res
 # Fixtures of the session that start a process: the tests that share it.
 SHARED = {"address": "server", "forked_processes": "forks", "in_fork": "forks"}
 # Two test processes end at about the same time if the longest groups are first.
-FIRST = ["tests/scale_out/test_ray.py", "tests/serving/test_early_exit.py", "forks", "server"]
+FIRST = ["forks", "tests/serving/test_early_exit.py", "server", "tests/bench/test_report.py"]
 
 
 @pytest.hookimpl(tryfirst=True)

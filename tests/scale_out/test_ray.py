@@ -163,6 +163,7 @@ class Batch:
         return summary
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(3 * PATIENCE)
 def test_batch(cluster: dict[str, str], tmp_path: Path) -> None:
     from vllm_loopus.cli.main import app
@@ -200,6 +201,7 @@ def test_batch_survives_its_own_death_and_a_workers(
     assert 10 < batch.finish(second)["resumed"] <= before
 
 
+@pytest.mark.ray
 def test_two_ranks_on_ray(
     cluster: dict[str, str], make_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +225,7 @@ def ask(port: int, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]
         return error.code, json.load(error)
 
 
-@pytest.mark.deploy
+@pytest.mark.ray
 @pytest.mark.timeout(3 * PATIENCE)
 def test_two_replicas_on_ray_serve(
     cluster: dict[str, str], tmp_path: Path, make_llm: Callable[..., Any]
