@@ -31,9 +31,9 @@ serve: .venv
 test: .venv
 	$(BIN)/python -m pytest tests $(TOGETHER)
 
-# Without an engine, for the inner loop.
+# Without an engine and what is slow, for the inner loop.
 test-fast: .venv
-	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not faults and not ray"
+	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not slow and not faults and not ray"
 
 # Slow runs with injected faults: killed batches and training, clients that hang up, a soak.
 test-faults: .venv

@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if ENGINES.intersection(fixtures):
             item.add_marker("engine")
+        if "browser" in fixtures:
+            item.add_marker("slow")
         module, _, _ = item.nodeid.partition("::")
         group = next((SHARED[name] for name in fixtures if name in SHARED), module)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -15,6 +15,8 @@ from vllm_loopus.bench.workers.transformers_worker import Reference
 from vllm_loopus.bench.workloads import Workload
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 class InProcess:
     """The reference's worker without a process."""

@@ -18,6 +18,8 @@ from vllm_loopus.bench.fleet import Timed
 from vllm_loopus.bench.sections.decode import compared
 from vllm_loopus.bench.workloads import Generator
 
+pytestmark = pytest.mark.slow
+
 DEVICE = Path(__file__).parents[2] / "benchmarks" / "device"
 sys.path.insert(0, str(DEVICE))  # its programs stand beside one another, as for a bare machine
 

@@ -15,6 +15,8 @@ from vllm_loopus.evaluation.models import Setting, looped_model
 from vllm_loopus.evaluation.store import Result, Store
 from vllm_loopus.evaluation.work import Work
 
+pytestmark = pytest.mark.slow
+
 
 def invoke(*arguments: Any) -> Any:
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])

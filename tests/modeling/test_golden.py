@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import BACKBONES, GOLDEN, golden_cases
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 
+pytestmark = pytest.mark.slow
+
 KNOBS = ("N", "halting_strategy", "q_threshold", "q_eval_interval", "convergence_epsilon")
 
 

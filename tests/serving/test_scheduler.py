@@ -157,6 +157,7 @@ def test_chunks_stay_in_the_budget() -> None:
     assert_right(engine, "short", [7, 7], 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quorum", [0.01, 0.5, "auto"])
 def test_a_chunk_in_flight_leaves_the_budget_to_others(quorum: float | str) -> None:
     """Requests that come after a long prompt wait as long as if its chunks took one pass."""

@@ -13,6 +13,8 @@ from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace import reference
 from vllm_loopus.trace.tokens import Vocabulary
 
+pytestmark = pytest.mark.slow
+
 CLOSE = {"atol": 1e-3, "rtol": 0}
 
 

@@ -28,6 +28,8 @@ from vllm_loopus.training.run import train
 from vllm_loopus.training.settings import settings_from
 from vllm_loopus.training.trainer import PackedTrainer
 
+pytestmark = pytest.mark.slow
+
 Content = Callable[..., dict[str, Any]]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
