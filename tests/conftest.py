@@ -21,7 +21,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KV_BYTES = 2**25  # of the engines of `make_llm`, `address` and `cluster`
-FORKED = str(Path(__file__).with_name("forked"))  # see its `sitecustomize.py`
+# A `PYTHONPATH` for servers, see `forked/sitecustomize.py`; before it, that of the tests' own run.
+FORKED = os.pathsep.join(
+    filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).with_name("forked"))])
+)
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN_LOOPED = GOLDEN.parent / "golden_looped"
 BACKBONES = ("qwen3", "llama", "phi3")

@@ -27,7 +27,7 @@ from tests.conftest import GOLDEN
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.serving.core.scheduler import LoopUSScheduler
 from vllm_loopus.serving.knobs.engine import EngineOptions
-from vllm_loopus.serving.messages.exit_depths import received
+from vllm_loopus.serving.messages.exit_depths import NAME
 from vllm_loopus.serving.messages.step_input import StepInput
 from vllm_loopus.serving.model.model_state import LoopedModelState
 from vllm_loopus.serving.runners.v1 import V1Adapter
@@ -41,6 +41,14 @@ from vllm_loopus.serving.worker.sequences import RunningSequences
 BLOCK = 4
 VOCABULARY = 50
 POISON = 10**6  # a token of a prompt: states are NaN from its position on
+
+
+def received(output: Any) -> list[int]:
+    """What `exit_depths.send` put into an engine core's output."""
+    if NAME in (values := getattr(output, "token_values", None) or {}):
+        return list(values[NAME])
+    depths = output.routed_experts
+    return depths.tolist() if depths is not None and depths.ndim == 1 else []
 
 
 def digest(*parts: Any) -> int:

@@ -24,14 +24,6 @@ def send(output: Any, depth: int) -> None:
         output.routed_experts = np.array([depth], dtype=np.uint16)
 
 
-def received(output: Any) -> list[int]:
-    """What `send` put into an engine core's output."""
-    if NAME in (values := getattr(output, "token_values", None) or {}):
-        return list(values[NAME])
-    depths = output.routed_experts
-    return depths.tolist() if depths is not None and depths.ndim == 1 else []
-
-
 def attach(request_state: Any, completion: Any) -> None:
     """Moves what has arrived for a request to its completion, which was just built."""
     chunks = request_state.routed_experts_chunks
