@@ -76,15 +76,16 @@ def computed(llm: LocalEngine) -> tuple[set[int], Counter[int]]:
     pairs: set[int] = set()
     planes: Counter[int] = Counter()
     for request in llm.probe.scheduler.running:
-        sequence = sequences._running[request.request_id].sequence
-        table = sequences._tables._tables[sequences._tables._index[request.request_id]]
-        for column in range(-(-sequence.done[0] // BLOCK)):
+        stairs, index = sequences.stairs, sequences.index(request.request_id)
+        done, prompt = stairs.done[index], stairs.prefill_end[index]
+        table = sequences._tables._tables[index]
+        for column in range(-(-done[0] // BLOCK)):
             first, behind = column * BLOCK, (column + 1) * BLOCK
-            taken_over = sequence.last_exited and behind > sequence.prefill_end
+            taken_over = stairs.last_exited and behind > prompt
             depths = [
                 d
-                for d in range(1, sequence.max_depth + 1)
-                if sequence.done[d] > first or (taken_over and sequence.done[0] > first)
+                for d in range(1, stairs.max_depth[index] + 1)
+                if done[d] > first or (taken_over and done[0] > first)
             ]
             pairs |= {int(table[d - 1, column]) for d in depths}
             planes[len(depths)] += 1

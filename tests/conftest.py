@@ -119,14 +119,14 @@ def admit_too_many(llm: Any) -> None:
 def spy_on_steps(llm: Any) -> list[Any]:
     """A list that gets the `LoopStats` of every step from now on."""
     sequences = runner_of(llm)._sequences
-    original, seen = sequences.step, []
+    original, seen = sequences.finish, []
 
-    def step(*args: Any) -> Any:
-        result = original(*args)
-        seen.append(result[1].stats)
-        return result
+    def finish() -> Any:
+        progress = original()
+        seen.append(progress.stats)
+        return progress
 
-    sequences.step = step
+    sequences.finish = finish
     return seen
 
 

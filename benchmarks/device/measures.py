@@ -15,13 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 # Without a process of its own for the engine: its parts are looked at.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+import numpy as np
 import torch
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -171,18 +171,19 @@ def passes(rows: list[int], tiny: bool, compiled: bool) -> tuple[bool, dict[str,
 def one_size(runner: Any, count: int, repeats: int) -> tuple[float, float, float]:
     """Seconds of a pass of `count` sequences, a row each, as it is and as a graph, and how far
     their states are apart."""
-    from vllm_loopus.serving.step.staircase import Chunk
+    from vllm_loopus.serving.step.chunks import Chunks
 
     tables, region = runner._sequences._tables, runner._sequences._executor._regions.reasoning
     config, length = runner.vllm_config.model_config, 96
     blocks = -(-length // tables.block_size)
-    names = [f"measured {index}" for index in range(count)]
     depths = range(config.hf_config.max_loops)
-    for index, name in enumerate(names):
+    tables.reserve(count)
+    for index in range(count):
         own = list(range(1 + index * blocks, 1 + (index + 1) * blocks))
-        tables.add(name, [own for _ in depths], 0)
+        tables.add(index, [own for _ in depths], 0)
+    every = np.ones(count, dtype=np.int64)
     layout = tables.layout(
-        [Chunk(SimpleNamespace(request_id=name), 2, length - 1, length) for name in names]
+        Chunks(np.arange(count), 2 * every, (length - 1) * every, length * every, every > 0)
     )
     generator = torch.Generator().manual_seed(0)
     state = torch.randn(count, config.get_hidden_size(), generator=generator)
@@ -197,8 +198,6 @@ def one_size(runner: Any, count: int, repeats: int) -> tuple[float, float, float
             outputs,
         )
     region._padding = padding
-    for name in names:
-        tables.remove(name)
     apart = max(
         float((one.float() - other.float()).abs().max())
         for one, other in zip(found["eager"][1], found["graph"][1], strict=True)

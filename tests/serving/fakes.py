@@ -4,13 +4,14 @@
 a depth and a token prefix. It fails when a row reads what is not there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
+import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -32,10 +33,12 @@ from vllm_loopus.serving.messages.step_input import StepInput
 from vllm_loopus.serving.model.model_state import LoopedModelState
 from vllm_loopus.serving.runners.v1 import V1Adapter
 from vllm_loopus.serving.runners.v2 import V2Adapter
+from vllm_loopus.serving.step.chunks import Chunks
 from vllm_loopus.serving.step.quorum import quorum_for
-from vllm_loopus.serving.step.staircase import Chunk, LoopedSequence
+from vllm_loopus.serving.step.run import StepRunner
+from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.worker.block_tables import BlockTables
-from vllm_loopus.serving.worker.executor import Decoded
+from vllm_loopus.serving.worker.executor import DecodedRows
 from vllm_loopus.serving.worker.sequences import RunningSequences
 
 BLOCK = 4
@@ -82,96 +85,172 @@ def answer(
     return tokens[len(prompt) :], depths
 
 
+class Row(NamedTuple):
+    """A chunk; its positions are rows."""
+
+    sequence: int
+    depth: int
+    start: int
+    end: int
+    newest: bool
+    copied: bool  # to deeper depths when it exits
+
+
+class FakeReading:
+    """What a call of `FakeExecutor` decides. Sequences with a poisoned token fail when it is
+    read."""
+
+    def __init__(self, executor: "FakeExecutor", exits: list[bool], copied: list[Row]) -> None:
+        self.executor, self.exits, self.copied = executor, np.array(exits, dtype=bool), copied
+        self.watched, executor.watched = executor.watched, []
+
+    def wait(self) -> Any:
+        stairs = self.executor.stairs
+        for row, life in self.watched:
+            known = (
+                self.executor.prefix(row.sequence, row.end - 1)
+                if life == stairs.life[row.sequence]
+                else ()
+            )
+            if POISON in known:
+                stairs.fail(row.sequence, "NaN")
+        return self.exits
+
+    def complete(self, leaving: Any) -> None:
+        for row, leaves in zip(self.copied, leaving, strict=True):
+            if leaves and self.executor.copies(row):
+                for kind in ("state", "reasoning"):
+                    deeper = range(row.depth + 1, self.executor.stairs.max_depth[row.sequence] + 1)
+                    self.executor.copy(kind, row, deeper)
+
+
+def rows_of(stairs: Staircases, chunks: Chunks) -> list[Row]:
+    copied = stairs.copies_on_exit(chunks.sequence) & chunks.newest
+    arrays = chunks.sequence, chunks.depth, chunks.start, chunks.end, chunks.newest, copied
+    return [Row(*values) for values in zip(*(array.tolist() for array in arrays), strict=True)]
+
+
 class FakeExecutor:
     """`StepExecutor` over names. `batch` is to be set to the batch it works for."""
 
-    def __init__(self, tables: BlockTables, max_depth: int, budget: int, interval: int = 1) -> None:
-        self.tables, self.max_depth, self.budget = tables, max_depth, budget
+    asynchronous = False
+
+    def __init__(
+        self, stairs: Staircases, tables: BlockTables, budget: int, interval: int = 1
+    ) -> None:
+        self.stairs, self.tables, self.budget = stairs, tables, budget
         self.interval = interval
         self.batch: Any = None
         self.memory: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
-        self.decoded = Decoded()
-        self.encoded: list[tuple[str, int]] = []
+        self.decoded = DecodedRows()
+        self.sampled: Any = None
+        self.on_device: dict[tuple[int, int], int] = {}  # life, sequence -> its newest token
+        self.encoded: list[tuple[int, int]] = []
+        self.watched: list[tuple[Row, int]] = []
         self.passes = 0
         self.longest_run = 0  # passes without a decision in between
 
-    asynchronous = False
+    def add(self, index: int, knobs: Any) -> None:
+        pass
 
-    def begin_step(self, tokens: list[int]) -> None:
-        self.decoded = Decoded()
-        self.wiped: list[Any] = []
+    def begin_step(self) -> None:
+        self.decoded = DecodedRows()
 
-    def make_room(self, rows: Chunk) -> int:
-        room = self.tables.make_room(rows)
-        self.wipe_taken(rows.sequence)
-        return room
+    def deepest(self, chunks: Chunks) -> Any:
+        copied = chunks.newest & self.stairs.copies_on_exit(chunks.sequence)
+        return np.where(copied, self.stairs.max_depth[chunks.sequence], chunks.depth)
 
-    def wipe_taken(self, sequence: LoopedSequence) -> None:
-        for taken in self.tables.taken.get(sequence.request_id, ()):
-            if taken not in self.wiped:
-                self.wiped.append(taken)
-                self.wipe(taken.block_id)
+    def make_room(self, chunks: Chunks) -> Any:
+        return self.wiping(lambda: self.tables.make_room(chunks, self.deepest(chunks)))
+
+    def make_room_next(self, chunks: Chunks) -> Any:
+        deepest = self.stairs.max_depth[chunks.sequence] if self.stairs.last_exited else None
+        return self.wiping(lambda: self.tables.make_room(chunks, deepest))
+
+    def make_room_deeper(self, chunks: Chunks, passes: int) -> int:
+        return self.wiping(lambda: self.tables.make_room_deeper(chunks, passes))
+
+    def wiping(self, take: Callable[[], Any]) -> Any:
+        """A block that is given out again holds nothing."""
+        before = len(self.tables.taken)
+        result = take()
+        for taken in self.tables.taken[before:]:
+            for block in taken.block.tolist():
+                self.wipe(block)
+        return result
 
     def wipe(self, block: int) -> None:
-        """A block that is given out again holds nothing."""
         for kind in ("state", "reasoning", "decoder"):
             for slot in range(block * BLOCK, (block + 1) * BLOCK):
                 self.memory.pop((kind, slot), None)
 
-    def prefix(self, sequence: LoopedSequence, position: int) -> tuple[int, ...]:
-        return tuple(self.batch._running[sequence.request_id].tokens[: position + 1])
+    def prefix(self, sequence: int, position: int) -> tuple[int, ...]:
+        tokens = list(self.batch._tokens[sequence])
+        if position >= len(tokens):  # its token has been sampled and not been read
+            tokens.append(self.on_device[int(self.stairs.life[sequence]), sequence])
+        assert position < len(tokens)
+        return tuple(tokens[: position + 1])
 
-    def slot(self, sequence: LoopedSequence, depth: int, position: int) -> int:
-        layout = self.tables.layout([Chunk(sequence, depth, position, position + 1)])
-        slot = int(layout.slots(layout.depth)[0])
-        assert slot >= BLOCK, "block 0 is vLLM's null block"
-        return slot
+    def slot(self, sequence: int, depth: int, position: int) -> int:
+        block = int(self.tables._tables[sequence, depth - 1, position // BLOCK])
+        assert block, "block 0 is vLLM's null block"
+        return block * BLOCK + position % BLOCK
 
-    def write(self, kind: str, sequence: LoopedSequence, depth: int, position: int) -> None:
+    def write(self, kind: str, sequence: int, depth: int, position: int) -> None:
         value = (depth, self.prefix(sequence, position))
         self.memory[kind, self.slot(sequence, depth, position)] = value
 
-    def read(self, kind: str, sequence: LoopedSequence, depth: int, position: int) -> None:
+    def read(self, kind: str, sequence: int, depth: int, position: int) -> None:
         found = self.memory.get((kind, self.slot(sequence, depth, position)))
         assert found is not None, (kind, depth, position)
         # In `last_exited` a generated position may hold what it had where it exited.
         assert found[1] == self.prefix(sequence, position), (kind, depth, position, found)
-        assert found[0] == depth or sequence.last_exited, (kind, depth, position, found)
+        assert found[0] == depth or self.stairs.last_exited, (kind, depth, position, found)
 
-    def encode(self, rows: list[Chunk]) -> None:
-        assert sum(map(len, rows)) <= self.budget
-        self.encoded = [(r.sequence.request_id, p) for r in rows for p in range(r.start, r.end)]
-        for row in rows:
-            for position in range(row.start, row.end):
-                if position % BLOCK == 0:
-                    self.wipe(self.slot(row.sequence, 1, position) // BLOCK)
+    def watch(self, rows: list[Row]) -> None:
+        self.watched += [(row, int(self.stairs.life[row.sequence])) for row in rows]
 
-    def make_room_deeper(self, rows: list[Chunk], passes: int) -> int:
-        found = self.tables.make_room_deeper(rows, passes)
-        for row in rows:
-            self.wipe_taken(row.sequence)
-        return found
+    def prepare_pass(self, chunks: Chunks) -> Any:
+        return SimpleNamespace(chunks=chunks)
 
-    def run_passes(self, rows: list[Chunk], passes: int, deciding: list[int]) -> list[bool]:
+    prepare_decoder = prepare_encoder = prepare_pass
+
+    def encode(self, chunks: Chunks, prepared: Any = None) -> None:
+        assert chunks.rows <= self.budget
+        if self.sampled is not None:
+            for index, token in zip(
+                self.sampled.sequences.tolist(), self.sampled.ids.tolist(), strict=True
+            ):
+                self.on_device[int(self.stairs.life[index]), index] = token
+            self.sampled = None
+        rows = rows_of(self.stairs, chunks)
+        self.encoded = [(r.sequence, p) for r in rows for p in range(r.start, r.end)]
+        given = self.batch.token_ids(chunks)
+        for (sequence, position), token in zip(self.encoded, given.tolist(), strict=True):
+            if position % BLOCK == 0:
+                self.wipe(self.slot(sequence, 1, position) // BLOCK)
+            if position < len(self.batch._tokens[sequence]):
+                assert token == self.batch._tokens[sequence][position]
+
+    def run_passes(
+        self, chunks: Chunks, passes: int, decides: Callable[[], Any], prepared: Any = None
+    ) -> FakeReading | None:
+        deciding = decides()
         for deeper in range(passes - 1, -1, -1):  # passes still to come
-            at = [Chunk(r.sequence, r.depth - deeper, r.start, r.end) for r in rows]
-            self.run_pass(at)
-            exits = [self.exits(at[index]) for index in deciding]
+            rows = rows_of(self.stairs, chunks.deeper(-deeper))
+            self.run_pass(rows)
+            exits = [self.exits(rows[index]) for index in deciding]
             assert not (deeper and any(exits)), "no token exits before the last pass"
         self.longest_run = max(self.longest_run, passes)
-        for index, exit_ in zip(deciding, exits, strict=True):
-            row = rows[index]
-            if row.sequence.copies_on_exit and row.sequence.exits_at(row.depth, exit_):
-                for kind in ("state", "reasoning"):
-                    self.copy(kind, row, range(row.depth + 1, row.sequence.max_depth + 1))
-        return exits
+        self.watch(rows)
+        if not len(deciding):
+            return None
+        return FakeReading(self, exits, [rows[index] for index in deciding])
 
-    def run_pass(self, rows: list[Chunk]) -> None:
-        assert 0 < sum(map(len, rows)) <= self.budget
+    def run_pass(self, rows: list[Row]) -> None:
+        assert 0 < sum(row.end - row.start for row in rows) <= self.budget
         self.passes += 1
-        fresh = [
-            (r.sequence.request_id, p) for r in rows if r.depth == 1 for p in range(r.start, r.end)
-        ]
+        fresh = [(r.sequence, p) for r in rows if r.depth == 1 for p in range(r.start, r.end)]
         if fresh:
             assert fresh == self.encoded, "h^0 is kept for the first pass alone"
             self.encoded = []
@@ -187,78 +266,127 @@ class FakeExecutor:
             for position in range(row.start):
                 self.read("reasoning", row.sequence, row.depth, position)
 
-    def exits(self, row: Chunk) -> bool:
+    def exits(self, row: Row) -> bool:
         """Whether the exit rule lets the newest position exit."""
-        knobs, prefix = row.sequence.knobs, self.prefix(row.sequence, row.end - 1)
-        assert len(prefix) == row.end == len(self.batch._running[row.sequence.request_id].tokens)
-        if row.depth >= knobs.max_loops:
+        prefix = self.prefix(row.sequence, row.end - 1)
+        if row.depth >= self.stairs.max_loops[row.sequence]:
             return True
-        if row.depth < knobs.min_loops or row.depth % self.interval:
+        if row.depth < self.stairs.min_loops[row.sequence] or row.depth % self.interval:
             return False
-        return row.depth >= wanted_depth(prefix, self.max_depth)
+        return row.depth >= wanted_depth(prefix, self.stairs.num_depths)
 
-    def check_states(self) -> None:
-        for running in self.batch._running.values():
-            sequence = running.sequence
-            if sequence.in_flight and POISON in running.tokens[: sequence.done[0]]:
-                sequence.fail("NaN")
+    def check_states(self) -> FakeReading | None:
+        return FakeReading(self, [], []) if self.watched else None
 
-    def cleanse(self, request_id: str) -> None:
+    def must_read(self) -> bool:
+        return self.tables.suspects_in_use
+
+    def trust(self) -> None:
+        self.tables.trust()
+
+    def cleanse(self, index: int) -> None:
         pass
 
-    def copy(self, kind: str, row: Chunk, depths: Iterable[int]) -> None:
+    def copies(self, row: Row) -> bool:
+        return row.copied and row.depth < self.stairs.max_depth[row.sequence]
+
+    def copy(self, kind: str, row: Row, depths: Iterable[int]) -> None:
         value = self.memory[kind, self.slot(row.sequence, row.depth, row.end - 1)]
         for depth in depths:
             self.memory[kind, self.slot(row.sequence, depth, row.end - 1)] = value
 
-    def decode(self, rows: list[Chunk]) -> None:
-        assert 0 < sum(map(len, rows)) <= self.budget
-        self.check_states()
+    def decode(self, chunks: Chunks, used: Any = None, prepared: Any = None) -> FakeReading:
+        rows = rows_of(self.stairs, chunks)
+        assert 0 < sum(row.end - row.start for row in rows) <= self.budget
         for row in rows:
             for position in range(row.start, row.end):
                 self.read("state", row.sequence, row.depth, position)
                 self.write("decoder", row.sequence, row.depth, position)
-            if row.newest and row.sequence.copies_on_exit:
-                self.copy("decoder", row, row.sequence.other_exits(row.depth))
+            if row.copied:
+                may_exit = np.flatnonzero(self.stairs.may_exit[row.sequence]).tolist()
+                self.copy("decoder", row, [depth for depth in may_exit if depth != row.depth])
         for row in rows:
             for position in range(row.start):
                 self.read("decoder", row.sequence, row.depth, position)
-            if row.sequence.failure is None:
-                self.tables.mark_decoded(row)
-        newest = [row.sequence for row in rows if row.newest and not row.sequence.failure]
-        self.decoded.request_ids = [sequence.request_id for sequence in newest]
-        said = [next_token(self.prefix(sequence, sequence.done[0] - 1)) for sequence in newest]
-        self.decoded.hidden = torch.tensor(said).reshape(-1, 1)
+        self.watch(rows)
+        chosen = chunks.newest if used is None else chunks.newest & used
+        newest = [row for row, wanted in zip(rows, chosen, strict=True) if wanted]
+        said = [next_token(self.prefix(row.sequence, row.end - 1)) for row in newest]
+        self.decoded = DecodedRows(
+            torch.tensor(said).reshape(-1, 1), np.array([r.sequence for r in newest], dtype=int)
+        )
+        return FakeReading(self, [], [])
+
+
+class EagerQuorum:
+    """Has the decoder launched before exits are read, and passes in chains, whatever they cost."""
+
+    def __init__(self, rule: Any, passes: int) -> None:
+        self.rule, self.passes = rule, passes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rule, name)
+
+    def foresees(self, *args: Any) -> bool:
+        return True
+
+    def chain(self, *args: Any) -> int:
+        return self.passes
 
 
 class FakeV1:
     """As much of vLLM's V1 runner as its adapter relies on."""
 
+    lora_config = None
+    input_batch: Any = SimpleNamespace(req_ids=[], generators={})
+
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        self._update_states(scheduler_output)
+        names = list(scheduler_output.num_scheduled_tokens)
+        assert sorted(names) == sorted(self.input_batch.req_ids)
+        if not names:
+            return ModelRunnerOutput(req_ids=[], req_id_to_index={})
+        self._prepare_inputs(scheduler_output, names)
+        assert self._build_attention_metadata() == ({}, None)
+        self.hidden = self._model_forward()
+        return None
+
+    def _update_states(self, scheduler_output: Any) -> None:
         for name in scheduler_output.finished_req_ids:
             self.requests.pop(name, None)
         for new in scheduler_output.scheduled_new_reqs:
             self.requests[new.req_id] = SimpleNamespace(
                 prompt_token_ids=new.prompt_token_ids,
                 output_token_ids=[],
+                sampling_params=new.sampling_params,
             )
         cached = scheduler_output.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
             generated = len(self.requests[name].output_token_ids)
             assert cached.num_output_tokens[index] == generated
             assert (cached.new_block_ids[index] is not None) == (name in cached.resumed_req_ids)
-        names = list(scheduler_output.num_scheduled_tokens)
-        self.input_batch = SimpleNamespace(req_ids=names[::-1])  # an order of its own
-        if names:
-            assert self._build_attention_metadata() == ({}, None)
-            self.hidden = self._model_forward()
-        return None
+        names = list(scheduler_output.num_scheduled_tokens)[::-1]  # an order of its own
+        self.input_batch = SimpleNamespace(
+            req_ids=names,
+            generators={},
+            sampling_metadata=SimpleNamespace(generators={}),
+            refresh_metadata=lambda: None,
+        )
+
+    def _prepare_inputs(self, scheduler_output: Any, counts: Any) -> Any:
+        return len(counts)
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        return SimpleNamespace(sampled_token_ids=self.hidden[:, :1].long(), logprobs_tensors=None)
+
+    def _to_list(self, sampled_token_ids: torch.Tensor) -> list[list[int]]:
+        return sampled_token_ids.tolist()
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput:
         names = self.input_batch.req_ids
-        tokens = self.hidden[:, 0].tolist()
-        for name, token in zip(names, tokens, strict=True):
-            self.requests[name].output_token_ids.append(token)
+        tokens = self._to_list(self._sample(self.hidden, None).sampled_token_ids)
+        for name, of_name in zip(names, tokens, strict=True):
+            self.requests[name].output_token_ids += of_name
         return sampled(names, tokens)
 
 
@@ -293,15 +421,20 @@ class FakeV2:
         tokens = self.hidden[:, 0].tolist()
         for name, token in zip(self.step_requests, tokens, strict=True):
             self.requests[name].append(token)
-        output = sampled(self.step_requests, tokens)
-        return type("Later", (AsyncModelRunnerOutput,), {"get_output": lambda self: output})()
+        output = sampled(self.step_requests, [[token] for token in tokens])
+        later = {
+            "get_output": lambda self: output,
+            "model_runner_output": output,
+            "sampler_output": SimpleNamespace(sampled_token_ids=self.hidden[:, :1].long()),
+        }
+        return type("Later", (AsyncModelRunnerOutput,), later)()
 
 
-def sampled(names: list[str], tokens: list[int]) -> ModelRunnerOutput:
+def sampled(names: list[str], tokens: list[list[int]]) -> ModelRunnerOutput:
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: index for index, name in enumerate(names)},
-        sampled_token_ids=[[token] for token in tokens],
+        sampled_token_ids=tokens,
     )
 
 
@@ -309,9 +442,15 @@ class FakeLoop:
     """The loop over the fakes, mixed in before an adapter and its fake runner."""
 
     def __init__(
-        self, vllm_config: Any, num_blocks: int, quorum: float | str, exit_interval: int
+        self,
+        vllm_config: Any,
+        num_blocks: int,
+        quorum: float | str,
+        exit_interval: int,
+        eager: int = 0,
     ) -> None:
         self.vllm_config = vllm_config
+        self.device = torch.device("cpu")
         self.requests: dict[str, Any] = {}
         self.model_state = LoopedModelState.__new__(LoopedModelState)
         self._init_loop()
@@ -319,13 +458,20 @@ class FakeLoop:
         self.kv_cache_config = KVCacheConfig(num_blocks, [], [None] * depth)
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
-        tables = BlockTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
-        self.executor = FakeExecutor(tables, depth, budget, exit_interval)
-        rule = quorum_for(quorum, depth)
-        halting = HaltingRule("threshold", 0.9, exit_interval, 1, depth, 0.0)
         options = EngineOptions.of(vllm_config.additional_config)
+        stairs = Staircases(depth, options.last_exited, options.full_prefill)
+        tables = BlockTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
+        self.executor = FakeExecutor(stairs, tables, budget, exit_interval)
+        rule = quorum_for(quorum, depth)
+        if eager:
+            rule = EagerQuorum(rule, eager)
+        halting = HaltingRule("threshold", 0.9, exit_interval, 1, depth, 0.0)
+        overlap = options.overlaps(False)
+        runner = StepRunner(
+            stairs, self.executor, rule, budget, overlap, overlap, options.reads_late
+        )
         self._sequences = RunningSequences(
-            self.executor, tables, rule, halting, depth, budget, options
+            self.executor, stairs, tables, runner, halting, budget, length, options
         )
         self.executor.batch = self._sequences
         self.described: list[StepInput] = []
@@ -346,11 +492,14 @@ class FakeV2Runner(FakeLoop, V2Adapter, FakeV2):
 RUNNERS = {"v1": FakeV1Runner, "v2": FakeV2Runner}
 
 
+LOOPUS = ("kv_policy", "prefill_depth", "overlap", "late_verdicts")
+
+
 @cache
 def engine_config(**options: Any) -> Any:
     """vLLM's configuration for a small model; blocks of four tokens."""
     max_loops = options.pop("max_loops")
-    loopus = {name: options.pop(name) for name in ("kv_policy", "prefill_depth")}
+    loopus = {name: options.pop(name) for name in LOOPUS}
     config = EngineArgs(
         model=str(GOLDEN / "qwen3"),
         hf_overrides={"max_loops": max_loops},
@@ -377,6 +526,9 @@ class Engine:
     prefill_depth: str = "lazy"
     prefix_caching: bool = True
     exit_interval: int = 1
+    overlap: str = "off"
+    late_verdicts: str = "auto"
+    eager: int = 0  # passes in a chain, with an `EagerQuorum`
     runner_kind: str = "v1"
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
@@ -388,6 +540,8 @@ class Engine:
             max_loops=self.max_loops,
             kv_policy=self.kv_policy,
             prefill_depth=self.prefill_depth,
+            overlap=self.overlap,
+            late_verdicts=self.late_verdicts,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -406,7 +560,7 @@ class Engine:
         )
         self.scheduler.use_v2_model_runner = self.runner_kind == "v2"
         self.runner = RUNNERS[self.runner_kind](
-            config, self.num_blocks, self.quorum, self.exit_interval
+            config, self.num_blocks, self.quorum, self.exit_interval, self.eager
         )
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
@@ -458,6 +612,11 @@ class Engine:
         self.check_blocks()
         return scheduled
 
+    def row(self, name: str) -> tuple[Staircases, int]:
+        """The worker's arrays, and the row of a request in them."""
+        sequences = self.runner._sequences
+        return sequences.stairs, sequences.index(name)
+
     def check_blocks(self) -> None:
         """Scheduler and worker agree on every block, and each one in use holds a position."""
         manager, batch = self.scheduler.kv_cache_manager, self.runner._sequences
@@ -465,17 +624,26 @@ class Engine:
         computed: list[set[int]] = [set() for _ in range(self.max_loops)]
         for request in self.scheduler.running:
             name = request.request_id
-            table = batch._tables._tables[batch._tables._index[name]]
-            sequence = batch._running[name].sequence
+            if name not in batch:  # it has just been admitted
+                continue
+            index, stairs = batch.index(name), batch.stairs
+            table = batch._tables._tables[index]
             for depth, ids in enumerate(manager.get_block_ids(name)):
                 assert table[depth].tolist() == ids + [0] * (table.shape[1] - len(ids))
                 held[depth] |= set(ids) - {0}
-                if depth < sequence.max_depth:
-                    positions = set(range(sequence.done[depth + 1]))
-                    if sequence.last_exited:
-                        positions |= set(range(sequence.prefill_end, sequence.done[0]))
-                    computed[depth] |= {int(table[depth, p // BLOCK]) for p in positions}
-        assert held == computed
+                if depth < stairs.max_depth[index]:
+                    positions = set(range(stairs.done[index, depth + 1]))
+                    if stairs.last_exited:
+                        positions |= set(range(stairs.prefill_end[index], stairs.done[index, 0]))
+                    if depth == 0:  # those known and the next one may have their blocks
+                        positions |= set(range(len(batch.tokens(name)) + 1))
+                    computed[depth] |= {
+                        int(table[depth, p // BLOCK]) for p in positions if p < self.max_model_len
+                    } - {0}
+        if self.overlap == "on":  # a pass that was prepared may have taken blocks
+            assert all(mine <= all_ for mine, all_ in zip(computed, held, strict=True))
+        else:
+            assert held == computed
         assert manager._promised_in_all == sum(manager._promised.values())
         in_use = [len(ids) for ids in held]
         assert in_use == self.scheduler.blocks_by_depth()

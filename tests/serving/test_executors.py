@@ -34,16 +34,16 @@ def heads_of_rank(worker: Any) -> int:
 def record(worker: Any) -> None:
     """On every rank: what each step does is noted from now on."""
     runner = inner(worker).model_runner
-    original, steps = runner._sequences.step, []
+    original, steps = runner._sequences.finish, []
 
-    def step(*args: Any) -> Any:
-        decoded, progress = original(*args)
+    def finish() -> Any:
+        progress = original()
         steps.append(
             (progress.stats.passes, progress.exit_depths, progress.taken, progress.complete)
         )
-        return decoded, progress
+        return progress
 
-    runner._sequences.step, runner._recorded = step, steps
+    runner._sequences.finish, runner._recorded = finish, steps
 
 
 def recorded(worker: Any) -> list[Any]:

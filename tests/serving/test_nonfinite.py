@@ -16,7 +16,7 @@ from vllm_loopus import exit_depths
 from vllm_loopus.serving.frontend.answers import explain_failure
 from vllm_loopus.serving.frontend.http import LoopedHandler
 from vllm_loopus.serving.knobs.request import RequestKnobs
-from vllm_loopus.serving.step.staircase import Chunk, LoopedSequence
+from vllm_loopus.serving.step.staircase import Staircases, Start
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.nonfinite import WatchedRows
 from vllm_loopus.serving.worker.verdicts import Verdicts
@@ -190,24 +190,29 @@ class FirstRank:
 
 def test_the_first_rank_decides() -> None:
     """Whatever another rank computed: it is not asked."""
-    knobs = RequestKnobs.of({}, SimpleNamespace(max_loops=4, min_loops=1, exit_threshold=0.5))
-    first, second = (LoopedSequence(name, knobs, 4, prefill_end=3) for name in "ab")
-    for sequence in (first, second):
-        sequence.begin(3, wants_token=True)
-    sums = np.array([[1, 2, 3, np.nan, 0, np.inf], [1, 2, 3, 4, 5, 6]], dtype=np.float32)
-    said = np.array([0.75, 0.5], dtype=np.float32)
-    group: Any = FirstRank([*sums.view(np.uint8).ravel(), 0, 1, *said.view(np.uint8)])
-    verdicts = Verdicts(group)
-    states = torch.zeros(6, 4)
+    knobs = RequestKnobs(4, 1, 0.5)
+    stairs = Staircases(4)
+    for index in range(3):
+        stairs.add(index, Start(knobs, 4, 3, [None] * 4))
+    index = np.arange(3)
+    stairs.begin(index, 3, True)
+    sums = np.array(
+        [[1, 2, 3, np.nan, 0, np.inf, 1, np.inf, 1], [1, 2, 3, 4, 5, 6, 7, 8, 9]], dtype=np.float32
+    )
+    group: Any = FirstRank([*sums.view(np.uint8).ravel(), 0, 1, 1])
+    cleansed: list[Any] = []
+    verdicts = Verdicts(group, stairs, cleansed.append)
+    states = torch.zeros(9, 4)
     states[0] = torch.nan
-    chunks = [Chunk(first, 1, 0, 3), Chunk(second, 1, 0, 3)]
-    tables = BlockTables(num_depths=4, max_blocks=1, num_blocks=3, block_size=4)
-    for name, block in (("a", 1), ("b", 2)):
-        tables.add(name, [[block], [], [], []], cached=0)
-    for layout in tables.layouts([Chunk(c.sequence, 2, 0, 3) for c in chunks], 2):
-        verdicts.watch(WatchedRows.of(chunks, layout, states))
-    carry = torch.tensor([[0.25], [0.5]])
-    exits, carried = verdicts.read(torch.tensor([True, False]), carry)
-    assert exits == [False, True] and carried.tolist() == [[0.75], [0.5]]
-    assert first.failure is None and second.failure == "NaN or infinite hidden states at depth 1"
-    assert first.in_flight and not second.in_flight
+    tables = BlockTables(num_depths=4, max_blocks=1, num_blocks=4, block_size=4)
+    for row in range(3):
+        tables.add(row, [[row + 1], [], [], []], cached=0)
+    first, second = tables.layouts(stairs.next_chunks(index).at(2), 2)
+    verdicts.watch(WatchedRows.of(stairs, [first], states))
+    verdicts.watch(WatchedRows.of(stairs, [first, second], states))
+    verdict = verdicts.queue(torch.tensor([True, False, False]))
+    stairs.remove(2)  # meanwhile
+    assert verdict.wait().tolist() == [False, True, True]
+    assert stairs.reasons == {1: "NaN or infinite hidden states at depth 1"}
+    assert stairs.in_flight[:2].tolist() == [True, False]
+    assert [blocks.tolist() for blocks in cleansed] == [[3]], "who gets its block is safe"

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
 from tests.serving.fakes import BLOCK, Engine, answer
-from vllm_loopus.serving.step.staircase import LoopedSequence
 
 # Prompts that share beginnings, so that prefix hits happen.
 PROMPT = st.tuples(st.integers(0, 1), st.integers(1, 22), st.integers(0, 2)).map(
@@ -29,17 +29,23 @@ def requests(draw: Any) -> dict[str, Any]:
     }
 
 
-def check_watermarks(engine: Engine, seen: dict[str, tuple[LoopedSequence, list[int]]]) -> None:
+def check_watermarks(engine: Engine, seen: dict[str, tuple[tuple[int, int], np.ndarray]]) -> None:
     """Ordered by depth, never going back while the sequence runs, never beyond its tokens."""
-    for name, running in engine.runner._sequences._running.items():
-        sequence = running.sequence
-        assert sequence.done == sorted(sequence.done, reverse=True)
-        assert sequence.done[0] <= len(running.tokens)
-        assert all(v <= w for v, w in zip(sequence.decoded[1:], sequence.done[1:], strict=True))
-        earlier, before = seen.get(name, (None, []))
-        if earlier is sequence:
-            assert all(a >= b for a, b in zip(sequence.done, before, strict=True))
-        seen[name] = sequence, list(sequence.done)
+    sequences = engine.runner._sequences
+    stairs = sequences.stairs
+    for name in sequences._index:
+        index = sequences.index(name)
+        planes = stairs.max_depth[index] + 1
+        done, settled = stairs.done[index, :planes], stairs.settled[index, :planes]
+        assert (np.diff(done) <= 0).all()
+        assert done[0] <= len(sequences.tokens(name))
+        assert (stairs.decoded[index, 1:planes] <= done[1:]).all()
+        assert (settled[1:] <= done[1:]).all()
+        row = index, int(stairs.life[index])
+        before = seen.get(name)
+        if before is not None and before[0] == row:
+            assert (done >= before[1]).all()
+        seen[name] = row, done.copy()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -53,6 +59,9 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[LoopedSequence, list[
     prefill_depth=st.sampled_from(["lazy", "lazy", "full"]),
     policy=st.sampled_from(["fcfs", "priority"]),
     exit_interval=st.sampled_from([1, 1, 2, 3]),
+    overlap=st.sampled_from(["off", "on"]),
+    late_verdicts=st.sampled_from(["auto", "on", "off"]),
+    eager=st.sampled_from([0, 1, 2, 3]),
 )
 def test_everything_finishes_right(
     items: list[dict[str, Any]],
@@ -64,6 +73,9 @@ def test_everything_finishes_right(
     prefill_depth: str,
     policy: str,
     exit_interval: int,
+    overlap: str,
+    late_verdicts: str,
+    eager: int,
 ) -> None:
     max_len, depth = 40, 4
     blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
@@ -78,8 +90,11 @@ def test_everything_finishes_right(
         prefill_depth=prefill_depth,
         policy=policy,
         exit_interval=exit_interval,
+        overlap=overlap,
+        late_verdicts="auto" if kv_policy == "last_exited" else late_verdicts,
+        eager=eager,
     )
-    seen: dict[str, tuple[LoopedSequence, list[int]]] = {}
+    seen: dict[str, tuple[tuple[int, int], np.ndarray]] = {}
     aborted = set()
     while engine.scheduler.has_requests() or any(
         f"r{i}" not in engine.outputs for i in range(len(items))
@@ -122,4 +137,4 @@ def test_everything_finishes_right(
         assert engine.depths[name] == depths[:count]
         assert name in aborted or count == item["max_tokens"]
     assert engine.free_blocks == blocks - 1
-    assert not engine.runner._sequences._running
+    assert not len(engine.runner._sequences)

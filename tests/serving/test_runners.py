@@ -21,7 +21,7 @@ from tests.serving.fakes import Engine, answer
 from vllm_loopus.serving.runners import selection
 from vllm_loopus.serving.runners.v2 import _of
 from vllm_loopus.serving.runners.v2_prompt_scores import V2PromptScores
-from vllm_loopus.serving.worker.executor import Decoded
+from vllm_loopus.serving.worker.decoded import Decoded
 
 PROMPTS = {f"r{i}": [i, 3, *range(i)] for i in range(6)}
 
@@ -89,6 +89,9 @@ def test_rows_in_another_order() -> None:
     decoded = Decoded(torch.tensor([[1.0], [2.0], [3.0]]), ["a", "b", "c"])
     assert decoded.in_order(["a", "b", "c"]) is decoded.hidden
     assert decoded.in_order(["c", "a", "b"]).flatten().tolist() == [3, 1, 2]
+    assert decoded.in_order(["d", "c", "a", "e", "b"]).flatten().tolist() == [0, 3, 1, 0, 2]
+    sampled = torch.tensor([7, 8, 9, 5])
+    assert decoded.of(sampled, ["c", "d", "b", "a"]).tolist() == [5, 9, 7]
 
 
 def test_prompts_are_scored_part_by_part_on_v2(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_abort(steps: int) -> None:
     for name in ("r1", "r2"):
         assert_right(engine, name, [int(name[1]), 9, 9, 9, 9, 9], 6)
     assert engine.free_blocks == engine.num_blocks - 1
-    assert not engine.runner._sequences._running
+    assert not len(engine.runner._sequences)
 
 
 def test_abort_of_unknown_request() -> None:
@@ -231,8 +231,8 @@ def test_a_prompt_in_flight_is_found_as_deep_as_it_is() -> None:
     prompt = list(range(2 * BLOCK + 1))
     engine.add("first", prompt, 2, min_loops=4)
     engine.step()
-    sequence = engine.runner._sequences._running["first"].sequence
-    assert sequence.in_flight and sequence.done == [2 * BLOCK + 1] * 2 + [0] * 3
+    stairs, index = engine.row("first")
+    assert stairs.in_flight[index] and stairs.done[index].tolist() == [2 * BLOCK + 1] * 2 + [0] * 3
     engine.add("second", prompt, 2)
     scheduled = engine.step()
     assert scheduled.num_scheduled_tokens["second"] == 1
@@ -429,8 +429,8 @@ def test_nobody_starves(quorum: float | str, budget: int) -> None:
     longest = 0
     while engine.scheduler.has_requests():
         engine.step()
-        ages = [r.sequence.age for r in engine.runner._sequences._running.values()]
-        longest = max([longest, *ages])
+        stairs = engine.runner._sequences.stairs
+        longest = max([longest, *stairs.age[stairs.present]])
         assert longest <= bound
     for i in range(12):
         assert_right(engine, f"r{i}", [i, i], 25)
@@ -450,11 +450,12 @@ def test_a_long_catch_up_keeps_nobody_waiting(kv_policy: str) -> None:
     rows = []
     while len(engine.outputs["long"]) < 2:
         before = {name: len(engine.outputs[name]) for name in quick}
-        done = list(engine.runner._sequences._running["long"].sequence.done)
+        stairs, index = engine.row("long")
+        done = stairs.done[index].tolist()
         engine.step()
         assert all(len(engine.outputs[name]) == before[name] + 1 for name in quick)
-        if "long" in engine.runner._sequences._running:
-            now = engine.runner._sequences._running["long"].sequence.done
+        if "long" in engine.runner._sequences:
+            now = stairs.done[index].tolist()
             rows.append(sum(now[2:]) - sum(done[2:]))
     assert len(rows) > 3 and max(rows[:-1]) >= 5  # it gets what the others leave
     engine.run()
@@ -485,10 +486,11 @@ def test_known_budgets_meet_at_the_boundary(rule: float | str, together: bool) -
         for name in cohort:
             engine.add(name, [ord(name[0]) % 50, int(name[1])], 12, min_loops=4)
         engine.step()
-    assert engine.runner._sequences._running["a0"].sequence.depth == 2
-    assert engine.runner._sequences._running["b0"].sequence.depth == 1
+    for name, depth in (("a0", 2), ("b0", 1)):
+        stairs, index = engine.row(name)
+        assert stairs.depth[index] == depth
     assert "quick" in engine.reasons
-    engine.runner._sequences.quorum = quorum_for(rule, 4)
+    engine.runner._sequences.runner.quorum = quorum_for(rule, 4)
     before = engine.steps
     engine.run()
     assert (engine.steps - before <= 14) == together

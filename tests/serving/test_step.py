@@ -69,11 +69,11 @@ def test_the_decoder_fills_the_depths_to_leave_at(
     engine.add("r", [1, 2, 3], 3, **knobs)
     engine.step()
     engine.step()
-    (running,) = engine.runner._sequences._running.values()
-    executor, sequence = engine.runner.executor, running.sequence
+    stairs, index = engine.row("r")
+    executor, newest = engine.runner.executor, stairs.done[index, 0] - 1
     filled = [
         depth
-        for depth in range(1, sequence.max_depth + 1)
-        if ("decoder", executor.slot(sequence, depth, sequence.done[0] - 1)) in executor.memory
+        for depth in range(1, stairs.max_depth[index] + 1)
+        if ("decoder", executor.slot(index, depth, newest)) in executor.memory
     ]
     assert filled == exits

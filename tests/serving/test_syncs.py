@@ -1,5 +1,5 @@
-"""How often the host waits for the device in a step: once a call of passes that decides, once
-a decoding.
+"""No call waits for the device. What is read is one copy for a call of passes that decides, and one
+for a decoding, queued with the call.
 
 On a CPU nothing waits; what is counted is whatever would on a GPU.
 """
@@ -12,10 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import GOLDEN, golden_cases
-from vllm_loopus.serving.worker import verdicts
+from vllm_loopus.serving.worker import transfer
 from vllm_loopus.serving.worker.executor import PagedExecutor
 
 WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
+PREPARING = ("prepare_pass", "prepare_decoder", "prepare_encoder")
 WAITING_OPS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
 
@@ -50,8 +51,11 @@ def test_the_mode_sees_what_waits() -> None:
     assert seen == {"index": 1, "nonzero": 1, "_local_scalar_dense": 1}
 
 
+@pytest.mark.parametrize("overlap", ["on", "off"])
 @pytest.mark.parametrize("strategy", ["threshold", "cdf"])
-def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+def test_no_call_waits_and_one_copy_is_read(
+    make_llm: Any, monkeypatch: pytest.MonkeyPatch, strategy: str, overlap: str
+) -> None:
     from vllm import SamplingParams
 
     cases = [
@@ -63,6 +67,7 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
         GOLDEN / "qwen3",
         skip_tokenizer_init=True,
         hf_overrides={"halting_strategy": strategy, "exit_threshold": cases[0]["q_threshold"]},
+        additional_config={"loopus": {"overlap": overlap}},
     )
     waits: Counter[str] = Counter()
     calls: list[tuple[str, bool, Counter[str]]] = []
@@ -76,14 +81,15 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
 
         return method
 
-    def to_host(values: torch.Tensor) -> Any:
-        nonlocal reading
-        waits["to_host"] += 1
-        reading = True
-        try:
-            return original_to_host(values)
-        finally:
-            reading = False
+    class HostCopy(transfer.HostCopy):
+        def __init__(self, values: torch.Tensor) -> None:
+            nonlocal reading
+            waits["queued"] += 1
+            reading = True
+            try:
+                super().__init__(values)
+            finally:
+                reading = False
 
     def watched(name: str, original: Any) -> Any:
         def call(self: Any, rows: Any, *rest: Any) -> Any:
@@ -94,14 +100,13 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
                         torch.Tensor, method, counted(method, getattr(torch.Tensor, method))
                     )
                 result = original(self, rows, *rest)
-            calls.append((name, bool(rest and rest[1]), Counter(waits)))
+            calls.append((name, result is not None, Counter(waits)))
             return result
 
         return call
 
-    original_to_host = verdicts.to_host
-    monkeypatch.setattr(verdicts, "to_host", to_host)
-    for name in ("encode", "run_passes", "decode"):
+    monkeypatch.setattr(transfer, "HostCopy", HostCopy)
+    for name in ("encode", "run_passes", "decode", *PREPARING):
         monkeypatch.setattr(PagedExecutor, name, watched(name, getattr(PagedExecutor, name)))
     outputs = llm.generate(
         [{"prompt_token_ids": c["prompt"]} for c in cases],
@@ -110,7 +115,8 @@ def test_one_wait_a_pass(make_llm: Any, monkeypatch: pytest.MonkeyPatch, strateg
     )
     for case, output in zip(cases, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == case["tokens"]
-    assert {name for name, *_ in calls} == {"encode", "run_passes", "decode"}
-    for name, decides, seen in calls:
-        waiting = name == "decode" or (name == "run_passes" and decides)
-        assert seen == ({"to_host": 1} if waiting else {}), (name, decides)
+    expected = {"encode", "run_passes", "decode", *(PREPARING if overlap == "on" else ())}
+    assert {name for name, *_ in calls} == expected
+    for name, reads, seen in calls:
+        queues = name == "decode" or (name == "run_passes" and reads)
+        assert seen == ({"queued": 1} if queues else {}), (name, reads)

@@ -68,7 +68,8 @@ class Probe:
         loop = getattr(output, "loop", None)
         self._step.running = len(self.scheduler.running)
         if loop is not None:
-            self._step.rows, self._step.pass_seconds = loop.stats.passes, loop.times.seconds
+            self._step.rows = loop.stats.passes
+            self._step.pass_seconds = [seconds or 0.0 for seconds in loop.times.seconds]
             self._step.tokens = len(loop.exit_depths)
             self._step.decoder_rows = loop.stats.decoder_rows
         return self._update(scheduled, output)

@@ -4,7 +4,7 @@ Depth 1 is allocated as in vLLM. Blocks of deeper planes are offered to the work
 has taken them, and published to the prefix cache when they are complete at their depth.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -31,6 +31,7 @@ class _Holder:
     held: int  # blocks, shared ones included
     wanted: int = 0  # blocks without which it cannot continue
     in_flight: bool = False
+    at_first: int = 0  # blocks of depth 1
 
 
 class DepthKVCacheManager(KVCacheManager):
@@ -45,6 +46,10 @@ class DepthKVCacheManager(KVCacheManager):
     _promised_in_all: int
     _needed: dict[str, float]  # planes that preempted requests had for each block of depth 1
     demand: Demand
+    _lacking: set[str]  # requests that want blocks
+    _missing: int  # blocks that all holders may still take, at most
+    _extra: int  # blocks to offer beyond the usual, after steps that lacked some
+    _recent: float  # depths times blocks of depth 1 that were given lately
     short_of_planes: int  # how often a sequence could not continue for lack of deeper blocks
     hits_by_depth: list[int]  # positions found in the prefix cache so far
 
@@ -63,6 +68,8 @@ class DepthKVCacheManager(KVCacheManager):
         manager._blocks_a_pass = cdiv(row_budget, manager._block_size)
         manager._holders, manager._needed = {}, {}
         manager._promised, manager._promised_in_all = {}, 0
+        manager._lacking, manager._missing = set(), 0
+        manager._extra, manager._recent = 0, 0.0
         manager.demand = Demand()
         manager.short_of_planes = 0
         manager.hits_by_depth = [0] * len(manager._planes)
@@ -85,8 +92,9 @@ class DepthKVCacheManager(KVCacheManager):
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        """As in vLLM at depth 1. Also None if the request lacks blocks of deeper planes to
-        continue, or, for a request to be admitted, if what it is expected to need is not free."""
+        """As in vLLM at depth 1, with room for one more position, so that the worker can begin it
+        by itself. Also None if the request lacks blocks of deeper planes to continue, or, for a
+        request to be admitted, if what it is expected to need is not free."""
         name = request.request_id
         holder = self._holders.get(name)
         hits: Sequence[Sequence[KVCacheBlock]] = ()
@@ -95,14 +103,17 @@ class DepthKVCacheManager(KVCacheManager):
             computed = kwargs.get("new_computed_blocks")
             hits = computed.blocks if computed is not None else ()
             # If no request runs, it is admitted in any case: one sequence always fits.
-            crowded = kwargs.get("full_sequence_must_fit") and kwargs.get("has_scheduled_reqs")
+            crowded = kwargs.get("full_sequence_must_fit") and self._holders
             if crowded and not self._fits(request, hits):
                 return None
             holder = _Holder(request, self._budget(request), sum(map(len, hits)))
-        elif holder.in_flight:
+        elif holder.in_flight and not self.needs_block(request):
             return self._continue(name, holder, kwargs.get("reserved_blocks", 0))
         else:
             wanted = holder.wanted
+        after = request.num_computed_tokens + num_new_tokens
+        if after >= request.num_tokens and after <= self._last_position(request):
+            kwargs["num_lookahead_tokens"] = 1
         kwargs["delay_cache_blocks"] = True
         kwargs["reserved_blocks"] = (
             kwargs.get("reserved_blocks", 0) + self._promised_in_all + wanted
@@ -111,7 +122,12 @@ class DepthKVCacheManager(KVCacheManager):
         if blocks is None:
             self.short_of_planes += wanted > 0
         else:
+            at_first = len(blocks.blocks[0]) + (len(hits[0]) if hits else 0)
             holder.held += len(blocks.blocks[0])
+            holder.at_first += at_first
+            self._recent += len(blocks.blocks[0]) * len(self._planes)
+            self._missing += at_first * holder.budget - len(blocks.blocks[0])
+            self._missing -= sum(map(len, hits))
             self._holders[name] = holder
             self._promise(name, wanted)
             for depth, found in enumerate(hits):
@@ -153,18 +169,42 @@ class DepthKVCacheManager(KVCacheManager):
         planes = max(self.demand.planes(budget), self._needed.get(request.request_id, 0))
         return ceil(cdiv(min(tokens, self.max_model_len), self._block_size) * planes)
 
-    def offer(self, scheduled: Iterable[str]) -> BlockOffer:
-        """The free blocks that a step may take: no more than it can fill, and at least those that
-        are promised."""
-        holders = [self._holders[name] for name in scheduled]
-        missing = 0
-        for holder in holders:
-            at_first = len(self._planes[0].req_to_blocks[holder.request.request_id])
-            missing += holder.budget * at_first - holder.held
-        depths, sequences = len(self._planes), len(holders)
-        fillable = depths * (self._blocks_a_pass + 3 * sequences)
+    def needs_block(self, request: Request) -> bool:
+        """Whether a running request has no block of depth 1 for the position after its newest."""
+        holder = self._holders[request.request_id]
+        position = min(request.num_tokens, self._last_position(request))
+        return position >= holder.at_first * self._block_size
+
+    def _last_position(self, request: Request) -> int:
+        """The last position that is computed if the request generates all that it may: that of the
+        token before the last one."""
+        return min(self.max_model_len, request.num_prompt_tokens + request.max_tokens) - 2
+
+    @property
+    def scarce(self) -> bool:
+        """Whether blocks have to be shared out: not everything is free that a step might take."""
+        return self.block_pool.get_num_free_blocks() < 2 * self._wanted_by_a_step()
+
+    def _wanted_by_a_step(self) -> int:
+        """Blocks of deeper planes for a step: those that are wanted, and about as many as sequences
+        may come to need, which is most right after they got blocks of depth 1."""
+        wanted = sum(self._holders[name].wanted for name in self._lacking)
+        likely = 2 * len(self._holders) + 2 * int(self._recent) + self._extra
+        return min(self._missing, wanted + likely)
+
+    def adapt_offer(self, stalled: int) -> None:
+        """Offers more after a step in which sequences lacked blocks, and slowly less again."""
+        if stalled:
+            most = len(self._planes) * (self._blocks_a_pass + 3 * len(self._holders))
+            self._extra = min(2 * self._extra + len(self._planes) * stalled, most)
+        else:
+            self._extra -= cdiv(self._extra, 32)
+        self._recent *= 0.75
+
+    def offer(self) -> BlockOffer:
+        """The free blocks that a step may take, with at least those that are promised."""
         promised = {name: count for name, count in self._promised.items() if count}
-        most = max(min(missing, fillable), self._promised_in_all)
+        most = max(self._wanted_by_a_step(), self._promised_in_all)
         free: list[int] = []
         queue = self.block_pool.free_block_queue
         block = queue.fake_free_list_head.next_free_block
@@ -180,15 +220,19 @@ class DepthKVCacheManager(KVCacheManager):
         self.block_pool.evict_blocks({block.block_id for block in taken})
         if runs:
             self._holders[name].held += len(taken)
+            self._missing -= len(taken)
             for depth, column, block_id in taken:
                 block = self.block_pool.blocks[block_id]
                 self._planes[depth - 1].place(name, column, block)
 
-    def note(self, name: str, wanted: int, in_flight: bool) -> None:
-        """The sequence cannot continue without `wanted` blocks. `in_flight`: whether it has
-        positions that have started and not finished."""
-        holder = self._holders[name]
-        holder.wanted, holder.in_flight = wanted, in_flight
+    def note(self, wanted: Mapping[str, int], in_flight: Set[str], names: Iterable[str]) -> None:
+        """After a step with the requests `names`: which of them cannot continue without how many
+        blocks, and which have positions that have started and not finished."""
+        for name in {*names, *self._lacking, *wanted}:
+            if (holder := self._holders.get(name)) is not None:
+                holder.in_flight = name in in_flight
+                holder.wanted = wanted.get(name, 0)
+        self._lacking = wanted.keys() & self._holders.keys()
 
     def publish(self, request: Request, complete: Sequence[int]) -> None:
         """The first `complete[r - 1]` positions are complete at depth r: their full blocks go to
@@ -202,6 +246,9 @@ class DepthKVCacheManager(KVCacheManager):
         ones."""
         name = request.request_id
         holder = self._holders.pop(name, None)
+        self._lacking.discard(name)
+        if holder is not None:
+            self._missing -= holder.budget * holder.at_first - holder.held
         self._promised_in_all -= self._promised.pop(name, 0)
         at_first = len(self._planes[0].req_to_blocks.get(name, ()))
         if request.is_finished():

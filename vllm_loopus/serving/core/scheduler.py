@@ -1,10 +1,12 @@
 """vLLM's scheduler for sequences that may run in a step and get no token from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
@@ -27,15 +29,23 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.loopus")
 
+# Of a step: the requests that go on by themselves take their part of each. The second one is not in
+# every release of the range.
+_LIMITS = ("max_num_running_reqs", "max_num_active_reqs", "max_num_scheduled_tokens")
+
 
 class LoopUSScheduler(Scheduler):
-    """Schedules like vLLM. A request that got no token is scheduled again at the same position.
+    """Schedules like vLLM, but only requests that need something of the scheduler: prompts, blocks,
+    grammars. Others go on by themselves in the worker, through passes and from token to token.
 
-    It keeps its place in `running`, its blocks and its priority. In every step each sequence in
-    flight gets a share of the rows, the longest waiting first (`step/run.py`), so none starves.
+    Where blocks are scarce, all running requests are scheduled, so that vLLM preempts if they do
+    not suffice. A request that got no token is then scheduled again at the same position; it keeps
+    its place in `running`, its blocks and its priority. In every step each sequence in flight gets
+    a share of the rows, the longest waiting first (`step/run.py`), so none starves.
     """
 
     kv_cache_manager: DepthKVCacheManager
+    running: "list[Request]"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,6 +59,8 @@ class LoopUSScheduler(Scheduler):
         self._clock = StepClock()
         self._stats = LoopStats()
         self._refused: dict[str, str] = {}  # requests with impossible knobs, and why
+        self._needing: set[str] = set()  # running requests that have to be scheduled
+        self._dropped: list[str] = []  # requests that wait for input, for the worker to forget
 
     def blocks_by_depth(self) -> list[int]:
         """Blocks that sequences hold at each depth, shared ones counted once."""
@@ -98,13 +110,45 @@ class LoopUSScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
         self._clock.begin()
-        output = super().schedule(*args, **kwargs)
+        everyone = self._pause_state != PauseState.PAUSED_ALL and not self.kv_cache_manager.scarce
+        with self._only_those_in_need() if everyone else nullcontext():
+            output = super().schedule(*args, **kwargs)
+        scheduled = output.num_scheduled_tokens
+        if not everyone:
+            self._needing.update(request.request_id for request in self.running)
+        self._needing -= scheduled.keys()
+        dropped, self._dropped = self._dropped, []
         LoopSchedule(
-            offer=self.kv_cache_manager.offer(output.num_scheduled_tokens),
+            offer=self.kv_cache_manager.offer(),
             costs=self._clock.costs(),
             knobs=self._knobs_of_starting(output),
+            everyone=everyone,
+            dropped=dropped,
         ).send_with(output)
+        if everyone:  # they run too; vLLM would sleep after a step without work
+            output.total_num_scheduled_tokens += len(self.running) - len(scheduled)
         return output
+
+    @contextmanager
+    def _only_those_in_need(self) -> Iterator[None]:
+        """Inside, the requests that go on by themselves are not in `running`."""
+        every = self.running
+        needing = [request for request in every if request.request_id in self._needing]
+        others = len(every) - len(needing)
+        limits = {name: getattr(self, name) for name in _LIMITS if hasattr(self, name)}
+        self.running = list(needing)
+        for name, limit in limits.items():
+            setattr(self, name, max(limit - others, 0))
+        try:
+            yield
+        finally:
+            for name, limit in limits.items():
+                setattr(self, name, limit)
+            there = {id(request) for request in self.running}
+            preempted = {id(request) for request in needing} - there
+            before = {id(request) for request in needing}
+            admitted = [request for request in self.running if id(request) not in before]
+            self.running = [r for r in every if id(r) not in preempted] + admitted
 
     def _knobs_of_starting(self, output: "SchedulerOutput") -> Mapping[str, RequestKnobs]:
         """Of the requests that the worker does not know, or has forgotten after a preemption."""
@@ -125,11 +169,7 @@ class LoopUSScheduler(Scheduler):
                 "LoopUSScheduler got a step of a worker that is not LoopUSWorker; do not set "
                 "worker_cls, or set scheduler_cls to vLLM's scheduler too"
             )
-        emitting = {
-            request_id: scheduled
-            for request_id, scheduled in scheduler_output.num_scheduled_tokens.items()
-            if self._take_in(request_id, scheduled, progress)
-        }
+        emitting = self._take_in(scheduler_output.num_scheduled_tokens, progress)
         self._stats.add(progress.stats)
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = emitting
@@ -140,36 +180,61 @@ class LoopUSScheduler(Scheduler):
         for of_client in outputs.values():
             for output in of_client.outputs:
                 self._complete(output, progress)
+        self._note_needs({*emitting, *scheduler_output.num_scheduled_tokens})
         if self._refused:
             running = self._refused.keys() & self.requests.keys()
             self._refused = {name: self._refused[name] for name in running}
         return outputs
 
-    def _take_in(self, request_id: str, scheduled: int, progress: LoopProgress) -> bool:
-        """Books what a step did for a request; whether it has a token for it."""
-        manager = self.kv_cache_manager
+    def _runs(self, request_id: str) -> bool:
         request = self.requests.get(request_id)
-        runs = request is not None and request.status == RequestStatus.RUNNING
-        manager.book(request_id, progress.taken.get(request_id, ()), runs)
-        failed = request_id in progress.failed
-        if failed and runs:
-            self._end_with_error(request_id, progress.failed[request_id])
-        elif runs:
-            in_flight = request_id in progress.in_flight
-            manager.note(request_id, progress.wanted.get(request_id, 0), in_flight)
-            manager.publish(request, progress.complete[request_id])
-        if request_id in progress.exit_depths and request_id not in self._refused:
-            if runs:
-                self._stats.exit_depths.append(progress.exit_depths[request_id])
-            return True
-        if request is not None:
-            request.num_in_flight_tokens -= scheduled
-            if runs and not failed and request_id in progress.in_flight:
-                # It needs one token of the next schedule's budget, though it begins nothing.
-                request.num_computed_tokens = request.num_tokens - 1
-            elif runs and not failed and request_id in progress.computed:
-                request.num_computed_tokens = progress.computed[request_id]
-        return False
+        return request is not None and request.status == RequestStatus.RUNNING
+
+    def _take_in(self, scheduled: Mapping[str, int], progress: LoopProgress) -> dict[str, int]:
+        """Books what a step did. Returns the requests that have a token, and for how many positions
+        vLLM has to take them to be scheduled."""
+        manager, requests = self.kv_cache_manager, self.requests
+        manager.adapt_offer(progress.stalled)
+        for name, taken in progress.taken.items():
+            manager.book(name, taken, self._runs(name))
+        for name, positions in progress.complete.items():
+            if self._runs(name):
+                manager.publish(requests[name], positions)
+        manager.note(progress.wanted, progress.in_flight, {*scheduled, *progress.exit_depths})
+        for name, reason in progress.failed.items():
+            if self._runs(name):
+                self._end_with_error(name, reason)
+        emitting = {}
+        for name, depth in progress.exit_depths.items():
+            if name in self._refused:
+                continue
+            emitting[name] = scheduled.get(name, 1)
+            if self._runs(name):
+                self._stats.exit_depths.append(depth)
+                if name not in scheduled:
+                    requests[name].num_computed_tokens = requests[name].num_tokens
+            if name not in scheduled and name in requests:
+                requests[name].num_in_flight_tokens += 1  # as if it had been scheduled
+        for name, count in scheduled.items():
+            if name not in emitting and name in requests:
+                requests[name].num_in_flight_tokens -= count
+                if self._runs(name) and name in progress.in_flight:
+                    # It needs one token of the next schedule's budget, though it begins nothing.
+                    requests[name].num_computed_tokens = requests[name].num_tokens - 1
+        for name, computed in progress.computed.items():
+            if self._runs(name):
+                requests[name].num_computed_tokens = computed
+                self._needing.add(name)
+        return emitting
+
+    def _note_needs(self, names: Iterable[str]) -> None:
+        """Which of the requests `names`, which were scheduled or got a token, the next schedule has
+        to consider."""
+        for name in names:
+            if self._runs(name):
+                request = self.requests[name]
+                if request.use_structured_output or self.kv_cache_manager.needs_block(request):
+                    self._needing.add(name)
 
     def _complete(self, output: Any, progress: LoopProgress) -> None:
         """Adds to an output of vLLM's the exit depth of its token, or why its request failed."""
@@ -195,6 +260,7 @@ class LoopUSScheduler(Scheduler):
         finished = super()._handle_stopped_request(request)
         if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
             self.kv_cache_manager.free(request)
+            self._dropped.append(request.request_id)
         return finished
 
     def _update_request_as_session(self, session: "Request", update: Any) -> None:

@@ -10,6 +10,7 @@ SECTION = "loopus"  # of additional_config
 KV_POLICIES = ("exact", "last_exited")
 PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
+SWITCH = (AUTO, "on", "off")
 # What the OpenAI server accepts as `reasoning_effort` (vLLM's ChatCompletionRequest).
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -24,6 +25,10 @@ class EngineOptions:
       when a later token needs it; `full` computes it to full depth at once.
     - `exit_quorum`: the share of the sequences in flight that must have exited before a step
       decodes and samples them, or `auto`.
+    - `overlap`: launch the next pass before the tokens of a step are read, so that the device does
+      not wait for the host. `auto`: where the device works asynchronously.
+    - `late_verdicts`: launch a pass before the exits of the one before are read; those that have
+      exited take part in it in vain. `auto`: where that costs less than waiting.
     - `reasoning_effort`: the `max_loops` of requests that name an effort and no `max_loops`, for
       example `{"low": 2, "high": 8}`. Efforts that are not listed change nothing.
     """
@@ -31,6 +36,8 @@ class EngineOptions:
     kv_policy: str = "exact"
     prefill_depth: str = "lazy"
     exit_quorum: float | str = AUTO
+    overlap: str = AUTO
+    late_verdicts: str = AUTO
     reasoning_effort: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -65,7 +72,13 @@ class EngineOptions:
         return options
 
     def _check_values(self) -> None:
-        for name, choices in (("kv_policy", KV_POLICIES), ("prefill_depth", PREFILL_DEPTHS)):
+        choices_of = {
+            "kv_policy": KV_POLICIES,
+            "prefill_depth": PREFILL_DEPTHS,
+            "overlap": SWITCH,
+            "late_verdicts": SWITCH,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}"
@@ -77,7 +90,22 @@ class EngineOptions:
             raise ValueError(
                 f"exit_quorum={quorum!r} must be a number above 0 and at most 1, or {AUTO!r}"
             )
+        if self.late_verdicts == "on" and self.last_exited:
+            raise ValueError(
+                "late_verdicts='on' is not possible with kv_policy='last_exited', where K/V "
+                "depends on the exits; use 'auto' or 'off'"
+            )
         _check_efforts(self.reasoning_effort)
+
+    def overlaps(self, asynchronous: bool) -> bool:
+        """Whether the next pass is launched ahead. `asynchronous`: whether calls of the device
+        return before it has computed them."""
+        return asynchronous if self.overlap == AUTO else self.overlap == "on"
+
+    @property
+    def reads_late(self) -> bool | None:
+        """Whether exits are read one pass late; None to decide by cost."""
+        return None if self.late_verdicts == AUTO else self.late_verdicts == "on"
 
     def check(self, config: LoopDefaults) -> None:
         """Raises `ValueError` for an option that does not fit the model."""

@@ -24,7 +24,7 @@ OF_THE_CHECKPOINT = (
     "convergence_epsilon",
     "confidence_input",
 )
-OF_THE_ENGINE = ("kv_policy", "prefill_depth", "exit_quorum")
+OF_THE_ENGINE = ("kv_policy", "prefill_depth", "exit_quorum", "overlap", "late_verdicts")
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
 SIMILARITY = 0.8
 LOOPISH = re.compile(r"loop|(?<![a-z])exits?(?![a-z])")

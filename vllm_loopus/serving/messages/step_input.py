@@ -22,11 +22,16 @@ class LoopSchedule:
     - `offer`: free blocks for deeper planes.
     - `costs`: measured in the scheduler and sent, so that all ranks decide alike; None if unknown.
     - `knobs`: of the requests that start in this step, or start again after a preemption.
+    - `everyone`: all running sequences go on, those that are scheduled and the others; otherwise
+      only those that are scheduled.
+    - `dropped`: requests that wait for input; the worker forgets their sequences.
     """
 
     offer: BlockOffer = field(default_factory=BlockOffer)
     costs: StepCosts | None = None
     knobs: Mapping[str, RequestKnobs] = field(default_factory=dict)
+    everyone: bool = False
+    dropped: Sequence[str] = ()
 
     def send_with(self, scheduler_output: Any) -> None:
         """Attaches it to vLLM's output of a step."""
@@ -46,6 +51,7 @@ class NewSequence:
     - `tokens`: all known tokens, of which the last `num_generated` are generated ones.
     - `block_ids`: by depth. Those of depths from 2 on, and those of the first `cached` positions at
       depth 1, come from the prefix cache.
+    - `max_tokens`: the most tokens that it may generate in all, None for no limit.
     - `scores_prompt`: the log-probabilities of its prompt are wanted.
     """
 
@@ -55,6 +61,7 @@ class NewSequence:
     cached: int
     knobs: RequestKnobs
     num_generated: int = 0
+    max_tokens: int | None = None
     scores_prompt: bool = False
 
 
@@ -62,12 +69,13 @@ class NewSequence:
 class StepInput:
     """What a step has to do, independent of the model runner.
 
-    - `scheduled`: how many new positions each request may begin.
+    - `scheduled`: how many new positions each request may begin. `everyone`: see `LoopSchedule`.
     - `finished`: requests that ended, were aborted or were preempted.
     - `grown`: new blocks of depth 1. `to_zero`: blocks to be filled with zeros before use.
     """
 
     scheduled: dict[str, int]
+    everyone: bool = False
     offer: BlockOffer = field(default_factory=BlockOffer)
     costs: StepCosts | None = None
     finished: list[str] = field(default_factory=list)

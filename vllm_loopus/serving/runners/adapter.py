@@ -1,10 +1,13 @@
 """What the adapters of both runners share.
 
-The runner of vLLM sees a request only in steps in which it gets a token. First `RunningSequences`
-runs encoder, passes and decoder for all scheduled requests. Then vLLM's `execute_model` is given a
+The runner of vLLM sees a request only when it may get a token. First `RunningSequences` runs
+encoder, passes and decoder for all running requests. Then vLLM's `execute_model` is given a
 scheduler output with only the requests that have exited, each with one position, and our hidden
 states as the model's output. So LM head, logits processors and sampler do no work for the others,
 and seeds, penalties and log-probabilities are vLLM's own.
+
+With overlap, the next pass is launched as soon as the tokens are sampled, before the host has read
+them: `RunningSequences.go_on`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,8 +27,11 @@ from vllm_loopus.serving.messages.step_input import LoopSchedule, StepInput
 from vllm_loopus.serving.runners.interface import LoopRunner
 from vllm_loopus.serving.runners.start_up import start_up_summary
 from vllm_loopus.serving.step.quorum import quorum_for
+from vllm_loopus.serving.step.run import StepRunner
+from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.worker.block_tables import BlockTables
-from vllm_loopus.serving.worker.executor import Decoded, PagedExecutor
+from vllm_loopus.serving.worker.decoded import Decoded
+from vllm_loopus.serving.worker.executor import PagedExecutor
 from vllm_loopus.serving.worker.sequences import RunningSequences
 
 if TYPE_CHECKING:
@@ -54,7 +60,7 @@ class LoopAdapter(Runner):
     def _init_loop(self) -> None:
         self._unseen: dict[str, NewRequestData] = {}  # by vLLM's runner
         self._decoded: Decoded | None = None
-        self._progress = LoopProgress()
+        self._progress: LoopProgress | None = None  # of a step whose tokens are being read
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -74,33 +80,48 @@ class LoopAdapter(Runner):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any) -> Any:
         """As in vLLM: None if `sample_tokens` is to follow, else the step's output."""
-        step = self.describe(scheduler_output)
-        if step.to_zero:
-            self.zero_blocks(step.to_zero)
-        self._sequences.receive(step)
-        self._decoded, self._progress = self._sequences.step(step.scheduled, step.offer, step.costs)
+        step = self._begin(scheduler_output)
+        self._decoded = self._sequences.step(step)
         exited = self._decoded.request_ids
         result = super().execute_model(
             self.rows_to_sample(exited, scheduler_output), *args, **kwargs
         )
-        if exited:
-            return result
+        return result if exited else self._without_tokens()
+
+    def _begin(self, scheduler_output: "SchedulerOutput") -> StepInput:
+        """Begins a step."""
+        step = self.describe(scheduler_output)
+        if step.to_zero:
+            self.zero_blocks(step.to_zero)
+        self._sequences.receive(step)
+        self._sequences.begin_step(step)
+        return step
+
+    def _without_tokens(self) -> "LoopUSRunnerOutput":
+        """The output of a step after which nothing is sampled."""
         self._decoded = None
-        return LoopUSRunnerOutput(req_ids=[], req_id_to_index={}, loop=self._progress)
+        return LoopUSRunnerOutput(req_ids=[], req_id_to_index={}, loop=self._sequences.finish())
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = self._sampled(super().sample_tokens(grammar_output))
+        if self._progress is None:
+            self._progress = self._sequences.finish()
         for request_id, tokens in zip(output.req_ids, output.sampled_token_ids, strict=True):
             for token in tokens:
                 self._sequences.sampled(request_id, token)
-        self._decoded = None
-        return LoopUSRunnerOutput(**vars(output), loop=self._progress)
+        progress, self._progress, self._decoded = self._progress, None, None
+        return LoopUSRunnerOutput(**vars(output), loop=progress)
 
     def _sampled(self, output: Any) -> ModelRunnerOutput:
         """The runner's output once the tokens are on the host."""
         result: ModelRunnerOutput = output
         return result
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether the next pass is launched before the tokens are read."""
+        return self._sequences.runner.overlap
 
     def describe(self, scheduler_output: "SchedulerOutput") -> StepInput:
         """See `LoopRunner`. The part that is the same for both runners; the adapters add new and
@@ -108,12 +129,15 @@ class LoopAdapter(Runner):
         cached = scheduler_output.scheduled_cached_reqs
         schedule = LoopSchedule.received(scheduler_output) or LoopSchedule()
         finished = sorted(
-            scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+            scheduler_output.finished_req_ids
+            | (scheduler_output.preempted_req_ids or set())
+            | set(schedule.dropped)
         )
         for request_id in finished:
             self.prompt_scores.forget(request_id)
         return StepInput(
             scheduled=scheduler_output.num_scheduled_tokens,
+            everyone=schedule.everyone,
             offer=schedule.offer,
             costs=schedule.costs,
             finished=finished,
@@ -132,14 +156,14 @@ class LoopAdapter(Runner):
         new: list[NewRequestData] = []
         cached = CachedRequestData([], set(), [], {}, [], [], [])
         no_blocks: tuple[list[int], ...] = tuple([] for _ in self.kv_cache_config.kv_cache_groups)
-        for request_id in exited:
-            position = self._sequences.position(request_id)
+        positions, generated = self._sequences.positions(exited)
+        for request_id, position, outputs in zip(exited, positions, generated, strict=True):
             if (unseen := self._unseen.pop(request_id, None)) is not None:
                 new.append(replace(unseen, block_ids=no_blocks, num_computed_tokens=position))
                 continue
             cached.req_ids.append(request_id)
             cached.num_computed_tokens.append(position)
-            cached.num_output_tokens.append(self._sequences.num_output_tokens(request_id))
+            cached.num_output_tokens.append(outputs)
             resumed = self._comes_back(request_id)
             cached.new_block_ids.append(no_blocks if resumed else None)
             if resumed:
@@ -176,9 +200,12 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
     options = EngineOptions.of(vllm_config.additional_config)
     if options.last_exited:
         model.planes.allow_extra_slots()
+    stairs = Staircases(len(groups), options.last_exited, options.full_prefill)
+    row_budget = vllm_config.scheduler_config.max_num_batched_tokens
     executor = PagedExecutor(
         model,
         vllm_config,
+        stairs,
         tables,
         runner.attn_groups[0][0],
         runner.device,
@@ -187,12 +214,21 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
     )
     return RunningSequences(
         executor,
+        stairs,
         tables,
-        quorum_for(options.exit_quorum, config.max_loops),
+        StepRunner(
+            stairs,
+            executor,
+            quorum_for(options.exit_quorum, config.max_loops),
+            row_budget,
+            asynchronous=executor.asynchronous,
+            overlap=options.overlaps(executor.asynchronous),
+            late=options.reads_late,
+        ),
         rule,
-        max_depth=config.max_loops,
-        row_budget=vllm_config.scheduler_config.max_num_batched_tokens,
-        options=options,
+        row_budget,
+        vllm_config.model_config.max_model_len,
+        options,
     )
 
 
@@ -206,6 +242,11 @@ def adopt(runner: Any, adapter: type[LoopAdapter]) -> Any:
     runner.__class__ = type(f"LoopUS{kind.__name__}", (adapter, kind), {})
     runner._init_loop()
     return runner
+
+
+def max_tokens(new: NewRequestData) -> int | None:
+    """The most tokens that a request generates."""
+    return None if new.sampling_params is None else new.sampling_params.max_tokens
 
 
 def scores_prompt(new: NewRequestData) -> bool:

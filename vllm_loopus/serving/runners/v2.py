@@ -22,7 +22,7 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_loopus.serving.messages.step_input import LoopSchedule, NewSequence, StepInput
-from vllm_loopus.serving.runners.adapter import LoopAdapter, scores_prompt
+from vllm_loopus.serving.runners.adapter import LoopAdapter, max_tokens, scores_prompt
 from vllm_loopus.serving.runners.v2_prompt_scores import V2PromptScores
 
 if TYPE_CHECKING:
@@ -58,8 +58,13 @@ class V2Adapter(LoopAdapter):
         return super().sample_tokens(_of(grammar_output, self._decoded.request_ids))
 
     def _sampled(self, output: Any) -> ModelRunnerOutput:
-        # Waits for the tokens, as the executor would: scheduling is not asynchronous here.
+        # Waits for the tokens, as the executor would: scheduling is not asynchronous here. Their
+        # copy was queued before the next pass.
         if isinstance(output, AsyncModelRunnerOutput):
+            if self._overlaps:
+                sampled = output.sampler_output.sampled_token_ids[:, 0]
+                names = output.model_runner_output.req_ids
+                self._sequences.go_on(self._decoded.of(sampled, names))
             output = output.get_output()
         result: ModelRunnerOutput = output
         return result
@@ -90,6 +95,7 @@ class V2Adapter(LoopAdapter):
                     new.num_computed_tokens,
                     knobs[new.req_id],
                     num_generated=generated,
+                    max_tokens=max_tokens(new),
                     scores_prompt=scored,
                 )
             )

@@ -5,12 +5,14 @@ on the number of tokens, so it is worthwhile to wait until more sequences have e
 have exited are idle meanwhile.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
+
+import numpy as np
 
 from vllm_loopus.serving.knobs.engine import AUTO
 from vllm_loopus.serving.messages.costs import StepCosts
-from vllm_loopus.serving.step.staircase import LoopedSequence
+from vllm_loopus.serving.step.chunks import Bools, Ints
+from vllm_loopus.serving.step.staircase import UNKNOWN, Staircases
 
 
 class Quorum(Protocol):
@@ -20,14 +22,27 @@ class Quorum(Protocol):
         """A step begins. `costs`: as measured so far, None while unknown."""
         ...
 
-    def observe(self, sequence: LoopedSequence, depth: int) -> None:
-        """The exit rule was asked about a token at `depth`; if it exits there, its `exit_depth` is
-        set."""
+    def observe(self, stairs: Staircases, sequences: Ints, depth: Ints, exits: Bools) -> None:
+        """The exit rule was asked about the tokens of `sequences` [n] at `depth` [n], and `exits`
+        [n] is what it said."""
         ...
 
-    def ends(self, ready: int, running: Sequence[LoopedSequence]) -> bool:
-        """Whether the passes end now. `ready` sequences, at least 1, wait for the decoder;
+    def ends(self, ready: int, stairs: Staircases, running: Ints) -> bool:
+        """Whether the passes end now. `ready` sequences, at least 1, wait for the decoder; those
         `running` are still refining a token."""
+        ...
+
+    def exits_expected(self, stairs: Staircases, running: Ints) -> float:
+        """How many of the sequences `running` are expected to exit in the next pass."""
+        ...
+
+    def foresees(self, ready: int, stairs: Staircases, passing: Ints) -> bool:
+        """Whether to launch the decoder before the exits of the pass under way are read. In it are
+        `passing`, at the depths that they reach in it; `ready` have exited before."""
+        ...
+
+    def chain(self, stairs: Staircases, running: Ints) -> int:
+        """How many passes to launch before exits are read. `running` take part."""
         ...
 
 
@@ -40,11 +55,20 @@ class FixedQuorum:
     def begin_step(self, costs: StepCosts | None) -> None:
         pass
 
-    def observe(self, sequence: LoopedSequence, depth: int) -> None:
+    def observe(self, stairs: Staircases, sequences: Ints, depth: Ints, exits: Bools) -> None:
         pass
 
-    def ends(self, ready: int, running: Sequence[LoopedSequence]) -> bool:
+    def ends(self, ready: int, stairs: Staircases, running: Ints) -> bool:
         return ready >= int(self.share * (ready + len(running)))
+
+    def exits_expected(self, stairs: Staircases, running: Ints) -> float:
+        return float(len(running))
+
+    def foresees(self, ready: int, stairs: Staircases, passing: Ints) -> bool:
+        return False  # the share is a promise
+
+    def chain(self, stairs: Staircases, running: Ints) -> int:
+        return 1
 
 
 class AutoQuorum:
@@ -58,44 +82,79 @@ class AutoQuorum:
     more.
     """
 
+    LONGEST_CHAIN = 3
+    PATIENCE = 1.1  # by how much a chain has to be better: its estimate is rough
     MEMORY = 0.998  # weight of the past after each observation at a depth
 
     def __init__(self, max_depth: int) -> None:
-        self._exited = [0.5] * (max_depth + 1)
-        self._reached = [1.0] * (max_depth + 1)
+        self._exited = np.full(max_depth + 1, 0.5)
+        self._reached = np.ones(max_depth + 1)
         self._costs = StepCosts()
+        self._measured = False
         self._idle = 0.0
 
     def begin_step(self, costs: StepCosts | None) -> None:
         self._costs = costs or self._costs
+        self._measured = self._measured or costs is not None
         self._idle = 0.0
 
-    def observe(self, sequence: LoopedSequence, depth: int) -> None:
-        if sequence.predetermined_at(depth) is None and depth >= sequence.knobs.min_loops:
-            self._exited[depth] = self._exited[depth] * self.MEMORY + (sequence.exit_depth == depth)
-            self._reached[depth] = self._reached[depth] * self.MEMORY + 1
+    def observe(self, stairs: Staircases, sequences: Ints, depth: Ints, exits: Bools) -> None:
+        asked = depth >= stairs.min_loops[sequences]
+        exited = asked & exits
+        size = len(self._reached)
+        reached = np.bincount(depth[asked], minlength=size)
+        keep = self.MEMORY**reached
+        self._exited = self._exited * keep + np.bincount(depth[exited], minlength=size)
+        self._reached = self._reached * keep + reached
 
-    def chance(self, sequence: LoopedSequence) -> float:
-        """How likely the sequence is ready for the decoder after one more pass.
+    def chances(self, stairs: Staircases, sequences: Ints) -> np.ndarray:
+        """How likely each sequence is ready for the decoder after one more pass.
 
         Exit depths given for a replay are ignored, because they simulate the decisions of a model.
         """
-        depth = sequence.depth + 1
-        if sequence.fills:
-            return float(depth >= sequence.max_depth)
-        if (exits := sequence.predetermined_at(depth)) is not None:
-            return float(exits)
-        if depth < sequence.knobs.min_loops:
-            return 0.0
-        return self._exited[depth] / self._reached[depth]
+        return self._chances_at(stairs, sequences, stairs.depth[sequences] + 1)
 
-    def ends(self, ready: int, running: Sequence[LoopedSequence]) -> bool:
-        if not running:
+    def _chances_at(self, stairs: Staircases, sequences: Ints, depth: Ints) -> np.ndarray:
+        depth = np.minimum(depth, stairs.num_depths)
+        known = stairs.predetermined_at(sequences, depth)
+        learned = self._exited[depth] / self._reached[depth]
+        learned = np.where(depth < stairs.min_loops[sequences], 0.0, learned)
+        chances = np.where(known == UNKNOWN, learned, known)
+        fills = stairs.fills(sequences)
+        return np.where(fills, depth >= stairs.max_depth[sequences], chances)
+
+    def exits_expected(self, stairs: Staircases, running: Ints) -> float:
+        return float(self.chances(stairs, running).sum())
+
+    def foresees(self, ready: int, stairs: Staircases, passing: Ints) -> bool:
+        if not self._measured:
+            return False
+        exiting = self._chances_at(stairs, passing, stairs.depth[passing])
+        # The way to the decoder, and about as much of the way to the next pass.
+        saved = 2 * self._costs.gap
+        nobody = 0.0 if ready else float(np.prod(1 - exiting))
+        return ready + float(exiting.sum()) >= 1 and nobody * self._costs.per_boundary <= saved
+
+    def chain(self, stairs: Staircases, running: Ints) -> int:
+        if not len(running) or not self._measured:
+            return 1
+        stay = 1 - self.exits_expected(stairs, running) / len(running)
+
+        one = self._costs.per_pass + self._costs.per_row * len(running)
+
+        def rate(passes: int) -> float:
+            device = passes * one + self._costs.per_boundary
+            better = self.PATIENCE if passes == 1 else 1.0
+            return better * float(1 - stay**passes) / max(device, self._costs.host)
+
+        return max(range(1, self.LONGEST_CHAIN + 1), key=rate)
+
+    def ends(self, ready: int, stairs: Staircases, running: Ints) -> bool:
+        if not len(running):
             return True
-        expected = sum(map(self.chance, running))
         one_more = self._costs.per_pass * ready / (ready + len(running))
         so_far = (self._costs.per_boundary + self._idle) / ready
-        if one_more >= so_far * expected:
+        if one_more >= so_far * self.exits_expected(stairs, running):
             return True
         self._idle += one_more
         return False

@@ -1,244 +1,382 @@
-"""How far each position of a sequence has been computed: watermarks by depth, a staircase.
+"""How far each position of each running sequence has been computed: watermarks by depth.
 
-`done[r]` positions, from 0 on, have K/V and state at depth r; `done[0]` have been encoded. A token
-that goes to depth r takes along the positions from `done[r]` on that come before it (policy
-`exact`), so `done[0] >= done[1] >= ... >= done[N]`. The decoder has separate watermarks,
-`decoded[r] <= done[r]`: positions that have decoder K/V at depth r. They are not ordered by depth.
+`done[s, r]` positions of sequence s, from 0 on, have K/V and state at depth r, or a pass that
+writes them has been launched; `done[s, 0]` have been begun. A token that goes to depth r takes
+along the positions from `done[s, r]` on that come before it (policy `exact`), so
+`done[s, 0] >= done[s, 1] >= ...`: a staircase. The decoder has separate watermarks,
+`decoded[s, r] <= done[s, r]`, which are not ordered by depth. `settled[s, r] <= done[s, r]`
+positions are known to be finite: their passes are over.
+
+All running sequences are rows of the same arrays, so a pass takes the same few array operations
+for any number of sequences. `tests/serving/one_sequence.py` has the definition for one sequence;
+`tests/serving/test_staircase.py` checks the arrays against it.
+
+The newest positions of a sequence are *in flight* from `begin` to `finish`.
+
+- A token, including the last one of the prompt, runs until it exits and takes along the positions
+  that are not computed at its depths. A prompt chunk that is not the last runs to the least depth a
+  token may exit at, which the prompt needs in any case.
+- With `full_prefill`, a prompt runs to full depth instead, so that others find it in the prefix
+  cache. The exit depth of its last position is noted on the way.
+
+In `last_exited`, a generated position has K/V at all depths once its token has exited, and decoder
+K/V at all depths a token may exit at. Prompt positions only have it up to the watermarks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vllm_loopus.serving.knobs.request import RequestKnobs
+from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
+
+UNKNOWN = 2  # of `_predetermined`: the exit rule computes it
 
 
-@dataclass(slots=True)
-class Chunk:
-    """Positions `start .. end - 1` of a sequence, to be computed at `depth` as one causal chunk.
+@dataclass(frozen=True)
+class Start:
+    """Where a sequence starts.
 
-    Each position is one row of the model call.
+    - `max_depth`: planes that it may need. `prefill_end`: tokens known now.
+    - `cached[r - 1]`: positions found at depth r in the prefix cache. `decoded[r - 1]`: how many of
+      them have decoder K/V at depth r; None for none.
+    - `num_generated`: tokens generated so far.
+    - `predetermined[r - 1]`: whether a token exits at depth r, None if the exit rule computes that
+      (`ExitRule.predetermined`).
     """
 
-    sequence: "LoopedSequence"
-    depth: int
-    start: int
-    end: int
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-    @property
-    def newest(self) -> bool:
-        """Whether the sequence's newest position is in the chunk."""
-        return self.end == self.sequence.done[0]
-
-    @property
-    def catch_up(self) -> int:
-        """How many of its positions come before those in flight."""
-        return max(min(self.end, self.sequence.begun) - self.start, 0)
+    knobs: RequestKnobs
+    max_depth: int
+    prefill_end: int
+    predetermined: Sequence[bool | None]
+    cached: Sequence[int] | None = None
+    decoded: Sequence[int] | None = None
+    num_generated: int = 0
 
 
-class LoopedSequence:
-    """One running sequence. Its newest positions are *in flight* from `begin` to `finish`.
+# What is known of a sequence, by name of the array: shape after [S], type.
+_ARRAYS = {
+    "present": ((), bool),
+    "in_flight": ((), bool),
+    "wants_token": ((), bool),  # of the positions in flight
+    "stalled": ((), bool),  # in the last pass, for lack of blocks
+    "failed": ((), bool),  # nothing more can be computed
+    "max_depth": ((), np.int64),
+    "max_loops": ((), np.int64),
+    "min_loops": ((), np.int64),
+    "prefill_end": ((), np.int64),
+    "num_generated": ((), np.int64),
+    "begun": ((), np.int64),  # the first position in flight
+    "depth": ((), np.int64),  # that the newest position has reached
+    "target": ((), np.int64),  # that it goes to, as far as is known
+    "exit_depth": ((), np.int64),  # 0: not known yet
+    "forced": ((), np.int64),  # the exit depth given for the token in flight; 0: none
+    "age": ((), np.int64),  # steps in flight
+    "life": ((), np.int64),  # how many sequences have had this row
+}
+_BY_DEPTH = {
+    "done": np.int64,
+    "settled": np.int64,
+    "decoded": np.int64,
+    "may_exit": bool,  # whether a token may exit at this depth
+    "_predetermined": np.int8,
+}
 
-    - A token, including the last one of the prompt, runs until it exits and takes along the
-      positions that are not computed at its depths. A prompt chunk that is not the last runs to the
-      least depth a token may exit at, which the prompt needs in any case.
-    - With `full_prefill`, a prompt runs to full depth instead, so that others find it in the prefix
-      cache. The exit depth of its last position is noted on the way.
 
-    In `last_exited`, a generated position has K/V at all depths once its token has exited, and
-    decoder K/V at all depths a token may exit at. Prompt positions only have it up to the
-    watermarks: `done[r]` and `decoded[r]` stay below `prefill_end` until a token goes to depth r
-    and the prompt has been computed there.
+@dataclass(eq=False)
+class Staircases:
+    """The staircases of all running sequences: arrays over S rows, one for each; see the module.
+
+    `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        knobs: RequestKnobs,
-        max_depth: int,
-        prefill_end: int,
-        cached: Sequence[int] | None = None,
-        decoded: Sequence[int] | None = None,
-        last_exited: bool = False,
-        num_generated: int = 0,
-        full_prefill: bool = False,
-        predetermined: Sequence[bool | None] | None = None,
-        carry: tuple[float, ...] = (),
-    ) -> None:
-        """
-        - `max_depth`: planes that the sequence may need. `prefill_end`: tokens known now.
-        - `cached[r - 1]`: positions found at depth r in the prefix cache. `decoded[r - 1]`: how
-          many of them have decoder K/V at depth r.
-        - `last_exited`: the K/V policy. `num_generated`: tokens generated so far.
-        - `predetermined[r - 1]`: whether a token exits at depth r, None if the exit rule computes
-          that (`ExitRule.predetermined`). `carry`: what a token's exit rule starts with.
-        """
-        self.request_id = request_id
-        self.knobs = knobs
-        self.full_prefill = full_prefill
-        self._predetermined = predetermined or [None] * max_depth
+    num_depths: int
+    last_exited: bool = False
+    full_prefill: bool = False
+    reasons: dict[int, str] = field(default_factory=dict)  # why a sequence failed
+
+    present: Bools = field(init=False)
+    in_flight: Bools = field(init=False)
+    wants_token: Bools = field(init=False)
+    stalled: Bools = field(init=False)
+    failed: Bools = field(init=False)
+    max_depth: Ints = field(init=False)
+    max_loops: Ints = field(init=False)
+    min_loops: Ints = field(init=False)
+    prefill_end: Ints = field(init=False)
+    num_generated: Ints = field(init=False)
+    begun: Ints = field(init=False)
+    depth: Ints = field(init=False)
+    target: Ints = field(init=False)
+    exit_depth: Ints = field(init=False)
+    forced: Ints = field(init=False)
+    age: Ints = field(init=False)
+    life: Ints = field(init=False)
+    done: Ints = field(init=False)  # [S, N + 1]
+    settled: Ints = field(init=False)
+    decoded: Ints = field(init=False)
+    may_exit: Bools = field(init=False)
+    _predetermined: NDArray[np.int8] = field(init=False)
+    _given: Ints = field(init=False)  # [S, G]: exit depths given for the first tokens; 0: none
+
+    def __post_init__(self) -> None:
+        for name, (shape, kind) in _ARRAYS.items():
+            setattr(self, name, np.zeros((0, *shape), dtype=kind))
+        for name, kind in _BY_DEPTH.items():
+            setattr(self, name, np.zeros((0, self.num_depths + 1), dtype=kind))
+        self._given = np.zeros((0, 1), dtype=np.int64)
+        self.reserve(8)
+
+    @property
+    def capacity(self) -> int:
+        """The number of rows."""
+        return len(self.present)
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for as many sequences."""
+        if (more := rows - self.capacity) <= 0:
+            return
+        for name in [*_ARRAYS, *_BY_DEPTH, "_given"]:
+            old = getattr(self, name)
+            new = np.zeros((more, *old.shape[1:]), dtype=old.dtype)
+            setattr(self, name, np.concatenate([old, new]))
+
+    def add(self, index: int, start: Start) -> None:
+        """A sequence gets the row `index`."""
+        depth, knobs = start.max_depth, start.knobs
+        for name in [*_ARRAYS.keys() - {"life"}, *_BY_DEPTH]:
+            getattr(self, name)[index] = 0
+        self.reasons.pop(index, None)
+        self.life[index] += 1
+        self.present[index] = True
+        self.max_depth[index] = depth
+        self.max_loops[index], self.min_loops[index] = knobs.max_loops, knobs.min_loops
+        self.prefill_end[index] = start.prefill_end
+        self.num_generated[index] = start.num_generated
+        found = list(start.cached or [0] * depth)[:depth]
+        self.done[index, : depth + 1] = [found[0], *found]
+        self.settled[index] = self.done[index]
+        if start.decoded is not None:
+            self.decoded[index, 1 : depth + 1] = start.decoded[:depth]
+        known = [UNKNOWN if exits is None else int(exits) for exits in start.predetermined]
+        self._predetermined[index, 1 : depth + 1] = known[:depth]
         given = knobs.exit_depths  # stand for what the exit rule would decide
-        self._exits = [
-            depth
-            for depth, exits in enumerate(self._predetermined[: knobs.max_loops], start=1)
-            if exits is not False or depth in given or (given and depth >= knobs.min_loops)
-        ]
-        self.max_depth = max_depth
-        self.prefill_end = prefill_end
-        self.last_exited = last_exited
-        self.num_generated = num_generated
-        found = list(cached or [0] * max_depth)[:max_depth]
-        self.done = [found[0], *found]
-        self.begun = found[0]  # the first position in flight
-        self.decoded = [0, *(decoded or [0] * max_depth)[:max_depth]]
-        self.in_flight = False
-        self.wants_token = False
-        self.depth = 0  # that the newest position has reached
-        self.stalled = False  # in the last pass, for lack of blocks
-        self.exit_depth: int | None = None
-        self._first_carry = carry
-        self.carry = carry  # what the exit rule has accumulated for the newest position
-        self.age = 0  # steps in flight
-        self.failure: str | None = None  # why nothing more can be computed
+        if len(given) >= self._given.shape[1]:
+            wider = np.zeros((self.capacity, 2 * len(given) + 1), dtype=np.int64)
+            wider[:, : self._given.shape[1]] = self._given
+            self._given = wider
+        self._given[index] = 0
+        self._given[index, : len(given)] = given
+        last = min(knobs.max_loops, depth)
+        exits = self._predetermined[index, : last + 1] != 0
+        if given:
+            exits[knobs.min_loops :] = True
+            exits[[depth for depth in given if depth <= last]] = True
+        exits[0] = False
+        self.may_exit[index, : last + 1] = exits
 
-    def begin(self, count: int, wants_token: bool) -> None:
-        """`count` new positions are encoded; a token is wanted for the last one, or not."""
-        assert not self.in_flight and count > 0
-        self.begun = self.done[0]
-        self.done[0] += count
-        self.in_flight, self.wants_token = True, wants_token
-        self.depth, self.exit_depth, self.carry, self.age = 0, None, self._first_carry, 0
-        self.stalled = False
+    def remove(self, index: int) -> None:
+        """The row is free."""
+        self.present[index] = self.in_flight[index] = False
+        self.life[index] += 1
 
-    def fail(self, reason: str) -> None:
+    def begin(self, sequences: Ints, counts: Ints | int, wants_token: Bools | bool) -> Chunks:
+        """`counts` new positions of each of `sequences`, none of them in flight; a token is wanted
+        for the last one, or not. The chunks are at depth 0, to be encoded."""
+        first = self.done[sequences, 0]
+        end = first + counts
+        self.begun[sequences], self.done[sequences, 0] = first, end
+        self.in_flight[sequences], self.wants_token[sequences] = True, wants_token
+        for array in (self.depth, self.exit_depth, self.age):
+            array[sequences] = 0
+        self.stalled[sequences] = False
+        least = np.minimum(self.min_loops[sequences], self.max_depth[sequences])
+        target = np.where(self.wants_token[sequences], self.max_depth[sequences], least)
+        if self.full_prefill:
+            target = np.where(self.prefilling(sequences), self.max_depth[sequences], target)
+        self.target[sequences] = target
+        number = np.minimum(self.num_generated[sequences], self._given.shape[1] - 1)
+        self.forced[sequences] = self._given[sequences, number]
+        depth = np.zeros_like(first)
+        return Chunks(sequences, depth, first, end, np.ones(len(sequences), dtype=bool))
+
+    def fail(self, index: int, reason: str) -> None:
         """What was computed is useless: no further pass and no token. The first reason counts."""
-        self.failure = self.failure or reason
-        self.in_flight = False
+        self.reasons.setdefault(index, reason)
+        self.failed[index] = True
+        self.in_flight[index] = False
 
-    @property
-    def prefilling(self) -> bool:
+    def prefilling(self, sequences: Ints) -> Bools:
         """Whether the newest position is one of those known from the start."""
-        return self.done[0] <= self.prefill_end
+        return self.done[sequences, 0] <= self.prefill_end[sequences]
 
-    @property
-    def fills(self) -> bool:
+    def fills(self, sequences: Ints) -> Bools:
         """Whether the newest position runs to full depth, independent of its exit depth."""
-        return self.full_prefill and self.prefilling
+        if not self.full_prefill:
+            return np.zeros(len(sequences), dtype=bool)
+        return self.prefilling(sequences)
 
-    @property
-    def copies_on_exit(self) -> bool:
+    def copies_on_exit(self, sequences: Ints) -> Bools:
         """Whether deeper depths get the K/V and state with which the newest position exits: a
         generated token in `last_exited`."""
-        return self.last_exited and not self.prefilling
+        if not self.last_exited:
+            return np.zeros(len(sequences), dtype=bool)
+        return ~self.prefilling(sequences)
 
-    @property
-    def target(self) -> int:
-        """The depth that the newest position goes to, as far as is known."""
-        if self.fills:
-            return self.max_depth
-        if not self.wants_token:
-            return min(self.knobs.min_loops, self.max_depth)
-        return self.max_depth if self.exit_depth is None else self.exit_depth
+    def refined(self, sequences: Ints) -> Bools:
+        """Whether the positions in flight need no further pass."""
+        return self.in_flight[sequences] & (self.depth[sequences] >= self.target[sequences])
 
-    def next_chunks(self) -> list[Chunk]:
-        """What the next pass has to compute, in order; empty if there is nothing to refine."""
-        if not self.in_flight or self.refined:
-            return []
-        depth, end = self.depth + 1, self.done[0]
-        if self.last_exited and self.done[depth] < self.prefill_end < end:
-            # One pass does both: a layer writes the K/V of all rows before any of them attends.
-            prompt = Chunk(self, depth, self.done[depth], self.prefill_end)
-            return [prompt, Chunk(self, depth, end - 1, end)]
-        return [Chunk(self, depth, self.done[depth], end)]
+    def ready(self, sequences: Ints) -> Bools:
+        """Whether a token has exited, and its positions need no further pass."""
+        refined = self.refined(sequences) & self.wants_token[sequences]
+        return refined & (self.exit_depth[sequences] > 0)
 
-    def passes_ahead(self, chunk: Chunk) -> int:
-        """How many passes, that over `chunk` included, have the same positions, each one depth
-        deeper, with nothing to decide in between. `chunk` is all that the sequence has to
-        compute."""
-        if not chunk.newest:
-            return 1
-        depth = chunk.depth
-        while depth < self.target and self.done[depth + 1] == chunk.start:
-            if self.undecided and self.predetermined_at(depth) is not False:
-                break
-            depth += 1
-        return depth - chunk.depth + 1
-
-    def advance(self, chunk: Chunk, passes: int = 1) -> None:
-        """The chunk is computed at its depth, the last of `passes` passes over it, and at the
-        depths of those before."""
-        for depth in range(chunk.depth - passes + 1, chunk.depth + 1):
-            assert chunk.start == self.done[depth] <= chunk.end <= self.done[depth - 1]
-            self.done[depth] = chunk.end
-        if chunk.newest:
-            self.depth = chunk.depth
-        elif self.copies_on_exit and chunk.end == self.prefill_end:
-            self.done[chunk.depth] = self.done[0] - 1  # the tokens since then were written here
-
-    @property
-    def undecided(self) -> bool:
+    def undecided(self, sequences: Ints) -> Bools:
         """Whether the exit depth of the newest position is still to be found."""
-        return self.in_flight and self.wants_token and self.exit_depth is None
+        wants = self.in_flight[sequences] & self.wants_token[sequences]
+        return wants & (self.exit_depth[sequences] == 0)
 
-    @property
-    def forced_depth(self) -> int | None:
-        """The exit depth given for the token in flight, if any."""
-        depths = self.knobs.exit_depths
-        return depths[self.num_generated] if self.num_generated < len(depths) else None
+    def next_chunks(self, sequences: Ints) -> Chunks:
+        """What the next pass has to compute of those `sequences` that have something to refine, in
+        order."""
+        chosen = sequences[self.in_flight[sequences] & ~self.refined(sequences)]
+        depth, end = self.depth[chosen] + 1, self.done[chosen, 0]
+        start = self.done[chosen, depth]
+        chunks = Chunks(chosen, depth, start, end, np.ones(len(chosen), dtype=bool))
+        prompt = self.prefill_end[chosen]
+        if not self.last_exited or not (split := (start < prompt) & (prompt < end)).any():
+            return chunks
+        # One pass does both: a layer writes the K/V of all rows before any of them attends.
+        return _split(chunks, split, prompt)
 
-    def exits_at(self, depth: int, exits: bool) -> bool:
-        """Whether the newest position exits at `depth`; `exits` is what the exit rule decided."""
-        return exits if self.forced_depth is None else depth == self.forced_depth
+    def passes_ahead(self, chunks: Chunks, most: int) -> int:
+        """How many passes, the one over `chunks` included, have the same positions, each one depth
+        deeper, with nothing to decide in between. `chunks` is all that their sequences have to
+        compute. At most `most`."""
+        index, depth = chunks.sequence, chunks.depth
+        if not chunks.newest.all():
+            return 1
+        target, undecided = self.target[index], self.undecided(index)
+        passes = 1
+        while passes < most:
+            at = depth + passes - 1  # after which the next pass would follow
+            going = at < target
+            deeper = np.minimum(at + 1, self.num_depths)
+            same = going & (self.done[index, deeper] == chunks.start)
+            same &= ~(undecided & (self.predetermined_at(index, at) != 0))
+            if not same.all():
+                break
+            passes += 1
+        return passes
 
-    def predetermined_at(self, depth: int) -> bool | None:
-        """Whether the newest position exits at `depth`, if that is known beforehand, else None.
+    def advance(self, chunks: Chunks, passes: int = 1) -> None:
+        """The chunks are computed at their depths, those of the last of `passes` passes, and at the
+        depths of the passes before."""
+        index = chunks.sequence
+        for earlier in range(passes):
+            depth = chunks.depth - earlier
+            assert (self.done[index, depth] == chunks.start).all() or self.last_exited
+            self.done[index, depth] = chunks.end
+        newest = chunks.newest
+        self.depth[index[newest]] = chunks.depth[newest]
+        if self.last_exited and not newest.all():
+            at, depth = index[~newest], chunks.depth[~newest]
+            over = self.copies_on_exit(at) & (chunks.end[~newest] == self.prefill_end[at])
+            at, depth = at[over], depth[over]
+            # The tokens since then were written here when they exited; the newest is in the pass.
+            self.done[at, depth] = self.done[at, 0] - (self.depth[at] < depth)
+
+    def predetermined_at(self, sequences: Ints, depth: Ints) -> NDArray[np.int8]:
+        """Whether the newest position exits at `depth`: 0, 1, or `UNKNOWN` beforehand.
 
         A given exit depth counts as unknown, because it stands for what a model would decide, at
         any depth from `min_loops` on.
         """
-        if self.forced_depth is None or depth >= self.knobs.max_loops:
-            return self._predetermined[depth - 1]
-        return None if depth >= self.knobs.min_loops or depth == self.forced_depth else False
+        known = self._predetermined[sequences, depth]
+        forced = self.forced[sequences]
+        if not forced.any():
+            return known
+        open_ = (depth >= self.min_loops[sequences]) | (depth == forced)
+        replayed = (forced > 0) & (depth < self.max_loops[sequences])
+        return np.where(replayed, np.where(open_, UNKNOWN, 0), known).astype(np.int8)
 
-    def other_exits(self, depth: int) -> list[int]:
-        """The depths except `depth` at which a token may exit: those that need decoder K/V."""
-        return [other for other in self._exits if other != depth]
+    def exits_at(self, sequences: Ints, depth: Ints, exits: Bools) -> Bools:
+        """Whether the newest position exits at `depth`; `exits` is what the exit rule decided."""
+        forced = self.forced[sequences]
+        return np.where(forced > 0, depth == forced, exits)
 
-    def decide(self, depth: int, exits: bool) -> None:
-        """The newest position has reached `depth`; `exits` is what the exit rule decided."""
-        if self.exits_at(depth, exits):
-            self.exit_depth = depth
-            if self.copies_on_exit:
-                for deeper in range(depth + 1, self.max_depth + 1):
-                    if self.done[deeper] >= self.prefill_end:
-                        self.done[deeper] = self.done[0]
+    def decide(self, sequences: Ints, depth: Ints, exits: Bools) -> Bools:
+        """The newest positions of `sequences`, undecided so far, have reached `depth`; `exits` is
+        what the exit rule decided. Returns which of them exit there."""
+        leaving = self.exits_at(sequences, depth, exits)
+        index, depth = sequences[leaving], depth[leaving]
+        self.exit_depth[index] = depth
+        goes_on = self.fills(index)
+        self.target[index[~goes_on]] = depth[~goes_on]
+        copied = self.copies_on_exit(index)
+        if copied.any():
+            index, depth = index[copied], depth[copied]
+            end = self.done[index, :1]
+            deeper = np.arange(self.num_depths + 1) > depth[:, None]
+            deeper &= np.arange(self.num_depths + 1) <= self.max_depth[index][:, None]
+            deeper &= self.done[index] >= self.prefill_end[index][:, None]
+            self.done[index] = np.where(deeper, end, self.done[index])
+            self.settled[index] = np.where(deeper, end, self.settled[index])
+        return leaving
 
-    @property
-    def refined(self) -> bool:
-        """Whether the positions in flight need no further pass."""
-        return self.in_flight and self.depth >= self.target
+    def settle(self, chunks: Chunks, passes: int) -> None:
+        """The passes over `chunks`, as in `advance`, are over, and their states are finite."""
+        for earlier in range(passes):
+            at = chunks.sequence, chunks.depth - earlier
+            self.settled[at] = np.maximum(self.settled[at], chunks.end)
 
-    def chunks_to_decode(self) -> list[Chunk]:
-        """What the decoder has to compute for the newest position's token, in order."""
-        assert self.exit_depth is not None
-        depth, end = self.exit_depth, self.done[0]
-        if not self.copies_on_exit:
-            return [Chunk(self, depth, self.decoded[depth], end)]
+    def chunks_to_decode(self, sequences: Ints) -> Chunks:
+        """What the decoder has to compute for the tokens of `sequences`, in order: where they have
+        exited, or else where they are."""
+        depth, end = self.exit_depth[sequences], self.done[sequences, 0]
+        depth = np.where(depth > 0, depth, self.depth[sequences])
+        # The newest one again, if it went through the decoder before it was known to exit.
+        start = np.minimum(self.decoded[sequences, depth], end - 1)
+        newest = np.ones(len(sequences), dtype=bool)
+        copying = self.copies_on_exit(sequences)
+        if not copying.any():
+            return Chunks(sequences, depth, start, end, newest)
         # Generated positions were decoded once, for all depths a token may exit at.
-        newest = Chunk(self, depth, end - 1, end)
-        if self.decoded[depth] >= self.prefill_end:
-            return [newest]
-        return [Chunk(self, depth, self.decoded[depth], self.prefill_end), newest]
+        prompt = self.prefill_end[sequences]
+        behind = copying & (start < prompt)
+        chunks = Chunks(sequences, depth, np.where(copying & ~behind, end - 1, start), end, newest)
+        return _split(chunks, behind, prompt) if behind.any() else chunks
 
-    def advance_decoder(self, chunk: Chunk) -> None:
-        """The chunk has decoder K/V at its depth."""
-        if chunk.start == self.decoded[chunk.depth]:
-            self.decoded[chunk.depth] = chunk.end
+    def advance_decoder(self, chunks: Chunks) -> None:
+        """The chunks have decoder K/V at their depths."""
+        # The newest position of a sequence may follow on another chunk of it.
+        for chosen in (~chunks.newest, chunks.newest):
+            index, depth = chunks.sequence[chosen], chunks.depth[chosen]
+            follows = self.decoded[index, depth] == chunks.start[chosen]
+            self.decoded[index[follows], depth[follows]] = chunks.end[chosen][follows]
 
-    def finish(self) -> None:
+    def finish(self, sequences: Ints) -> None:
         """The positions in flight are done; their token, if one was wanted, is sampled."""
-        assert self.in_flight
-        self.in_flight = False
-        self.num_generated += self.wants_token
+        self.in_flight[sequences] = False
+        self.num_generated[sequences] += self.wants_token[sequences]
+
+    def catch_up(self, chunks: Chunks) -> int:
+        """How many rows are positions before those in flight."""
+        before = np.minimum(chunks.end, self.begun[chunks.sequence]) - chunks.start
+        return int(np.maximum(before, 0).sum())
+
+
+def _split(chunks: Chunks, split: Bools, at: Ints) -> Chunks:
+    """`chunks`, those of the mask `split` as two: up to the position `at`, and the newest alone."""
+    where = np.arange(len(chunks)).repeat(1 + split)
+    second = np.zeros(len(where), dtype=bool)
+    second[1:] = where[1:] == where[:-1]
+    first = np.zeros(len(where), dtype=bool)
+    first[:-1] = second[1:]
+    both = chunks[where]
+    start = np.where(second, both.end - 1, both.start)
+    end = np.where(first, at[where], both.end)
+    return Chunks(both.sequence, both.depth, start, end, ~first)

@@ -116,12 +116,14 @@ class RowAttention:
         layer_names: list[str],
         graph: BatchDescriptor | None = None,
         capturing: bool = False,
+        metadata: Any = None,
     ) -> Iterator[None]:
         """Inside, the layers attend with each chunk in the plane of its depth.
 
-        `graph`: the one to be captured or replayed, for padded rows.
+        `graph`: the one to be captured or replayed, for padded rows. `metadata`: that of the rows,
+        if it has been made.
         """
-        metadata = self._metadata(rows, graph, capturing)
+        metadata = metadata or self.metadata(rows, graph, capturing)
         self._planes.slot_rows = rows.slot_rows
         try:
             with set_forward_context(
@@ -136,7 +138,9 @@ class RowAttention:
         finally:
             self._planes.slot_rows = None
 
-    def _metadata(self, rows: DeviceRows, graph: BatchDescriptor | None, capturing: bool) -> Any:
+    def metadata(
+        self, rows: DeviceRows, graph: BatchDescriptor | None = None, capturing: bool = False
+    ) -> Any:
         """The backend's metadata for the rows. If the last metadata was for the same positions, it
         only gets other blocks, as vLLM does for KV cache groups that differ in nothing else."""
         builder, last = self._group.get_metadata_builder(), self._last
@@ -162,7 +166,7 @@ class RowAttention:
             metadata = builder.build_for_cudagraph_capture(common)
         else:
             # A backend that schedules ahead has room for as many chunks as vLLM has sequences; a
-            # decoder call may have two for one (`LoopedSequence.chunks_to_decode`).
+            # decoder call may have two for one (`Staircases.chunks_to_decode`).
             crowded = len(extents.seq_lens) > self._vllm_config.scheduler_config.max_num_seqs
             metadata = builder.build(0, common, fast_build=crowded)
         self._last = _Built(rows, graph, metadata)

@@ -3,7 +3,7 @@
 It is given the model, block tables and a metadata builder, and knows no model runner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,34 +14,19 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_loopus.modeling.exit_rule import ExitRule
+from vllm_loopus.serving.knobs.request import RequestKnobs
 from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 from vllm_loopus.serving.model.seam import LoopedModel
-from vllm_loopus.serving.step.staircase import Chunk
+from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
+from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.worker.block_tables import BlockTables
-from vllm_loopus.serving.worker.exits import Exits
+from vllm_loopus.serving.worker.exits import Exits, deeper_than
 from vllm_loopus.serving.worker.nonfinite import WatchedRows, cleanse
-from vllm_loopus.serving.worker.regions import Ran, Regions
+from vllm_loopus.serving.worker.regions import PreparedCall, Ran, Regions
 from vllm_loopus.serving.worker.row_layout import ExtraSlots, RowLayout
 from vllm_loopus.serving.worker.states import StatePages
 from vllm_loopus.serving.worker.transfer import to_device
-from vllm_loopus.serving.worker.verdicts import Verdicts
-
-
-@dataclass
-class Decoded:
-    """Decoder output of a step: hidden states of newest positions, and whose they are."""
-
-    hidden: torch.Tensor | None = None  # [len(request_ids), H]
-    request_ids: list[str] = field(default_factory=list)
-
-    def in_order(self, request_ids: Sequence[str]) -> torch.Tensor:
-        """The hidden states of `request_ids`, all of those decoded, in their order."""
-        assert self.hidden is not None
-        row = {request_id: index for index, request_id in enumerate(self.request_ids)}
-        order = [row[request_id] for request_id in request_ids]
-        if order == list(range(len(self.request_ids))):
-            return self.hidden
-        return self.hidden.index_select(0, to_device(order, self.hidden.device))
+from vllm_loopus.serving.worker.verdicts import Verdict, Verdicts
 
 
 class PromptScorer(Protocol):
@@ -57,6 +42,44 @@ class PromptScorer(Protocol):
 
 
 @dataclass
+class DecodedRows:
+    """The decoder's output of a step: hidden states of newest positions, and whose they are."""
+
+    hidden: torch.Tensor | None = None  # [len(sequences), H]
+    sequences: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Tokens that are still on the device: `ids` [n] of `sequences` [n]."""
+
+    sequences: Ints
+    ids: torch.Tensor
+
+
+class Texts(Protocol):
+    """What the executor needs to know of running sequences beyond their staircases."""
+
+    def token_ids(self, chunks: Chunks) -> NDArray[np.int32]:
+        """The token ids of all rows of `chunks`; anything where a token is still on the device."""
+        ...
+
+    def scored(self) -> dict[int, str]:
+        """The sequences whose prompts are to be scored, and their request ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call over `chunks` that is ready to be launched, but for its inputs."""
+
+    chunks: Chunks
+    layout: RowLayout
+    source: torch.Tensor | None  # slots of the states that it starts from
+    call: PreparedCall | None
+
+
+@dataclass
 class _LastPass:
     """The last pass of a step, and its outputs as they would be read from the pages. With graphs
     they lie in the output of one: nothing runs between two passes, and a graph's input is a copy.
@@ -67,6 +90,39 @@ class _LastPass:
     injected: torch.Tensor | None
 
 
+class _Exits:
+    """What a pass decides, on its way to the host: a reading of `step/run.py`."""
+
+    def __init__(self, executor: "PagedExecutor", verdict: Verdict, asked: Bools) -> None:
+        """`asked` [S]: which of the deciding positions the exit rule was asked about."""
+        self._executor, self._verdict, self._asked = executor, verdict, asked
+        self.then: _Deferred | None = None
+
+    def wait(self) -> Bools:
+        exits = np.zeros(len(self._asked), dtype=bool)
+        exits[self._asked] = self._verdict.wait()
+        return exits
+
+    def complete(self, leaving: Bools) -> None:
+        """Writes what goes to deeper depths, before these are read. `leaving` [S]: which of the
+        deciding positions exit in this pass."""
+        if self.then is not None:
+            self._executor.write_deeper(self.then, leaving)
+
+
+@dataclass
+class _Deferred:
+    """What is written once it is known which rows have exited: K/V and `states` of the chunks
+    `rows`, which are `of` [S] of the deciding ones, at `depth`."""
+
+    chunks: Chunks
+    layout: RowLayout
+    deciding: Ints
+    may_exit: Bools  # [S]
+    states: torch.Tensor
+    writes: DeferredWrites
+
+
 class PagedExecutor:
     """`StepExecutor` over vLLM's paged memory."""
 
@@ -74,6 +130,7 @@ class PagedExecutor:
         self,
         model: LoopedModel,
         vllm_config: VllmConfig,
+        stairs: Staircases,
         tables: BlockTables,
         attention_group: Any,
         device: torch.device,
@@ -84,77 +141,185 @@ class PagedExecutor:
         depths have the same K/V shape, so one metadata builder serves them all."""
         planes = model.planes
         self._model = model
+        self._stairs = stairs
         self._tables = tables
         self._device = device
         self._scorer = scorer
         self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
-        self._verdicts = Verdicts(get_tp_group())
-        self._exits = Exits(model, rule, self._verdicts, device)
+        self._verdicts = Verdicts(get_tp_group(), stairs, self._cleanse)
+        self._exits = Exits(model, rule, device)
         self._states = StatePages(planes.state_pages(), planes.state_size)
         self._injected = (
             StatePages(planes.injected_pages(), planes.injected_size)
             if planes.injected_size
             else None
         )
-        self._tokens: list[int] = []
         self._encoded: tuple[torch.Tensor, ...] = ()
         self._last_pass: _LastPass | None = None  # of this step
-        self.decoded = Decoded()
+        self.texts: Texts
+        self.sampled: SampledTokens | None = None  # tokens that the next `encode` may need
+        self.decoded = DecodedRows()
 
     @property
     def asynchronous(self) -> bool:
+        """Whether a call may return before the device has computed it."""
         return self._device.type != "cpu"
 
-    def begin_step(self, tokens: list[int]) -> None:
-        """`tokens`: the ids of the new positions, in order."""
-        self._tokens = tokens
-        self.decoded = Decoded()
+    def add(self, index: int, knobs: RequestKnobs) -> None:
+        """A sequence gets the row `index`."""
+        self._exits.add(index, knobs)
+
+    def begin_step(self) -> None:
+        """Forgets what was decoded."""
+        self.decoded = DecodedRows()
 
     def capture(self) -> int:
         """Captures the graphs of the regions; the bytes that they take."""
         return self._regions.capture()
 
-    def make_room(self, chunk: Chunk) -> int:
-        return self._tables.make_room(chunk)
+    def make_room(self, chunks: Chunks) -> Ints:
+        return self._tables.make_room(chunks, self.deepest(chunks))
 
-    def make_room_deeper(self, chunks: list[Chunk], passes: int) -> int:
+    def make_room_next(self, chunks: Chunks) -> Ints:
+        stairs = self._stairs  # they are generated positions, which are copied when they exit
+        deepest = stairs.max_depth[chunks.sequence] if stairs.last_exited else None
+        return self._tables.make_room(chunks, deepest)
+
+    def make_room_deeper(self, chunks: Chunks, passes: int) -> int:
         return self._tables.make_room_deeper(chunks, passes)
 
-    def encode(self, chunks: list[Chunk]) -> None:
-        layout = self._tables.layout([Chunk(c.sequence, 1, c.start, c.end) for c in chunks])
-        ids = self._tensor(np.array(self._tokens, dtype=np.int32))
+    def deepest(self, chunks: Chunks) -> Ints | None:
+        """Up to which depth each chunk needs blocks; None if no deeper than its own."""
+        copied = chunks.newest & self._stairs.copies_on_exit(chunks.sequence)
+        if not copied.any():
+            return None
+        return np.where(copied, self._stairs.max_depth[chunks.sequence], chunks.depth)
+
+    def prepare_encoder(self, chunks: Chunks) -> Prepared:
+        layout = self._tables.layout(chunks)
+        return Prepared(chunks, layout, None, self._regions.encoder.prepare(layout))
+
+    def encode(self, chunks: Chunks, prepared: Prepared | None = None) -> None:
+        sampled = self.sampled
+        if (
+            prepared is not None
+            and prepared.call is not None
+            and self._injected is None
+            and sampled is not None
+            and np.array_equal(sampled.sequences, chunks.sequence)
+        ):
+            self.sampled = None
+            self._encode_among(prepared, chunks, sampled.ids)
+            return
+        layout = self._tables.layout(chunks.at(1))
+        ids = self._token_ids(chunks, layout)
         ran = self._regions.encoder(layout, ids)
         self._encoded = ran.outputs
         if self._injected is not None:
             self._injected.write(ran.slots, ran.outputs[1])
 
-    def run_passes(self, chunks: list[Chunk], passes: int, deciding: list[int]) -> list[bool]:
-        *shallower, layout = layouts = self._tables.layouts(chunks, passes)
-        state, injected = self._inputs(layouts[0])
+    def _encode_among(self, prepared: Prepared, chunks: Chunks, ids: torch.Tensor) -> None:
+        """Encodes the tokens `ids` [C] of `chunks`, one row each, in a call that was prepared for
+        more sequences. What the others' rows write is written again when they begin."""
+        place = np.empty(self._stairs.capacity, dtype=np.int64)
+        place[prepared.chunks.sequence] = np.arange(len(prepared.chunks))
+        rows = self._tensor(place[chunks.sequence])
+        every = ids.new_zeros(len(prepared.chunks), dtype=torch.int32)
+        every.index_copy_(0, rows, ids.to(torch.int32))
+        ran = self._regions.encoder(prepared.layout, every, prepared=prepared.call)
+        self._encoded = tuple(output.index_select(0, rows) for output in ran.outputs)
+
+    def _token_ids(self, chunks: Chunks, layout: RowLayout) -> torch.Tensor:
+        """The token ids [T] of the rows of `chunks`."""
+        sampled, self.sampled = self.sampled, None
+        if sampled is not None and np.array_equal(sampled.sequences, chunks.sequence):
+            return sampled.ids.to(torch.int32)
+        ids = self._tensor(self.texts.token_ids(chunks))
+        if sampled is None:
+            return ids
+        # Rows whose tokens the host does not know yet take them on the device.
+        order = np.argsort(sampled.sequences)
+        found = np.searchsorted(sampled.sequences, chunks.sequence, sorter=order)
+        source = order[np.minimum(found, len(order) - 1)]
+        there = sampled.sequences[source] == chunks.sequence
+        rows = self._tensor(layout.spans.last_rows[there])
+        given = sampled.ids.index_select(0, self._tensor(source[there]))
+        return ids.index_copy(0, rows, given.to(ids.dtype))
+
+    def prepare_pass(self, chunks: Chunks) -> Prepared:
+        layout = self._tables.layout(chunks)
+        source = None
+        if self._injected is None and not np.count_nonzero(chunks.depth == 1):
+            source = self._tensor(layout.slots(layout.depth - 1))
+        return Prepared(chunks, layout, source, self._regions.reasoning.prepare(layout))
+
+    def prepare_decoder(self, chunks: Chunks) -> Prepared | None:
+        if self.texts.scored():
+            return None
+        layout = self._tables.layout(chunks)
+        extra, wanted = self._other_exits(layout, chunks), self._wanted(chunks, layout, {})
+        call = self._regions.decoder.prepare(layout, extra, wanted)
+        return Prepared(chunks, layout, self._tensor(layout.own_slots), call)
+
+    def run_passes(
+        self,
+        chunks: Chunks,
+        passes: int,
+        decides: Callable[[], Ints],
+        prepared: Prepared | None = None,
+    ) -> _Exits | None:
+        if prepared is not None:
+            shallower, layout = [], prepared.layout
+            layouts = [layout]
+        else:
+            *shallower, layout = layouts = self._tables.layouts(chunks, passes)
+        source = None if prepared is None else prepared.source
+        state, injected = self._inputs(layouts[0], source)
         for before in shallower:
             _, state = self._run_pass(before, state, injected)
-        may_exit = self._may_copy(chunks, deciding)
-        # K/V goes to deeper depths once its rows have exited. A graph cannot wait: it writes the
-        # K/V of all rows that may exit.
-        deferred = may_exit if may_exit and not self._regions.reasoning.replays(layout) else []
-        at_once = [] if deferred else may_exit
-        extra = layout.extra_slots(at_once, self._deeper(at_once, chunks))
-        rows = self._tensor(layout.spans.last_rows[deferred]) if deferred else None
+        rows, extra = None, None
+        if self._stairs.last_exited:
+            deciding = decides()
+            may_exit = self._may_copy(chunks, deciding)
+            # K/V goes to deeper depths once its rows have exited. A graph cannot wait: it writes
+            # the K/V of all rows that may exit.
+            if not self._regions.reasoning.replays(layout) and may_exit.any():
+                rows = self._tensor(layout.spans.last_rows[deciding[may_exit]])
+            else:
+                extra = self._deeper(layout, chunks, deciding[may_exit])
         with self._model.planes.deferring(rows) as writes:
-            ran, state = self._run_pass(layout, state, injected, extra)
+            call = None if prepared is None else prepared.call
+            ran, state = self._run_pass(layout, state, injected, extra, call)
+        if not self._stairs.last_exited:
+            deciding = decides()  # here the device is busy
         self._last_pass = _LastPass(layout, state, injected)
         refined, observed = ran.outputs
         # NaN stays NaN, so the states of the last pass also show NaN of the passes before.
-        self._verdicts.watch(WatchedRows.of(chunks, layout, refined))
-        exits = self._exits.after(chunks, deciding, layout, observed)
+        self._verdicts.watch(WatchedRows.of(self._stairs, layouts, refined))
+        if not len(deciding):
+            return None
+        # An exit depth that was given stands for what the rule would say.
+        asked = self._stairs.forced[chunks.sequence[deciding]] == 0
+        reading = _Exits(self, self._ask(chunks, deciding[asked], layout, observed), asked)
         if writes is not None:
-            decided = dict(zip(deciding, exits, strict=True))
-            exiting = [
-                i for i in deferred if chunks[i].sequence.exits_at(chunks[i].depth, decided[i])
-            ]
-            extra = layout.extra_slots(exiting, self._deeper(exiting, chunks))
-            self._write_deeper(extra, refined, writes)
-        return exits
+            reading.then = _Deferred(chunks, layout, deciding, may_exit, refined, writes)
+        return reading
+
+    def _ask(
+        self, chunks: Chunks, deciding: Ints, layout: RowLayout, observed: torch.Tensor
+    ) -> Verdict:
+        """Asks the exit rule about the newest positions of the chunks `deciding`."""
+        if not len(deciding):
+            return self._verdicts.queue(None)
+        every = len(deciding) == len(layout.spans)
+        exits = self._exits.after(
+            chunks.sequence[deciding],
+            chunks.end[deciding],
+            chunks.depth[deciding],
+            None if every else layout.spans.last_rows[deciding],
+            observed,
+        )
+        return self._verdicts.queue(exits)
 
     def _run_pass(
         self,
@@ -162,51 +327,58 @@ class PagedExecutor:
         state: torch.Tensor,
         injected: torch.Tensor | None,
         extra: ExtraSlots | None = None,
+        prepared: PreparedCall | None = None,
     ) -> tuple[Ran, torch.Tensor]:
         """One pass from `state` [T, H] to the depths of `layout`. Stores the new states, and
         returns them as they would be read."""
         depth = None
         if self._model.reads_depth:
             depth = self._tensor(layout.depth[layout.spans.chunk])
-        ran = self._regions.reasoning(layout, state, depth, injected, extra=extra)
+        ran = self._regions.reasoning(
+            layout, state, depth, injected, extra=extra, prepared=prepared
+        )
         refined = ran.outputs[0]
         self._states.write(ran.slots, refined)
         if ran.extra_rows is not None and ran.extra_slots is not None:
             self._states.write(ran.extra_slots, refined.index_select(0, ran.extra_rows))
         return ran, self._states.as_read(refined)
 
-    @staticmethod
-    def _may_copy(chunks: list[Chunk], deciding: list[int]) -> list[int]:
-        """The chunks whose newest row gives its K/V to deeper depths if it exits, and may exit."""
-        return [
-            index
-            for index in deciding
-            if chunks[index].sequence.copies_on_exit
-            and chunks[index].depth < chunks[index].sequence.max_depth
-            and chunks[index].sequence.predetermined_at(chunks[index].depth) is not False
-        ]
+    def _may_copy(self, chunks: Chunks, deciding: Ints) -> Bools:
+        """Which of the chunks `deciding` [S] give the K/V of their newest row to deeper depths if
+        it exits."""
+        index, stairs = chunks.sequence[deciding], self._stairs
+        copies = stairs.copies_on_exit(index)
+        return copies & (chunks.depth[deciding] < stairs.max_depth[index])
 
-    @staticmethod
-    def _deeper(indices: list[int], chunks: list[Chunk]) -> list[Sequence[int]]:
-        """The depths deeper than those of the chunks `indices`."""
-        return [range(chunks[i].depth + 1, chunks[i].sequence.max_depth + 1) for i in indices]
+    def _deeper(self, layout: RowLayout, chunks: Chunks, which: Ints) -> ExtraSlots | None:
+        """The slots of the newest rows of the chunks `which` at all deeper depths."""
+        if not len(which):
+            return None
+        last = self._stairs.max_depth[chunks.sequence[which]]
+        return layout.extra_slots(
+            which, deeper_than(chunks.depth[which], last, self._stairs.num_depths)
+        )
 
-    def _write_deeper(
-        self, extra: ExtraSlots | None, states: torch.Tensor, writes: DeferredWrites
-    ) -> None:
-        """K/V and states of rows that have exited go to their `extra` slots."""
+    def write_deeper(self, deferred: _Deferred, leaving: Bools) -> None:
+        """K/V and states of rows that exit, as `leaving` [S] says, go to all deeper depths."""
+        exiting = deferred.may_exit & leaving
+        extra = self._deeper(deferred.layout, deferred.chunks, deferred.deciding[exiting])
         if extra is None:
             return
         rows, slots = self._tensor(extra.rows), self._tensor(extra.slots)
-        self._states.write(slots, states.index_select(0, rows))
-        writes.write(rows, slots)
+        self._states.write(slots, deferred.states.index_select(0, rows))
+        deferred.writes.write(rows, slots)
 
-    def _inputs(self, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _inputs(
+        self, layout: RowLayout, source: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`h^{r-1}` [T, H] and the constant input [T, I] of all rows: from the encoder, from the
-        last pass, or from the pages."""
+        last pass, or from the pages. `source`: the slots to read from, if they are known."""
         last, self._last_pass = self._last_pass, None
         if last is not None and layout.follows(last.layout):
             return last.state, last.injected
+        if source is not None:
+            return self._states.read(source), None
         fresh = int(layout.spans.offsets[np.count_nonzero(layout.depth == 1)])  # rows, the first
         # Depth 0 has no pages: depth 1 stands in for the fresh rows, which are cut off.
         state = self._with_fresh(self._states, 0, layout, np.maximum(layout.depth - 1, 1), fresh)
@@ -230,61 +402,81 @@ class PagedExecutor:
         stored = pages.read(self._tensor(layout.slots(depth)[fresh:]))
         return torch.cat([self._encoded[output], stored]) if fresh else stored
 
-    def check_states(self) -> None:
+    def check_states(self) -> Verdict | None:
         self._last_pass = None
-        self._verdicts.check_states()
+        return self._verdicts.queue(None) if self._verdicts.watching else None
 
-    def cleanse(self, request_id: str) -> None:
+    def must_read(self) -> bool:
+        return self._tables.suspects_in_use
+
+    def trust(self) -> None:
+        self._tables.trust()
+
+    def cleanse(self, index: int) -> None:
         """Removes NaN and infinity from the blocks of a sequence that failed."""
-        cleanse(self._model.planes.caches(), self._tables.blocks(request_id))
+        self._cleanse(self._tables.blocks(index))
 
-    def decode(self, chunks: list[Chunk]) -> None:
+    def _cleanse(self, blocks: NDArray[Any]) -> None:
+        cleanse(self._model.planes.caches(), blocks.astype(np.int64))
+
+    def decode(
+        self, chunks: Chunks, used: Bools | None = None, prepared: Prepared | None = None
+    ) -> Verdict:
         self._last_pass = None
-        layout = self._tables.layout(chunks)
-        states = self._states.read(self._tensor(layout.own_slots))
-        copying = [i for i, c in enumerate(chunks) if c.newest and c.sequence.copies_on_exit]
-        others = [chunks[i].sequence.other_exits(chunks[i].depth) for i in copying]
+        if prepared is not None and prepared.source is not None and prepared.call is not None:
+            layout, source, call = prepared.layout, prepared.source, prepared.call
+            extra, wanted, scored = call.extra, None, {}
+        else:
+            layout, call, scored = self._tables.layout(chunks), None, self._scored(chunks)
+            source = self._tensor(layout.own_slots)
+            extra = self._other_exits(layout, chunks)
+            wanted = self._wanted(chunks, layout, scored)
+        states = self._states.read(source)
         (hidden,) = self._regions.decoder(
-            layout,
-            states,
-            extra=layout.extra_slots(copying, others),
-            wanted=self._wanted(chunks, layout),
+            layout, states, extra=extra, wanted=wanted, prepared=call
         ).outputs
-        self._verdicts.watch(WatchedRows.of(chunks, layout, hidden, "in the decoder "))
-        self._verdicts.check_states()
-        newest = []
-        for index, chunk in enumerate(chunks):
-            if chunk.sequence.failure:
-                continue
-            self._tables.mark_decoded(chunk)
-            if self._scorer.wants(chunk.sequence.request_id):
-                part = hidden[slice(*layout.spans.offsets[index : index + 2])]
-                self._scorer.score(chunk.sequence.request_id, chunk.start, part)
-            if chunk.newest:
-                newest.append(index)
-        if newest:
-            rows = self._tensor(layout.spans.last_rows[newest])
-            self.decoded.hidden = hidden.index_select(0, rows)
-            self.decoded.request_ids = [chunks[index].sequence.request_id for index in newest]
+        self._verdicts.watch(WatchedRows.of(self._stairs, [layout], hidden, "in the decoder "))
+        for index, request_id in scored.items():
+            part = hidden[slice(*layout.spans.offsets[index : index + 2])]
+            self._scorer.score(request_id, int(chunks.start[index]), part)
+        newest = np.flatnonzero(chunks.newest if used is None else chunks.newest & used)
+        if len(newest) < len(layout.spans):
+            hidden = hidden.index_select(0, self._tensor(layout.spans.last_rows[newest]))
+        self.decoded = DecodedRows(hidden, chunks.sequence[newest])
+        return self._verdicts.queue(None)
 
-    def _wanted(self, chunks: list[Chunk], layout: RowLayout) -> NDArray[np.int64] | None:
+    def _other_exits(self, layout: RowLayout, chunks: Chunks) -> ExtraSlots | None:
+        """The slots of newest rows that go to all depths at which a token may exit."""
+        copying = np.flatnonzero(chunks.newest & self._stairs.copies_on_exit(chunks.sequence))
+        if not len(copying):
+            return None
+        depths = self._stairs.may_exit[chunks.sequence[copying]].copy()
+        depths[np.arange(len(copying)), chunks.depth[copying]] = False
+        return layout.extra_slots(copying, depths)
+
+    def _scored(self, chunks: Chunks) -> dict[int, str]:
+        """The chunks of prompts that are to be scored, and their requests."""
+        if not (wanted := self.texts.scored()):
+            return {}
+        found = enumerate(chunks.sequence.tolist())
+        return {at: wanted[s] for at, s in found if s in wanted and self._scorer.wants(wanted[s])}
+
+    def _wanted(
+        self, chunks: Chunks, layout: RowLayout, scored: dict[int, str]
+    ) -> NDArray[np.int64] | None:
         """The rows [M] of a decoder call whose hidden states are used: newest positions, and
         prompts to be scored.
 
         None for all. At least one row, for layers that cannot run on none.
         """
-        if len(chunks) == len(layout.spans) and all(chunk.newest for chunk in chunks):
-            return None
+        used = np.zeros(len(layout.spans), dtype=bool)
+        used[layout.spans.last_rows[chunks.newest]] = True
         offsets = layout.spans.offsets
-        parts = [
-            np.arange(start, end)
-            if self._scorer.wants(chunk.sequence.request_id)
-            else np.arange(end - chunk.newest, end)
-            for chunk, start, end in zip(chunks, offsets, offsets[1:], strict=False)
-        ]
-        wanted = np.concatenate(parts)
-        if len(wanted) == len(layout.spans):
+        for index in scored:
+            used[offsets[index] : offsets[index + 1]] = True
+        if used.all():
             return None
+        wanted = np.flatnonzero(used)
         return wanted if len(wanted) else np.array([0])
 
     def _tensor(self, values: NDArray[Any] | Sequence[float]) -> torch.Tensor:

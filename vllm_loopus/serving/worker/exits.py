@@ -1,89 +1,93 @@
 """Which sequences exit after a pass: the exit rule over rows of many sequences."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vllm_loopus.modeling.exit_rule import ExitRule
+from vllm_loopus.serving.knobs.request import RequestKnobs
 from vllm_loopus.serving.model.seam import LoopedModel
-from vllm_loopus.serving.step.staircase import Chunk, LoopedSequence
-from vllm_loopus.serving.worker.row_layout import RowLayout
-from vllm_loopus.serving.worker.transfer import to_device
-from vllm_loopus.serving.worker.verdicts import Verdicts
+from vllm_loopus.serving.step.chunks import Bools, Ints
+from vllm_loopus.serving.worker.transfer import all_to_device
 
 
 class Exits:
     """Asks the model for its evidence after passes in which it can decide for at least one row
-    (`ExitRule.predetermined`)."""
+    (`ExitRule.predetermined`).
 
-    def __init__(
-        self, model: LoopedModel, rule: ExitRule, verdicts: Verdicts, device: torch.device
-    ) -> None:
+    The knobs of all sequences, and what the rule carries from pass to pass, stay on the device, by
+    the row of the sequence.
+    """
+
+    def __init__(self, model: LoopedModel, rule: ExitRule, device: torch.device) -> None:
         """`rule`: that of the checkpoint; each sequence has knobs of its own."""
         self._model = model
         self._rule = rule
-        self._verdicts = verdicts
         self._device = device
+        self._first_carry = torch.tensor(rule.first_carry, device=device)
+        self._carry = torch.zeros(0, len(rule.first_carry), device=device)
+        self._knobs = np.zeros((3, 8), dtype=np.float32)  # threshold, min_loops, max_loops
+        self._asked = np.zeros(8, dtype=np.int64)  # newest position at the last question
+        self._with_knobs: tuple[Ints, ExitRule] | None = None  # for these sequences
+
+    def add(self, index: int, knobs: RequestKnobs) -> None:
+        """A sequence gets the row `index`."""
+        if index >= len(self._asked):
+            more = max(index + 1, 2 * len(self._asked)) - len(self._asked)
+            self._knobs = np.pad(self._knobs, ((0, 0), (0, more)))
+            self._asked = np.pad(self._asked, (0, more))
+        self._knobs[:, index] = knobs.exit_threshold, knobs.min_loops, knobs.max_loops
+        self._asked[index] = 0
+        self._with_knobs = None
 
     def after(
         self,
-        chunks: Sequence[Chunk],
-        deciding: Sequence[int],
-        layout: RowLayout,
+        sequences: Ints,
+        position: Ints,
+        depth: Ints,
+        rows: Ints | None,
         observed: torch.Tensor,
-    ) -> list[bool]:
-        """What the rule decides for the newest positions of the chunks `deciding` [S].
+    ) -> torch.Tensor:
+        """What the rule decides for the newest positions `position` [S] of `sequences` [S] at
+        `depth` [S]: a mask [S] on the device.
 
-        `observed` [T, E]: what the pass gave to look at, for all rows. Stores what the rule carries
-        in each sequence. Waits for the device once, even if no evidence is needed, so that the host
-        can measure what a pass takes (`StepClock`).
+        `observed` [T, E]: what the pass gave to look at; `rows` [S] those of the newest positions,
+        None for all, in order.
         """
-        if not deciding:
-            return []
-        known = [_predetermined(chunks[index]) for index in deciding]
-        decisions = [exits for exits in known if exits is not None]
-        if len(decisions) == len(deciding):
-            self._verdicts.check_states()
-            return decisions
-        if len(deciding) < len(layout.spans):
-            last = self._tensor(layout.spans.last_rows[deciding])
-            observed = observed.index_select(0, last)
-        sequences = [chunks[index].sequence for index in deciding]
-        exits, carry = self._with_knobs(sequences).exits(
-            self._tensor(layout.depth[deciding]),
-            self._model.exit_evidence(observed),
-            self._carry(sequences),
-        )
-        exiting, carried = self._verdicts.read(exits, carry)
-        if carried.size:
-            for sequence, values in zip(sequences, carried.tolist(), strict=True):
-                sequence.carry = tuple(values)
-        return exiting
-
-    def _carry(self, sequences: Sequence[LoopedSequence]) -> torch.Tensor:
-        """What the rule carries for each of `sequences`, float32 [S, C]."""
-        values = np.array([sequence.carry for sequence in sequences], dtype=np.float32)
-        return self._tensor(values.reshape(len(sequences), -1))
-
-    def _with_knobs(self, sequences: Sequence[LoopedSequence]) -> ExitRule:
-        """The rule for one row of each of `sequences` [S]."""
-        knobs = [sequence.knobs for sequence in sequences]
-        return self._rule.with_knobs(
-            exit_threshold=self._tensor([k.exit_threshold for k in knobs]),
-            min_loops=self._tensor([k.min_loops for k in knobs]),
-            max_loops=self._tensor([k.max_loops for k in knobs]),
-        )
-
-    def _tensor(self, values: NDArray[Any] | Sequence[float]) -> torch.Tensor:
-        return to_device(values, self._device)
+        first = self._asked[sequences] != position
+        self._asked[sequences] = position
+        known = self._with_knobs
+        fresh_knobs = known is None or not np.array_equal(known[0], sequences)
+        sent: list[NDArray[np.generic]] = [depth, *([] if rows is None else [rows])]
+        if self._first_carry.numel():
+            sent += [sequences, first]
+        if fresh_knobs:
+            sent.append(self._knobs[:, sequences])
+        there = all_to_device(sent, self._device)
+        if fresh_knobs:
+            threshold, min_loops, max_loops = there.pop()
+            rule = self._rule.with_knobs(
+                exit_threshold=threshold, min_loops=min_loops, max_loops=max_loops
+            )
+            self._with_knobs = sequences, rule
+        else:
+            assert known is not None
+            rule = known[1]
+        if rows is not None:
+            observed = observed.index_select(0, there.pop(1))
+        if not self._first_carry.numel():
+            carry = self._first_carry.expand(len(sequences), -1)
+            return rule.exits(there[0], self._model.exit_evidence(observed), carry)[0]
+        depths, index, begins = there
+        if (missing := len(self._asked) - len(self._carry)) > 0:
+            self._carry = torch.cat([self._carry, self._first_carry.expand(missing, -1)])
+        carry = torch.where(begins[:, None], self._first_carry, self._carry.index_select(0, index))
+        exits, carry = rule.exits(depths, self._model.exit_evidence(observed), carry)
+        self._carry.index_copy_(0, index, carry)
+        return exits
 
 
-def _predetermined(chunk: Chunk) -> bool | None:
-    """The decision for a newest position that no evidence can change. With an exit depth given, the
-    rule's decision does not matter."""
-    if chunk.sequence.forced_depth is not None:
-        return False
-    return chunk.sequence.predetermined_at(chunk.depth)
+def deeper_than(depth: Ints, last: Ints, num_depths: int) -> Bools:
+    """The depths deeper than `depth` [K], up to `last` [K]: a mask [K, N + 1]."""
+    every = np.arange(num_depths + 1)
+    return (every > depth[:, None]) & (every <= last[:, None])

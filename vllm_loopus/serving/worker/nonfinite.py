@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_loopus.serving.step.staircase import Chunk
+from vllm_loopus.serving.step.chunks import Ints
+from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.worker.row_layout import RowLayout
 
 
@@ -17,28 +18,41 @@ class WatchedRows:
     """The rows of one model call, and a sum over each row's state that shows whether all of its
     numbers are finite."""
 
-    chunks: Sequence[Chunk]  # [C], those of the layout, which has their depths
-    layout: RowLayout
+    layouts: Sequence[RowLayout]  # of the passes of the call; the sums are those of the last one
+    life: Ints  # [C]: of the chunks' sequences at the call
     sums: torch.Tensor  # float32 [T]
     place: str
 
     @classmethod
     def of(
-        cls, chunks: Sequence[Chunk], layout: RowLayout, states: torch.Tensor, place: str = ""
+        cls,
+        stairs: Staircases,
+        layouts: Sequence[RowLayout],
+        states: torch.Tensor,
+        place: str = "",
     ) -> "WatchedRows":
-        """`states` [T, H] of `chunks`, at the depths of `layout`. `place` is for the message."""
+        """`states` [T, H] of the rows, after the last pass of `layouts`. `place` is for the
+        message."""
         # NaN or infinite if one of them is: by far the cheapest way to look (`docs/log.md`).
-        return cls(chunks, layout, states.sum(dim=-1, dtype=torch.float32), place)
+        sums = states.sum(dim=-1, dtype=torch.float32)
+        return cls(layouts, stairs.life[layouts[-1].spans.sequence], sums, place)
 
-    def fail_nonfinite(self, sums: NDArray[np.float32]) -> None:
-        """Fails the sequences of rows whose sum, now on the host, is NaN or infinite."""
+    def fail_nonfinite(self, sums: NDArray[np.float32], stairs: Staircases) -> list[NDArray[Any]]:
+        """Fails the sequences of rows whose sum, now on the host, is NaN or infinite. Returns the
+        blocks of such rows whose sequences have been removed since."""
         finite = np.isfinite(sums)
+        left: list[NDArray[Any]] = []
         if finite.all():
-            return
-        for index in np.unique(self.layout.spans.chunk[~finite]):
-            self.chunks[index].sequence.fail(
-                f"NaN or infinite hidden states {self.place}at depth {self.layout.depth[index]}"
-            )
+            return left
+        spans = self.layouts[-1].spans
+        for index in np.unique(spans.chunk[~finite]):
+            sequence = int(spans.sequence[index])
+            if stairs.life[sequence] != self.life[index]:
+                left += [layout.block_table[index] for layout in self.layouts]
+                continue
+            depth = self.layouts[-1].depth[index]
+            stairs.fail(sequence, f"NaN or infinite hidden states {self.place}at depth {depth}")
+        return left
 
 
 def cleanse(caches: list[Any], blocks: NDArray[np.int64]) -> None:

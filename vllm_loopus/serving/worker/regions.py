@@ -52,6 +52,16 @@ class Ran:
     extra_slots: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class PreparedCall:
+    """A call of a region that is ready to be launched, but for its inputs."""
+
+    rows: DeviceRows
+    metadata: Any
+    extra: ExtraSlots | None
+    wanted: torch.Tensor | None
+
+
 class Region:
     """`run(first, positions, *others)` over rows of mixed depths, `others` and `wanted` included
     where the part of the model takes them."""
@@ -82,6 +92,20 @@ class Region:
         """Whether the rows would run padded, as a graph that fixes what is written where."""
         return self._padding is not None and self._padding.fit(layout) is not None
 
+    def prepare(
+        self,
+        layout: RowLayout,
+        extra: ExtraSlots | None = None,
+        wanted: NDArray[np.int64] | None = None,
+    ) -> PreparedCall | None:
+        """What a call needs besides its inputs, made while the device runs another one. None if the
+        call is to be padded: its buffers are in use."""
+        if self._padding is not None:
+            return None
+        rows = self._attention.rows(layout, extra)
+        used = None if wanted is None else to_device(wanted, self._device)
+        return PreparedCall(rows, self._attention.metadata(rows), extra, used)
+
     def __call__(
         self,
         layout: RowLayout,
@@ -89,10 +113,18 @@ class Region:
         *others: torch.Tensor | None,
         extra: ExtraSlots | None = None,
         wanted: NDArray[np.int64] | None = None,
+        prepared: PreparedCall | None = None,
     ) -> Ran:
         """`first`, `others` [T, ...]: what the part of the model takes. `extra`: slots that K/V
-        also goes to. `wanted` [M]: the rows that are used, where `run` selects; None for all."""
+        also goes to. `wanted` [M]: the rows that are used, where `run` selects; None for all.
+        `prepared`: what `prepare` returned for the same."""
         padding = self._padding
+        if prepared is not None:
+            if self._selects:
+                others = (*others, prepared.wanted)
+            with self._attention.over(prepared.rows, self._names, metadata=prepared.metadata):
+                outputs = self._run(first, prepared.rows.positions, *others)
+            return _ran(outputs, prepared.rows, len(first), prepared.extra)
         if padding is not None:
             selected = np.arange(len(first)) if wanted is None else wanted
             size = padding.fit(layout, len(selected) if self._selects else None)

@@ -6,7 +6,6 @@ state of a position at a depth: planes only differ in their blocks (see `model/p
 C chunks (positions of one sequence at one depth) have T rows (positions) together.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,44 +13,52 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.utils.math_utils import cdiv
 
+from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
+
 
 @dataclass(frozen=True, eq=False)
 class Spans:
     """Which positions of which sequences a call computes, at whatever depths."""
 
-    chunks: list[tuple[int, int, int]]  # [C]: index of the sequence, first position, end
     block_size: int
-    ends: NDArray[np.int64]  # [C]: length of the sequence as the chunk sees it
-    offsets: NDArray[np.int64]  # [C + 1]: first row of each chunk
-    sequence: NDArray[np.int64]  # [C]: index of the sequence
-    chunk: NDArray[np.int64]  # [T]: index of the chunk
-    positions: NDArray[np.int64]  # [T]
-    column: NDArray[np.int64]  # [T]: which block of the sequence the row is in
-    within: NDArray[np.int64]  # [T]: and where in the block
+    sequence: Ints  # [C]: row of the sequence in the block tables
+    starts: Ints  # [C]
+    ends: Ints  # [C]: length of the sequence as the chunk sees it
+    offsets: Ints  # [C + 1]: first row of each chunk
+    chunk: Ints  # [T]: index of the chunk
+    positions: Ints  # [T]
+    column: Ints  # [T]: which block of the sequence the row is in
+    within: Ints  # [T]: and where in the block
 
     @classmethod
-    def of(cls, chunks: list[tuple[int, int, int]], block_size: int) -> "Spans":
-        sequence, starts, ends = np.array(chunks, dtype=np.int64).T
-        count = len(chunks)
-        if all(end - start == 1 for _, start, end in chunks):  # as in most passes
+    def of(cls, chunks: Chunks, block_size: int) -> "Spans":
+        starts, lengths, count = chunks.start, chunks.sizes, len(chunks)
+        if (lengths == 1).all():  # as in most passes
             offsets = np.arange(count + 1)
             chunk, positions = offsets[:-1], starts
         else:
-            lengths = ends - starts
             offsets = np.concatenate([[0], np.cumsum(lengths)])
             chunk = np.repeat(np.arange(count), lengths)
             positions = np.arange(offsets[-1]) - offsets[:-1][chunk] + starts[chunk]
         column, within = np.divmod(positions, block_size)
         return cls(
-            chunks,
             block_size,
-            ends,
+            chunks.sequence,
+            starts,
+            chunks.end,
             offsets,
-            sequence,
             chunk,
             positions,
             column,
             within,
+        )
+
+    def are(self, chunks: Chunks) -> bool:
+        """Whether the positions are those of `chunks`."""
+        return (
+            np.array_equal(self.sequence, chunks.sequence)
+            and np.array_equal(self.starts, chunks.start)
+            and np.array_equal(self.ends, chunks.end)
         )
 
     @cached_property
@@ -61,11 +68,11 @@ class Spans:
 
     @cached_property
     def max_query_len(self) -> int:
-        return max(end - start for _, start, end in self.chunks)
+        return int((self.ends - self.starts).max())
 
     @cached_property
     def max_seq_len(self) -> int:
-        return max(end for _, _, end in self.chunks)
+        return int(self.ends.max())
 
     @cached_property
     def max_blocks(self) -> int:
@@ -104,16 +111,14 @@ class RowLayout:
         blocks = self.tables[spans.sequence[spans.chunk], depth[spans.chunk] - 1, spans.column]
         return slots_of(blocks, spans.within, spans.block_size)
 
-    def extra_slots(
-        self, chunks: Sequence[int], depths: Sequence[Sequence[int]]
-    ) -> ExtraSlots | None:
-        """The last rows of `chunks`, and the slots of their positions at the `depths` given for
-        each; None if there are none."""
-        if not any(depths):
+    def extra_slots(self, chunks: Ints, depths: Bools) -> ExtraSlots | None:
+        """The last rows of `chunks` [K], and the slots of their positions at the `depths`
+        [K, N + 1] given for each as a mask; None if there are none."""
+        which, planes = np.nonzero(depths)
+        if not len(which):
             return None
         spans = self.spans
-        chosen = np.repeat(np.array(chunks), [len(of_chunk) for of_chunk in depths])
-        planes = np.array([depth for of_chunk in depths for depth in of_chunk], dtype=np.int64)
+        chosen = chunks[which]
         rows = spans.last_rows[chosen]
         blocks = self.tables[spans.sequence[chosen], planes - 1, spans.column[rows]]
         return ExtraSlots(rows, slots_of(blocks, spans.within[rows], spans.block_size))

@@ -1,49 +1,73 @@
 """The running sequences of a worker, and a step over them. Model runners talk to this."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from vllm_loopus.modeling.exit_rule import ExitRule
 from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.knobs.request import RequestKnobs
-from vllm_loopus.serving.messages.blocks import BlockOffer
-from vllm_loopus.serving.messages.costs import StepCosts
+from vllm_loopus.serving.messages.blocks import TakenBlock
 from vllm_loopus.serving.messages.progress import LoopProgress
 from vllm_loopus.serving.messages.step_input import NewSequence, StepInput
-from vllm_loopus.serving.step.quorum import Quorum
-from vllm_loopus.serving.step.run import StepReport, run_step
-from vllm_loopus.serving.step.staircase import Chunk, LoopedSequence
+from vllm_loopus.serving.step.chunks import Chunks, Ints
+from vllm_loopus.serving.step.run import StepRunner
+from vllm_loopus.serving.step.staircase import Staircases, Start
 from vllm_loopus.serving.worker.block_tables import BlockTables
-from vllm_loopus.serving.worker.executor import Decoded, PagedExecutor
-
-
-@dataclass
-class _Running:
-    sequence: LoopedSequence
-    tokens: list[int]
+from vllm_loopus.serving.worker.decoded import Decoded
+from vllm_loopus.serving.worker.executor import DecodedRows, PagedExecutor, SampledTokens
+from vllm_loopus.serving.worker.transfer import to_device
 
 
 class RunningSequences:
-    """Sequences by request id: their tokens, block tables and staircases."""
+    """Sequences by request id: their tokens, block tables and staircases.
+
+    Each has a row of the arrays in `Staircases`, `BlockTables` and here. A sequence that generates
+    goes on by itself: its next position begins once its token is sampled, if there is a block of
+    depth 1 for it. The scheduler is only needed for prompts, blocks and ends.
+    """
 
     def __init__(
         self,
         executor: PagedExecutor,
+        stairs: Staircases,
         tables: BlockTables,
-        quorum: Quorum,
+        runner: StepRunner,
         rule: ExitRule,
-        max_depth: int,
         row_budget: int,
+        max_model_len: int,
         options: EngineOptions,
     ) -> None:
-        self.quorum = quorum
+        self.stairs = stairs
+        self.runner = runner
         self._rule = rule
         self._executor = executor
         self._tables = tables
-        self._max_depth = max_depth
         self._row_budget = row_budget
+        self._max_model_len = max_model_len
         self._options = options
-        self._running: dict[str, _Running] = {}
+        self._index: dict[str, int] = {}
+        self._names: list[str] = [""] * stairs.capacity
+        self._tokens: list[list[int]] = [[] for _ in range(stairs.capacity)]
+        self._known = np.zeros(stairs.capacity, dtype=np.int64)  # number of tokens
+        self._newest = np.zeros(stairs.capacity, dtype=np.int32)  # the last token
+        self._limit = np.zeros(stairs.capacity, dtype=np.int64)  # it ends with so many tokens
+        self._published = np.zeros((stairs.capacity, stairs.num_depths), dtype=np.int64)  # blocks
+        self._unused = list(range(stairs.capacity))[::-1]
+        self._scored: dict[int, str] = {}
+        self._active = np.zeros(0, dtype=np.int64)  # of this step
+        self._everyone = False
+        self._stalled = 0  # sequences that could not begin, for lack of blocks
+        executor.texts = self
+        runner.successors = lambda sequences: self._successors(sequences, self._known + 1)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._index
 
     def capture(self) -> int:
         """Captures the graphs of the loop's regions. Returns the bytes that they take."""
@@ -60,27 +84,45 @@ class RunningSequences:
 
     def add(self, new: NewSequence) -> None:
         """A new sequence, or a preempted one that resumes with all its tokens so far."""
-        request_id = new.request_id
-        self.remove(request_id)
-        found, decoded = self._tables.add(request_id, new.block_ids, new.cached)
-        planes = self._options.planes(new.knobs.max_loops, self._max_depth)
-        self._running[request_id] = _Running(
-            LoopedSequence(
-                request_id,
-                new.knobs,
-                planes,
-                prefill_end=len(new.tokens),
-                cached=found,
-                # A prompt to be scored goes through the decoder from its first position.
-                decoded=None if new.scores_prompt else decoded,
-                last_exited=self._options.last_exited,
-                num_generated=new.num_generated,
-                full_prefill=self._options.full_prefill,
-                predetermined=[self._predetermined(new.knobs, d) for d in range(1, planes + 1)],
-                carry=self._rule.first_carry,
-            ),
-            list(new.tokens),
+        self.remove(new.request_id)
+        if not self._unused:
+            self._reserve(2 * self.stairs.capacity)
+        self._index[new.request_id] = index = self._unused.pop()
+        found, decoded = self._tables.add(index, new.block_ids, new.cached)
+        planes = self._options.planes(new.knobs.max_loops, self.stairs.num_depths)
+        start = Start(
+            new.knobs,
+            planes,
+            prefill_end=len(new.tokens),
+            predetermined=[self._predetermined(new.knobs, d) for d in range(1, planes + 1)],
+            cached=found,
+            # A prompt to be scored goes through the decoder from its first position.
+            decoded=None if new.scores_prompt else decoded,
+            num_generated=new.num_generated,
         )
+        self.stairs.add(index, start)
+        self._executor.add(index, new.knobs)
+        self._names[index], self._tokens[index] = new.request_id, list(new.tokens)
+        self._known[index], self._newest[index] = len(new.tokens), new.tokens[-1]
+        most = self._max_model_len if new.max_tokens is None else new.max_tokens
+        prompt = len(new.tokens) - new.num_generated
+        self._limit[index] = min(prompt + most, self._max_model_len)
+        self._published[index] = self.stairs.done[index, 1:] // self._tables.block_size
+        if new.scores_prompt:
+            self._scored[index] = new.request_id
+
+    def _reserve(self, rows: int) -> None:
+        """Makes room for as many sequences."""
+        before = self.stairs.capacity
+        self.stairs.reserve(rows)
+        self._tables.reserve(rows)
+        self._names += [""] * (rows - before)
+        self._tokens += [[] for _ in range(rows - before)]
+        for name in ("_known", "_newest", "_limit", "_published"):
+            old = getattr(self, name)
+            grown = np.zeros((rows - before, *old.shape[1:]), dtype=old.dtype)
+            setattr(self, name, np.concatenate([old, grown]))
+        self._unused += range(rows - 1, before - 1, -1)
 
     def _predetermined(self, knobs: RequestKnobs, depth: int) -> bool | None:
         return self._rule.predetermined(
@@ -92,93 +134,232 @@ class RunningSequences:
 
     def grow(self, request_id: str, block_ids: Sequence[int]) -> None:
         """The sequence got more blocks of depth 1."""
-        self._tables.append(request_id, block_ids)
+        self._tables.append(self._index[request_id], block_ids)
 
     def remove(self, request_id: str) -> None:
         """The sequence ended, was aborted or preempted; unknown ones are ignored."""
-        if self._running.pop(request_id, None) is not None:
-            self._tables.remove(request_id)
+        if (index := self._index.pop(request_id, None)) is not None:
+            if self.runner.unread(index):
+                self._tables.suspect(index)
+            self.stairs.remove(index)
+            self._scored.pop(index, None)
+            self._unused.append(index)
+
+    def names(self, sequences: Ints) -> list[str]:
+        """The request ids of sequences."""
+        return [self._names[index] for index in sequences.tolist()]
+
+    def index(self, request_id: str) -> int:
+        """The row of a sequence."""
+        return self._index[request_id]
+
+    def tokens(self, request_id: str) -> list[int]:
+        """All known tokens of a sequence."""
+        return self._tokens[self._index[request_id]]
 
     def sampled(self, request_id: str, token: int) -> None:
         """The sequence got its next token."""
-        self._running[request_id].tokens.append(token)
+        index = self._index[request_id]
+        self._tokens[index].append(token)
+        self._known[index] += 1
+        self._newest[index] = token
 
-    def position(self, request_id: str) -> int:
-        """The newest position of a sequence."""
-        return self._running[request_id].sequence.done[0] - 1
+    def wanting(self) -> Ints:
+        """The sequences of this step that want a token."""
+        stairs = self.stairs
+        return self._active[stairs.in_flight[self._active] & stairs.wants_token[self._active]]
 
-    def num_output_tokens(self, request_id: str) -> int:
-        """How many tokens were generated before the one that the sequence is about to get."""
-        return self._running[request_id].sequence.num_generated - 1
+    def positions(self, request_ids: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The newest position of each of these sequences, and how many tokens they had generated
+        before the one that they are about to get."""
+        index = np.array([self._index[name] for name in request_ids], dtype=np.int64)
+        generated = self.stairs.num_generated[index] - ~self.stairs.in_flight[index]
+        return (self.stairs.done[index, 0] - 1).tolist(), generated.tolist()
 
-    def step(
-        self,
-        scheduled: Mapping[str, int],
-        offer: BlockOffer,
-        costs: StepCosts | None = None,
-    ) -> tuple[Decoded, LoopProgress]:
-        """Runs a step over the scheduled requests. `scheduled`: how many new positions each may
-        start. A sequence in flight continues with its positions, whatever the number."""
-        self._tables.begin_step(offer)
-        new_chunks: list[Chunk] = []
-        tokens: list[int] = []
-        for request_id, count in scheduled.items():
-            running = self._running[request_id]
-            sequence = running.sequence
-            if sequence.in_flight:
-                continue
-            start = sequence.done[0]
-            end = start + count
-            sequence.begin(count, wants_token=end == len(running.tokens))
-            new_chunks.append(Chunk(sequence, 0, start, end))
-            tokens += running.tokens[start:end]
-        self._executor.begin_step(tokens)
-        sequences = [self._running[request_id].sequence for request_id in scheduled]
-        report = run_step(
-            sequences, self._row_budget, self.quorum, self._executor, new_chunks, costs
-        )
-        return self._executor.decoded, self._progress(sequences, report)
+    def begin_step(self, step: StepInput) -> None:
+        """Begins what is scheduled, and the next positions of sequences that go on by themselves. A
+        sequence in flight continues with its positions, whatever is scheduled."""
+        promised = {
+            self._index[name]: count
+            for name, count in step.offer.promised.items()
+            if name in self._index
+        }
+        self._tables.begin_step(step.offer.free, promised)
+        stairs, self._everyone, self._stalled = self.stairs, step.everyone, 0
+        self.runner.thrifty = not step.everyone
+        scheduled = np.array([self._index[name] for name in step.scheduled], dtype=np.int64)
+        counts = np.array(list(step.scheduled.values()), dtype=np.int64)
+        start = stairs.done[scheduled, 0]
+        prompts = ~stairs.in_flight[scheduled] & ~stairs.failed[scheduled]
+        prompts &= start < stairs.prefill_end[scheduled]
+        if prompts.any():
+            index, counts = scheduled[prompts], counts[prompts]
+            wants = start[prompts] + counts == self._known[index]
+            stairs.begin(index, counts, wants)
+        candidates = np.flatnonzero(stairs.present) if step.everyone else scheduled
+        self._active = active = candidates[~stairs.failed[candidates]]
+        idle = active[~stairs.in_flight[active]]
+        self._go_on(idle[self._known[idle] == stairs.done[idle, 0] + 1], self._known)
 
-    def _progress(self, sequences: list[LoopedSequence], report: StepReport) -> LoopProgress:
+    def _successors(self, sequences: Ints, known: Ints) -> Chunks:
+        """The next positions, at depth 1, of those of `sequences` that generate, have not ended
+        with `known` [S] tokens, and have a block of depth 1."""
+        stairs = self.stairs
+        position = stairs.done[sequences, 0]
+        may = (position >= stairs.prefill_end[sequences]) & ~stairs.failed[sequences]
+        may &= known[sequences] < self._limit[sequences]
+        may &= self._tables.room_at_first(sequences, position)
+        going, position = sequences[may], position[may]
+        depth, newest = np.ones_like(going), np.ones(len(going), dtype=bool)
+        return Chunks(going, depth, position, position + 1, newest)
+
+    def _go_on(self, sequences: Ints, known: Ints) -> Chunks:
+        """Begins the next positions of those of `sequences`, none in flight, that go on and have
+        the blocks. Returns what has begun."""
+        stairs, active = self.stairs, self._active
+        going = self._successors(sequences, known).sequence
+        if stairs.last_exited and len(going):
+            # A generated position takes its blocks at all depths with the first pass.
+            deepest = stairs.max_depth[going]
+            missing = self._tables.missing_deeper(going, stairs.done[going, 0], deepest)
+            affordable = self._tables.affordable(going, missing)
+            self._stalled += int(np.count_nonzero(~affordable))
+            going = going[affordable]
+        new = active[stairs.in_flight[active] & (stairs.depth[active] == 0)]
+        room = self._row_budget - int((stairs.done[new, 0] - stairs.begun[new]).sum())
+        going = going[: max(room, 0)]
+        return stairs.begin(going, 1, True) if len(going) else Chunks.none()
+
+    def step(self, step: StepInput, waits: bool = True, foresees: bool = False) -> Decoded:
+        """Runs a step that has begun: passes, and the decoder. Returns what can be sampled.
+
+        `waits`: for the decoder, so that this is only of sequences whose states are finite.
+        Otherwise `finish` waits. `foresees`: see `StepRunner.run`; then these are sequences that
+        may have exited, and `go_on` finds out.
+        """
+        self._executor.begin_step()
+        self.runner.run(self._active, step.costs, foresees)
+        if waits:
+            self._settle()
+        decoded = self._executor.decoded
+        return Decoded(decoded.hidden, self.names(decoded.sequences))
+
+    def go_on(self, token_ids: torch.Tensor) -> None:
+        """Launches the next pass: of what is in flight, and of the next positions after the tokens
+        `token_ids` [n] of the decoded sequences, which are still on the device."""
+        decoded, exited = self._executor.decoded.sequences, self.runner.resolve()
+        prepared = self.runner.may_begin()
+        if prepared is None:
+            begun = self._go_on(exited, self._known + 1)
+        else:
+            ready = np.zeros(self.stairs.capacity, dtype=bool)
+            ready[prepared] = True
+            going = exited[ready[exited]]
+            begun = self.stairs.begin(going, 1, True) if len(going) else Chunks.none()
+        going = begun.sequence
+        if len(going) < len(decoded):
+            place = np.empty(self.stairs.capacity, dtype=np.int64)
+            place[decoded] = np.arange(len(decoded))
+            token_ids = token_ids.index_select(0, to_device(place[going], token_ids.device))
+        self._executor.sampled = SampledTokens(going, token_ids) if len(going) else None
+        self.runner.go_on(self._active, begun)
+
+    def _settle(self) -> None:
+        """Waits for the decoder: sequences whose states are not finite have failed."""
+        self._tables.mark_decoded(self.runner.settle_decoder())
+        decoded = self._executor.decoded
+        if (failed := self.stairs.failed[decoded.sequences]).any():
+            assert decoded.hidden is not None
+            kept = torch.from_numpy(np.flatnonzero(~failed)).to(decoded.hidden.device)
+            hidden = decoded.hidden.index_select(0, kept) if len(kept) else None
+            self._executor.decoded = DecodedRows(hidden, decoded.sequences[~failed])
+
+    def finish(self) -> LoopProgress:
+        """Ends the step; its tokens have been sampled or are about to be."""
+        self._settle()
+        report, stairs, active = self.runner.report, self.stairs, self._active
+        report.times.gap, report.times.host = self.runner.clock.gap, self.runner.clock.host
         progress = LoopProgress(
-            taken=self._tables.taken,
             boundary_rows=report.boundary_rows,
+            stalled=report.stalled + self._stalled,
             times=report.times,
             stats=report.stats(),
         )
-        for sequence in report.emitted:
-            assert sequence.exit_depth is not None
-            progress.exit_depths[sequence.request_id] = sequence.exit_depth
-        for sequence in sequences:
-            name = sequence.request_id
-            if sequence.failure is not None:
-                progress.failed[name] = sequence.failure
-                self._executor.cleanse(name)
-                continue
-            progress.complete[name] = sequence.done[1:]
-            if sequence.in_flight:
-                progress.in_flight.add(name)
-            if wanted := self._wanted(sequence):
-                progress.wanted[name] = wanted
-            if name not in progress.exit_depths:
-                # In flight: one position has to be scheduled again for the step to continue.
-                progress.computed[name] = sequence.done[0] - sequence.in_flight
+        for taken in self._tables.taken:
+            of_block = zip(
+                self.names(taken.sequence),
+                *_lists(taken.depth, taken.column, taken.block),
+                strict=True,
+            )
+            for name, *place in of_block:
+                progress.taken.setdefault(name, []).append(TakenBlock(*place))
+        names = self.names(report.emitted)
+        progress.exit_depths = dict(zip(names, report.exit_depths.tolist(), strict=True))
+        failed = active[stairs.failed[active]]
+        for index in failed.tolist():
+            progress.failed[self._names[index]] = stairs.reasons[index]
+            self._executor.cleanse(index)
+        active = active[~stairs.failed[active]]
+        flying = stairs.in_flight[active]
+        progress.in_flight = set(self.names(active[flying]))
+        self._report_complete(active, progress)
+        if progress.stalled or not self._everyone:
+            self._report_wanted(active, progress)
+        idle = active[~flying]
+        computed = dict(zip(self.names(idle), stairs.done[idle, 0].tolist(), strict=True))
+        progress.computed = {name: computed[name] for name in computed.keys() - set(names)}
         progress.stats.nonfinite_requests = len(progress.failed)
         return progress
 
-    def _wanted(self, sequence: LoopedSequence) -> int:
-        """How many blocks of deeper planes the sequence certainly needs for its next pass."""
-        if chunks := sequence.next_chunks():
-            budget, missing = self._row_budget, set()
-            for chunk in chunks:
-                chunk.end = min(chunk.end, chunk.start + budget)
-                budget -= len(chunk)
-                if len(chunk):
-                    missing.update(self._tables.missing(chunk))
-            return len(missing)
-        if sequence.in_flight or not sequence.last_exited:
-            return 0
-        if sequence.done[0] < sequence.prefill_end:
-            return 0
-        # The next token writes to all planes in its first pass.
-        return self._tables.missing_at(sequence, sequence.done[0])
+    def _report_complete(self, active: Ints, progress: LoopProgress) -> None:
+        """The sequences with blocks that are newly complete at some depth."""
+        blocks = self.stairs.settled[active, 1:] // self._tables.block_size
+        newly = (blocks > self._published[active]).any(axis=1)
+        if newly.any():
+            index = active[newly]
+            self._published[index] = blocks[newly]
+            complete = self.stairs.settled[index, 1:].tolist()
+            progress.complete = dict(zip(self.names(index), complete, strict=True))
+
+    def _report_wanted(self, active: Ints, progress: LoopProgress) -> None:
+        """How many blocks of deeper planes sequences certainly need for their next passes."""
+        stairs = self.stairs
+        chunks = stairs.next_chunks(active)
+        wanted: dict[int, int] = {}
+        if len(chunks):
+            chunks = chunks.cut(np.minimum(chunks.sizes, self._row_budget))
+            missing = self._tables.missing(chunks, self._executor.deepest(chunks))
+            for index, count in zip(*_lists(chunks.sequence, missing), strict=True):
+                wanted[index] = wanted.get(index, 0) + count
+        if stairs.last_exited:
+            # The next token writes to all planes in its first pass.
+            idle = active[~stairs.in_flight[active]]
+            idle = idle[stairs.done[idle, 0] >= stairs.prefill_end[idle]]
+            missing = self._tables.missing_deeper(
+                idle, stairs.done[idle, 0], stairs.max_depth[idle]
+            )
+            wanted |= dict(zip(*_lists(idle, missing), strict=True))
+        progress.wanted = {self._names[index]: count for index, count in wanted.items() if count}
+
+    def token_ids(self, chunks: Chunks) -> NDArray[np.int32]:
+        """See `Texts`."""
+        sequences = chunks.sequence
+        known = self._newest[sequences]
+        plain = (chunks.sizes == 1) & (chunks.end >= self._known[sequences])
+        if plain.all():
+            return known
+        parts = [
+            [token] if single else self._tokens[index][start:end]
+            for token, single, index, start, end in zip(
+                *_lists(known, plain, sequences, chunks.start, chunks.end), strict=True
+            )
+        ]
+        return np.concatenate([np.array(part, dtype=np.int32) for part in parts])
+
+    def scored(self) -> dict[int, str]:
+        """See `Texts`."""
+        return self._scored
+
+
+def _lists(*arrays: NDArray[np.generic]) -> list[list[int]]:
+    return [array.tolist() for array in arrays]

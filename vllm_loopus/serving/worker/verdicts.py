@@ -9,53 +9,81 @@ per row for each deciding pass, and none with a single rank. (Sampled tokens are
 samples from the same gathered logits with the same seeds.)
 
 **Waiting.** Reading from the device waits for it. So the decisions of a pass are one tensor of
-bytes, read once. The sums that show NaN stay on the device until the next such reading, or until
-`check_states`, once per step. `tests/serving/test_syncs.py` counts the readings.
+bytes, read once, and its copy is queued with the pass. The sums that show NaN stay on the device
+until the next such reading. `tests/serving/test_syncs.py` counts the readings.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm.distributed.parallel_state import GroupCoordinator
 
+from vllm_loopus.serving.step.chunks import Bools
+from vllm_loopus.serving.step.staircase import Staircases
+from vllm_loopus.serving.worker import transfer
 from vllm_loopus.serving.worker.nonfinite import WatchedRows
-from vllm_loopus.serving.worker.transfer import to_host
+
+
+class Verdict:
+    """Decisions on their way to the host; `step/run.py` calls it a reading."""
+
+    def __init__(
+        self,
+        copy: transfer.HostCopy,
+        watched: list[WatchedRows],
+        fail: Callable[[WatchedRows, NDArray[np.float32]], None],
+    ) -> None:
+        self._copy, self._watched, self._fail = copy, watched, fail
+
+    def wait(self) -> Bools:
+        """The mask of exits [S]. Fails the sequences watched before it was queued."""
+        read, end = self._copy.wait(), 0
+        for rows in self._watched:
+            start, end = end, end + 4 * len(rows.sums)
+            self._fail(rows, read[start:end].view(np.float32))
+        exits: Bools = read[end:].astype(bool)
+        return exits
+
+    def complete(self, leaving: Bools) -> None:
+        """Nothing waits for the decoder's reading."""
 
 
 class Verdicts:
-    """Collects what a step decides by and reads it, equal on all ranks of `group`."""
+    """Collects what a step decides by, equal on all ranks of `group`."""
 
-    def __init__(self, group: GroupCoordinator) -> None:
+    def __init__(
+        self,
+        group: GroupCoordinator,
+        stairs: Staircases,
+        cleanse: Callable[[NDArray[Any]], None],
+    ) -> None:
+        """`cleanse`: removes NaN from blocks that nobody fails for."""
         self._group = group
+        self._stairs = stairs
+        self._cleanse = cleanse
         self._watched: list[WatchedRows] = []
 
     def watch(self, rows: WatchedRows) -> None:
         """Their sequences fail at the next reading if a state is NaN or infinite."""
         self._watched.append(rows)
 
-    def read(
-        self, exits: torch.Tensor, carry: torch.Tensor
-    ) -> tuple[list[bool], NDArray[np.float32]]:
-        """The mask `exits` [S] and the exit rule's `carry` [S, C] as the first rank has them. Fails
-        the sequences watched so far."""
-        count = len(exits)
-        decided = self._read([exits, *([carry.flatten()] if carry.numel() else [])])
-        carried = np.copy(decided[count:]).view(np.float32)
-        return decided[:count].astype(bool).tolist(), carried.reshape(carry.shape)
+    @property
+    def watching(self) -> bool:
+        """Whether states wait to be checked."""
+        return bool(self._watched)
 
-    def check_states(self) -> None:
-        """Fails the sequences watched so far."""
-        if self._watched:
-            self._read([])
-
-    def _read(self, parts: list[torch.Tensor]) -> NDArray[np.uint8]:
-        """The bytes of `parts`."""
+    def queue(self, exits: torch.Tensor | None) -> Verdict:
+        """Queues the copy of the mask `exits` [S], as the first rank has it, and of what is
+        watched."""
         watched, self._watched = self._watched, []
-        sent = [rows.sums for rows in watched] + parts
+        sent = [rows.sums for rows in watched] + ([] if exits is None else [exits])
         raw = [part.contiguous().view(torch.uint8) for part in sent]
-        read = to_host(self._group.broadcast(torch.cat(raw) if raw[1:] else raw[0], src=0))
-        end = 0
-        for rows in watched:
-            start, end = end, end + 4 * len(rows.sums)
-            rows.fail_nonfinite(read[start:end].view(np.float32))
-        return read[end:]
+        whole = self._group.broadcast(torch.cat(raw) if raw[1:] else raw[0], src=0)
+        return Verdict(transfer.HostCopy(whole), watched, self._check)
+
+    def _check(self, rows: WatchedRows, sums: NDArray[np.float32]) -> None:
+        for blocks in rows.fail_nonfinite(sums, self._stairs):
+            self._cleanse(blocks)
