@@ -9,7 +9,7 @@ TOGETHER := -n 2 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-fast test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit train-tiny eval-tiny lock clean
+.PHONY: demo test test-fast test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -77,6 +77,10 @@ bench: .venv
 # Hours on a slow CPU; options make it shorter, see the file.
 bench-early-exit: .venv
 	$(BIN)/python benchmarks/early_exit.py --write early_exit.json
+
+# What the host leaves of a fast device, emulated: the table of docs/gpu.md, in five minutes.
+bench-host: .venv
+	$(BIN)/python benchmarks/host.py
 
 # loopus-tiny from nothing, with its control and report; about 40 minutes on two cores.
 train-tiny: .venv

@@ -59,6 +59,8 @@ ATTRIBUTES = (
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.empty_kv_cache_blocks",
     "vllm.v1.core.sched.scheduler.Scheduler.grammar_compile_error_reqs",
+    "vllm.v1.core.sched.scheduler.Scheduler.max_num_running_reqs",
+    "vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens",
     "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager._null_block",
     "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.req_to_blocks",
     "vllm.v1.engine.output_processor.RequestState.routed_experts_chunks",

@@ -110,7 +110,7 @@ class LoopUSScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
         self._clock.begin()
-        everyone = self._pause_state != PauseState.PAUSED_ALL and not self.kv_cache_manager.scarce
+        everyone = self.pause_state != PauseState.PAUSED_ALL and not self.kv_cache_manager.scarce
         with self._only_those_in_need() if everyone else nullcontext():
             output = super().schedule(*args, **kwargs)
         scheduled = output.num_scheduled_tokens
