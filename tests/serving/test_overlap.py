@@ -73,14 +73,14 @@ def running(make_llm: Any, setting: Any, mode: Mode, **args: Any) -> Any:
 def test_alone_and_in_one_batch(make_llm: Any, setting: Any, mode: Mode) -> None:
     llm = running(make_llm, setting, mode, enable_prefix_caching=False)
     cases = by_rule(setting[0])[setting[1]]
-    for case in cases[:6]:
+    for case in cases[:3]:
         assert_golden([case], generate(llm, [case]))
     assert_golden(cases, generate(llm, cases))
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
 @modes
-@pytest.mark.parametrize("quorum", [0.05, 0.5, "auto"])
+@pytest.mark.parametrize("quorum", [0.05, "auto"])
 def test_random_order_arrival_and_aborts(make_llm: Any, mode: Mode, quorum: float | str) -> None:
     llm = running(make_llm, MIXED[0], mode, loopus={"exit_quorum": quorum}, max_num_seqs=12)
     cases = by_rule(MIXED[0][0])[MIXED[0][1]]
