@@ -281,8 +281,11 @@ class FakeExecutor:
     def must_read(self) -> bool:
         return self.tables.suspects_in_use
 
-    def trust(self) -> None:
-        self.tables.trust()
+    def trust(self, oldest: int) -> None:
+        self.tables.trust(oldest)
+
+    def may_chain(self) -> bool:
+        return True
 
     def cleanse(self, index: int) -> None:
         pass

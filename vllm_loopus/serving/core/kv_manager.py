@@ -107,7 +107,7 @@ class DepthKVCacheManager(KVCacheManager):
             if crowded and not self._fits(request, hits):
                 return None
             holder = _Holder(request, self._budget(request), sum(map(len, hits)))
-        elif holder.in_flight and not self.needs_block(request):
+        elif holder.in_flight and not self._lacks_the_next(request, holder):
             return self._continue(name, holder, kwargs.get("reserved_blocks", 0))
         else:
             wanted = holder.wanted
@@ -115,6 +115,8 @@ class DepthKVCacheManager(KVCacheManager):
         if after >= request.num_tokens and after <= self._last_position(request):
             kwargs["num_lookahead_tokens"] = 1
         kwargs["delay_cache_blocks"] = True
+        if "has_scheduled_reqs" in kwargs:  # some run without being scheduled
+            kwargs["has_scheduled_reqs"] = bool(self._holders)
         kwargs["reserved_blocks"] = (
             kwargs.get("reserved_blocks", 0) + self._promised_in_all + wanted
         )
@@ -175,6 +177,12 @@ class DepthKVCacheManager(KVCacheManager):
         position = min(request.num_tokens, self._last_position(request))
         return position >= holder.at_first * self._block_size
 
+    def _lacks_the_next(self, request: Request, holder: _Holder) -> bool:
+        """Whether a request in flight has blocks for its tokens, but none for the next one. A
+        prompt in chunks gets its blocks chunk by chunk."""
+        whole = holder.at_first * self._block_size >= request.num_tokens
+        return whole and self.needs_block(request)
+
     def _last_position(self, request: Request) -> int:
         """The last position that is computed if the request generates all that it may: that of the
         token before the last one."""
@@ -183,7 +191,8 @@ class DepthKVCacheManager(KVCacheManager):
     @property
     def scarce(self) -> bool:
         """Whether blocks have to be shared out: not everything is free that a step might take."""
-        return self.block_pool.get_num_free_blocks() < 2 * self._wanted_by_a_step()
+        needed = 2 * self._wanted_by_a_step() + len(self._holders)  # and a block of depth 1 each
+        return self.block_pool.get_num_free_blocks() < needed
 
     def _wanted_by_a_step(self) -> int:
         """Blocks of deeper planes for a step: those that are wanted, and about as many as sequences

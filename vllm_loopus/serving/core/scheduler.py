@@ -116,7 +116,11 @@ class LoopUSScheduler(Scheduler):
         scheduled = output.num_scheduled_tokens
         if not everyone:
             self._needing.update(request.request_id for request in self.running)
-        self._needing -= scheduled.keys()
+        self._needing = {n for n in self._needing if n in self.requests and n not in scheduled}
+        # A grammar only masks the logits of requests that are scheduled.
+        everyone = everyone and not any(
+            self.requests[name].use_structured_output for name in self._needing
+        )
         dropped, self._dropped = self._dropped, []
         LoopSchedule(
             offer=self.kv_cache_manager.offer(),
@@ -134,6 +138,8 @@ class LoopUSScheduler(Scheduler):
         """Inside, the requests that go on by themselves are not in `running`."""
         every = self.running
         needing = [request for request in every if request.request_id in self._needing]
+        # Prompts take what the others leave: a generating request runs, scheduled or not.
+        needing.sort(key=lambda r: r.num_tokens - r.num_computed_tokens > 1)
         others = len(every) - len(needing)
         limits = {name: getattr(self, name) for name in _LIMITS if hasattr(self, name)}
         self.running = list(needing)

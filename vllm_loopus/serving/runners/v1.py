@@ -64,7 +64,11 @@ class V1Adapter(LoopAdapter):
             return super().execute_model(scheduler_output, *args, **kwargs)
         step = self._begin(scheduler_output)
         wanting = self._sequences.names(self._sequences.wanting())
-        self._same_batch = not scheduler_output.finished_req_ids and wanting == self._shown
+        self._same_batch = (
+            wanting == self._shown
+            and not scheduler_output.finished_req_ids
+            and not any(name in self._unseen or name in self._resumed for name in wanting)
+        )
         if self._same_batch:
             rows = replace(
                 scheduler_output,

@@ -83,6 +83,10 @@ class StepExecutor(Protocol):
         with NaN."""
         ...
 
-    def trust(self) -> None:
-        """All passes have been read."""
+    def trust(self, oldest: int) -> None:
+        """All calls before `oldest` have been read; they are numbered from 1."""
+        ...
+
+    def may_chain(self) -> bool:
+        """Whether a pass may be launched although sequences in it may have exited."""
         ...

@@ -89,8 +89,7 @@ class StepRunner:
         """
         stairs, self.report = self.stairs, StepReport()
         self.clock.step()
-        if not self._unread:
-            self._executor.trust()
+        self._executor.trust(self._unread.oldest)
         self._foresees = foresees and self._late is not True
         self.quorum.begin_step(costs)
         self._costs = costs or self._costs
@@ -150,6 +149,8 @@ class StepRunner:
     def _refine(self, active: Ints, most: int) -> None:
         """Runs passes until the quorum ends them or nothing is left to refine."""
         report = self.report
+        while self._late is not True and len(self._unread.pending) > 1:  # of a chain
+            self._unread.read()
         while True:
             if not self._unread.pending:
                 if not self._launch(active, most - len(report.passes)):
@@ -247,6 +248,12 @@ class StepRunner:
         stairs, report = self.stairs, self.report
         if self._executor.must_read():
             self._unread.read_all()
+            if stairs.last_exited:  # no pass over what has exited: its copies have been written
+                batch, prepared = batch[~stairs.refined(batch.sequence)], None
+                if not len(batch):
+                    return
+        if passes > 1 and stairs.last_exited:
+            self._unread.complete()
         self._next = self._decoder = self._rest = None
         fresh = batch.depth == 1
         if fresh.any():
@@ -331,8 +338,8 @@ class StepRunner:
         self.report.exit_depths = self.report.exit_depths[~failed]
         return batch[~self.stairs.failed[batch.sequence]]
 
-    def unread(self, index: int) -> bool:
-        """Whether the outcome of a pass over a sequence has not been read."""
+    def unread(self, index: int) -> int:
+        """The newest call over a sequence that has not been read; 0 if there is none."""
         return self._unread.over(index)
 
     def may_begin(self) -> Ints | None:
@@ -355,7 +362,12 @@ class StepRunner:
             self._launch_batch(batch, 1)
         elif not self._launch(active, most):
             return
-        if self._foresees and self._late is None and not self.thrifty:
+        if (
+            self._foresees
+            and self._late is None
+            and not self.thrifty
+            and self._executor.may_chain()
+        ):
             stairs = self.stairs
             running = active[stairs.undecided(active)]
             for _ in range(1, self.quorum.chain(stairs, running)):

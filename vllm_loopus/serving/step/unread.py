@@ -10,7 +10,7 @@ from vllm_loopus.serving.step.clock import DeviceClock
 from vllm_loopus.serving.step.interface import Reading, StepExecutor
 from vllm_loopus.serving.step.staircase import Staircases
 
-Call = tuple[Chunks, int, Ints]  # chunks, passes over them, life of their sequences
+Call = tuple[Chunks, int, Ints, int]  # chunks, passes over them, life of the sequences, number
 
 
 @dataclass
@@ -49,11 +49,9 @@ class UnreadPasses:
         self._observe = observe
         self._clock = clock
         self.pending: list[Launched] = []
+        self._count = 0
         self._uncovered: list[Call] = []  # passes that no reading covers yet
         self._afterwards: list[tuple[Launched, Ints, Ints, Bools, Bools]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.pending or self._uncovered)
 
     def add(
         self,
@@ -66,7 +64,8 @@ class UnreadPasses:
         """Passes over `batch` have been launched; `reading` has the exits of the chunks
         `deciding`."""
         life = self._stairs.life[batch.sequence]
-        self._uncovered.append((batch, passes, life))
+        self._count += 1
+        self._uncovered.append((batch, passes, life, self._count))
         if reading is not None:
             covers = self.take_covered()
             self.pending.append(Launched(batch, deciding, reading, life, covers, timed))
@@ -103,7 +102,7 @@ class UnreadPasses:
 
     def cover(self, covers: list[Call]) -> None:
         """The passes are over, and the states of sequences that have not failed are finite."""
-        for chunks, passes, life in covers:
+        for chunks, passes, life, _ in covers:
             index = chunks.sequence
             there = (life == self._stairs.life[index]) & ~self._stairs.failed[index]
             self._stairs.settle(chunks if there.all() else chunks[there], passes)
@@ -120,12 +119,21 @@ class UnreadPasses:
             self.read()
         self.check()
         self.complete()
-        self._executor.trust()
+        self._executor.trust(self.oldest)
 
-    def over(self, index: int) -> bool:
-        """Whether the outcome of a pass over a sequence has not been read."""
-        calls = [*self._uncovered, *(call for one in self.pending for call in one.covers)]
-        return any(np.count_nonzero(chunks.sequence == index) for chunks, *_ in calls)
+    def _calls(self) -> list[Call]:
+        return [*(call for one in self.pending for call in one.covers), *self._uncovered]
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest call that has not been read."""
+        calls = self._calls()
+        return calls[0][3] if calls else self._count + 1
+
+    def over(self, index: int) -> int:
+        """The newest call over a sequence that has not been read; 0 if there is none."""
+        of_it = [c[3] for c in self._calls() if np.count_nonzero(c[0].sequence == index)]
+        return max(of_it, default=0)
 
     def possible(self, active: Ints) -> Ints:
         """The sequences that have exited, or may in the pass under way; none if some of these have

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,13 @@ class RowAttention:
     def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
         return to_device(values, self._device)
 
+    @property
+    def stateless(self) -> bool:
+        """Whether metadata may be made long before it is used. Some builders plan their kernels in
+        memory that the next metadata overwrites."""
+        builder = self._group.get_metadata_builder()
+        return current_platform.is_cpu() or bool(builder.supports_update_block_table)
+
     @contextmanager
     def over(
         self,
@@ -180,6 +188,7 @@ def _renewed(
     if builder.supports_update_block_table:
         return builder.update_block_table(metadata, block_table, slots)
     if current_platform.is_cpu():  # vLLM's CPU backend splits work without looking at blocks
-        metadata.block_table, metadata.slot_mapping = block_table, slots  # the call before is over
+        metadata = copy(metadata)  # the other may belong to a call that has been prepared
+        metadata.block_table, metadata.slot_mapping = block_table, slots
         return metadata
     return None

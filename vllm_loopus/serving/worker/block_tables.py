@@ -48,8 +48,8 @@ class BlockTables:
         self._tables = np.zeros((8, num_depths, max_blocks), dtype=np.int32)
         self._at_first = np.zeros(8, dtype=np.int64)  # number of blocks of depth 1
         self._decoded = np.zeros(num_blocks, dtype=bool)
-        self._suspect = np.zeros(num_blocks, dtype=bool)
-        self._suspects = False  # whether there are any
+        self._suspect = np.zeros(num_blocks, dtype=np.int64)  # call that may have left NaN there
+        self._oldest = 1  # call that has not been read
         self.suspects_in_use = False  # a block that may hold NaN has been given out
         self._blocks = StepBlocks.none()
         self._taken: list[Taken] = []
@@ -102,18 +102,17 @@ class BlockTables:
         self._tables[index, 0, start:end] = block_ids
         self._decoded[block_ids] = False
 
-    def suspect(self, index: int) -> None:
-        """Blocks of a sequence that has ended may hold NaN: passes over it have not been read."""
-        self._suspect[self.blocks(index)] = self._suspects = True
+    def suspect(self, index: int, call: int) -> None:
+        """Blocks of a sequence that has ended may hold NaN until `call`, the newest one over it,
+        has been read; calls are numbered from 1."""
+        self._suspect[self.blocks(index)] = call
 
-    def trust(self) -> None:
-        """All passes have been read."""
-        if self._suspects:
-            self._suspect[:] = False
-        self._suspects = self.suspects_in_use = False
+    def trust(self, oldest: int) -> None:
+        """All calls before `oldest` have been read."""
+        self._oldest, self.suspects_in_use = oldest, False
 
     def _give(self, blocks: Sequence[int] | Ints) -> None:
-        if self._suspects and len(blocks) and self._suspect[blocks].any():
+        if len(blocks) and np.count_nonzero(self._suspect[blocks] >= self._oldest):
             self.suspects_in_use = True
 
     def room_at_first(self, sequences: Ints, position: Ints) -> Bools:

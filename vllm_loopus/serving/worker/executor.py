@@ -409,8 +409,12 @@ class PagedExecutor:
     def must_read(self) -> bool:
         return self._tables.suspects_in_use
 
-    def trust(self) -> None:
-        self._tables.trust()
+    def trust(self, oldest: int) -> None:
+        self._tables.trust(oldest)
+
+    def may_chain(self) -> bool:
+        # A graph writes the copies of an exit at once, so a later pass would overwrite them.
+        return not (self._stairs.last_exited and self._regions.reasoning.padded)
 
     def cleanse(self, index: int) -> None:
         """Removes NaN and infinity from the blocks of a sequence that failed."""

@@ -88,6 +88,11 @@ class Region:
         self._buffers = buffers
         self._selects = selects
 
+    @property
+    def padded(self) -> bool:
+        """Whether some calls run padded."""
+        return self._padding is not None
+
     def replays(self, layout: RowLayout) -> bool:
         """Whether the rows would run padded, as a graph that fixes what is written where."""
         return self._padding is not None and self._padding.fit(layout) is not None
@@ -99,8 +104,8 @@ class Region:
         wanted: NDArray[np.int64] | None = None,
     ) -> PreparedCall | None:
         """What a call needs besides its inputs, made while the device runs another one. None if the
-        call is to be padded: its buffers are in use."""
-        if self._padding is not None:
+        call is to be padded, since its buffers are in use, or the backend cannot do that."""
+        if self._padding is not None or not self._attention.stateless:
             return None
         rows = self._attention.rows(layout, extra)
         used = None if wanted is None else to_device(wanted, self._device)

@@ -139,8 +139,8 @@ class RunningSequences:
     def remove(self, request_id: str) -> None:
         """The sequence ended, was aborted or preempted; unknown ones are ignored."""
         if (index := self._index.pop(request_id, None)) is not None:
-            if self.runner.unread(index):
-                self._tables.suspect(index)
+            if call := self.runner.unread(index):
+                self._tables.suspect(index, call)
             self.stairs.remove(index)
             self._scored.pop(index, None)
             self._unused.append(index)
@@ -216,7 +216,7 @@ class RunningSequences:
     def _go_on(self, sequences: Ints, known: Ints) -> Chunks:
         """Begins the next positions of those of `sequences`, none in flight, that go on and have
         the blocks. Returns what has begun."""
-        stairs, active = self.stairs, self._active
+        stairs = self.stairs
         going = self._successors(sequences, known).sequence
         if stairs.last_exited and len(going):
             # A generated position takes its blocks at all depths with the first pass.
@@ -225,10 +225,19 @@ class RunningSequences:
             affordable = self._tables.affordable(going, missing)
             self._stalled += int(np.count_nonzero(~affordable))
             going = going[affordable]
+        going = going[: self._room()]
+        if not len(going):
+            return Chunks.none()
+        begun = stairs.begin(going, 1, True)
+        if stairs.last_exited:
+            self._executor.make_room_next(begun.at(1))  # now: others may take what is left
+        return begun
+
+    def _room(self) -> int:
+        """How many more positions may begin before the next pass."""
+        stairs, active = self.stairs, self._active
         new = active[stairs.in_flight[active] & (stairs.depth[active] == 0)]
-        room = self._row_budget - int((stairs.done[new, 0] - stairs.begun[new]).sum())
-        going = going[: max(room, 0)]
-        return stairs.begin(going, 1, True) if len(going) else Chunks.none()
+        return max(self._row_budget - int((stairs.done[new, 0] - stairs.begun[new]).sum()), 0)
 
     def step(self, step: StepInput, waits: bool = True, foresees: bool = False) -> Decoded:
         """Runs a step that has begun: passes, and the decoder. Returns what can be sampled.
@@ -254,7 +263,7 @@ class RunningSequences:
         else:
             ready = np.zeros(self.stairs.capacity, dtype=bool)
             ready[prepared] = True
-            going = exited[ready[exited]]
+            going = exited[ready[exited]][: self._room()]
             begun = self.stairs.begin(going, 1, True) if len(going) else Chunks.none()
         going = begun.sequence
         if len(going) < len(decoded):
