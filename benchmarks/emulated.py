@@ -7,12 +7,13 @@ for what was launched later.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from vllm_loopus.bench.workers.probe import PartTimer
 
 
 @dataclass(frozen=True)
@@ -56,31 +57,6 @@ class Device:
         """Counts from here on."""
         self.busy = self.waited = 0.0
         self.calls = self.syncs = 0
-
-
-@dataclass
-class Parts:
-    """Host time by part, without what is counted for a part called inside."""
-
-    seconds: Counter[str] = field(default_factory=Counter)
-    _open: list[float] = field(default_factory=list)
-
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """Counts the time of a method."""
-        original = getattr(owner, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            self._open.append(0.0)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                took = time.perf_counter() - began
-                self.seconds[part] += took - self._open.pop()
-                if self._open:
-                    self._open[-1] += took
-
-        setattr(owner, name, watched)
 
 
 def install(device: Device) -> None:
@@ -139,7 +115,7 @@ def _without_overlap(device: Device) -> None:
     LoopAdapter.sample_tokens = sample_tokens  # type: ignore[method-assign]
 
 
-def watch_parts(parts: Parts) -> None:
+def watch_parts(parts: PartTimer) -> None:
     """Which methods are which part."""
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -174,4 +150,4 @@ def watch_parts(parts: Parts) -> None:
         (PagedExecutor, "decode", "launch: decoder"),
         (HostCopy, "wait", "waiting for the device"),
     ):
-        parts.watch(owner, name, part)
+        parts.wrap(part, owner, name)

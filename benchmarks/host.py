@@ -13,19 +13,24 @@ the time in which the device is busy, `device_only` what the same calls give bac
 the confidence head costs nothing here.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+from emulated import Device, Times, install, watch_parts  # beside this file
 
-from benchmarks.emulated import Device, Parts, Times, install, watch_parts
+from vllm_loopus.bench.models import ModelSize, write_config
+from vllm_loopus.bench.policy import Costs, Policy, best
+from vllm_loopus.bench.script import begin, finish, script_parser
+from vllm_loopus.bench.workers.probe import PartTimer
+from vllm_loopus.bench.workloads import Generator
 
 MAX_LOOPS, MEAN, PROMPT = 8, 3.0, 4
 POLICIES = ("off", "exact", "last_exited")
@@ -38,32 +43,28 @@ TABLE = [
 ]
 # Memory bytes and bf16 operations a second; half of either is reached.
 CARDS = {"a100": (2.0e12, 312e12), "h100": (3.35e12, 989e12), "h200": (4.8e12, 989e12)}
-# Hidden size, MLP size, layers, width of q and o, width of k and v, vocabulary.
 MODELS = {
-    "qwen3-0.6b": (1024, 3072, 28, 2048, 1024, 151936),
-    "qwen3-1.7b": (2048, 6144, 28, 2048, 1024, 151936),
-    "qwen3-4b": (2560, 9728, 36, 4096, 1024, 151936),
-    "qwen3-8b": (4096, 12288, 36, 4096, 1024, 151936),
+    "qwen3-0.6b": ModelSize(28, 1024, 3072, 16, 8, 128, 151936),
+    "qwen3-1.7b": ModelSize(28, 2048, 6144, 16, 8, 128, 151936),
+    "qwen3-4b": ModelSize(36, 2560, 9728, 32, 8, 128, 151936),
+    "qwen3-8b": ModelSize(36, 4096, 12288, 32, 8, 128, 151936),
 }
+THIN = ModelSize(3, 64, 64, 1, 1, 64, 512, MAX_LOOPS)  # what computes is emulated
 LOOPED = 0.5  # of the layers; encoder and decoder have the others
 
 
 def roofline(model: str, card: str) -> tuple[float, float, float]:
     """Milliseconds a pass, microseconds a row of it, milliseconds a boundary: weights are read once
     a call; a row costs its operations."""
-    hidden, mlp, layers, queries, keys, vocabulary = MODELS[model]
-    bandwidth, operations = CARDS[card]
-    layer = 2 * hidden * (queries + keys) + 3 * hidden * mlp
-    looped = LOOPED * layers * layer
-    others = (1 - LOOPED) * layers * layer + vocabulary * hidden
+    size, (bandwidth, operations) = MODELS[model], CARDS[card]
+    looped = LOOPED * size.layers * size.layer_weights
+    others = size.base_weights - looped
     row = 2 * looped / (0.5 * operations)
     return 2e3 * looped / (0.5 * bandwidth), 1e6 * row, 2e3 * others / (0.5 * bandwidth)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--seqs", type=int, help="one measurement instead of the table")
     parser.add_argument("--policy", choices=POLICIES, default="exact")
     parser.add_argument("--pass-ms", type=float, default=LARGE[0])
@@ -82,14 +83,19 @@ def main() -> None:
         parser.error("--model and --card go together")
     if args.model:
         args.pass_ms, args.row_us, args.boundary_ms = roofline(args.model, args.card)
-    if args.seqs is None:
-        table()
+    if args.json:
+        print(json.dumps(measure(args)))
         return
-    result = measure(args)
-    print(json.dumps(result) if args.json else text_of(result))
+    report = begin()
+    if args.seqs is None:
+        report["rows"] = table()
+    else:
+        report |= measure(args)
+        print(text_of(report))
+    finish(report, args.write)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: Namespace) -> dict[str, Any]:
     """One measurement, in this process."""
     for name, value in (
         ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
@@ -103,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     device = Device(Times(args.pass_ms / 1e3, args.row_us / 1e6, args.boundary_ms / 1e3))
     install(device)
-    parts = Parts()
+    parts = PartTimer()
     if args.parts:
         watch_parts(parts)
     on = args.policy != "off"
@@ -113,11 +119,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "late_verdicts": args.late_verdicts,
     }
     count = round(args.waves * args.seqs)
-    depths = exits(count, args.tokens, MEAN if on else MAX_LOOPS)
+    generator = Generator(THIN.vocabulary, MAX_LOOPS, MEAN if on else MAX_LOOPS)
+    rng = np.random.default_rng(11)
+    depths = [generator.independent_exits(rng, args.tokens) for _ in range(count)]
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder))
         llm = LLM(
-            folder,
+            str(write_config(THIN.config(), Path(folder) / "thin")),
             load_format="dummy",
             skip_tokenizer_init=True,
             dtype="float32",
@@ -127,10 +134,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             kv_cache_memory_bytes=3 << 30,
             additional_config={"loopus": loopus},
         )
-    prompts: list[Any] = [
-        {"prompt_token_ids": [(7 * i + 3 * j + 1) % 500 for j in range(PROMPT)]}
-        for i in range(count)
-    ]
+    prompts: list[Any] = [{"prompt_token_ids": generator.prompt(rng, PROMPT)} for _ in range(count)]
     sampling = [
         SamplingParams(
             temperature=0,
@@ -164,72 +168,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def of_parts(parts: Parts, calls: int) -> dict[str, float]:
+def of_parts(parts: PartTimer, calls: int) -> dict[str, float]:
     """Milliseconds for each call of the device, the longest first."""
-    return {part: round(1e3 * took / calls, 4) for part, took in parts.seconds.most_common()}
+    longest = sorted(parts.seconds.items(), key=lambda item: -item[1])
+    return {part: round(1e3 * took / calls, 4) for part, took in longest}
 
 
-def simulated(args: argparse.Namespace, depths: list[list[int]]) -> float:
+def simulated(args: Namespace, depths: list[list[int]]) -> float:
     """Tokens a second of the best policy."""
-    from vllm_loopus.bench.policy import Costs, Policy, best
-
     costs = Costs(args.pass_ms, args.row_us / 1e3, args.boundary_ms, 0.0, 0.0)
     kv = "exact" if args.policy == "off" else args.policy
     return best(costs, depths, PROMPT, Policy(kv, args.seqs, MAX_LOOPS, lazy=True))[0].rate
 
 
-def exits(count: int, tokens: int, mean: float) -> list[list[int]]:
-    """The exit depths of the tokens of each request."""
-    import numpy as np
-
-    from vllm_loopus.bench.policy import geometric
-
-    rng = np.random.default_rng(11)
-    law, every = geometric(mean, MAX_LOOPS), np.arange(1, MAX_LOOPS + 1)
-    return [rng.choice(every, size=tokens, p=law).tolist() for _ in range(count)]
-
-
-def write_config(folder: Path) -> None:
-    """A looped model of three thin layers: what computes is emulated."""
-    base = {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    }
-    config = {
-        "model_type": "lds",
-        "N": MAX_LOOPS,
-        "q_threshold": 2.0,
-        "q_eval_interval": 1,
-        "halting_strategy": "threshold",
-        "convergence_epsilon": 0.01,
-        "base_model_name_or_path": "x",
-        "base_config_dict": base,
-        "encoder_layer_indices": [0],
-        "reasoning_layer_indices": [1],
-        "decoder_layer_indices": [2],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def table() -> None:
-    """All rows, each in a process of its own."""
+def table() -> list[dict[str, Any]]:
+    """Prints all rows, each measured in a process of its own, and returns them."""
     print(
         "| pass, boundary (ms) | sequences | policy | of device | tokens/s | on/off (simulated) |"
     )
     print("|---|---|---|---|---|---|")
-    off: dict[Any, dict[str, Any]] = {}
+    rows, off = [], dict[Any, dict[str, Any]]()
     for seqs, policy, costs in TABLE:
         given = ("--pass-ms", "--row-us", "--boundary-ms")
         options = [str(item) for pair in zip(given, costs, strict=True) for item in pair]
@@ -238,6 +196,7 @@ def table() -> None:
             options += ["--waves", "1"]
         done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
         row = json.loads(done.stdout.strip().splitlines()[-1])
+        rows.append(row)
         base = off.setdefault((seqs, costs), row)
         ratio = row["tokens_s"] / base["tokens_s"], row["simulated"] / base["simulated"]
         speed = "" if policy == "off" else f"{ratio[0]:.2f} ({ratio[1]:.2f})"
@@ -246,12 +205,13 @@ def table() -> None:
             f"| {row['tokens_s']:.0f} | {speed} |",
             flush=True,
         )
+    return rows
 
 
-def text_of(row: dict[str, Any]) -> str:
+def text_of(report: dict[str, Any]) -> str:
     """A measurement in words."""
-    parts = row.pop("parts_ms", {})
-    lines = [f"{name:<18} {value}" for name, value in row.items()]
+    parts = report.get("parts_ms", {})
+    lines = [f"{name:<18} {value}" for name, value in report.items() if name != "parts_ms"]
     if parts:
         lines += ["", "host time, ms for each call of the device:"]
         lines += [f"  {name:<36} {value:.4f}" for name, value in parts.items()]

@@ -127,7 +127,11 @@ def test_alone_and_in_one_batch(make_llm: Any, setting: Any) -> None:
 )
 def test_random_order_and_arrival(make_llm: Any, setting: Any, quorum: float | str) -> None:
     llm = start(make_llm, setting, {"exit_quorum": quorum}, max_num_seqs=12)
-    cases = by_rule(setting[0])[setting[1]]
+    assert_golden_in_any_order(llm, by_rule(setting[0])[setting[1]])
+
+
+def assert_golden_in_any_order(llm: Any, cases: list[dict[str, Any]]) -> None:
+    """Requests that arrive at random steps; the second time, half of them are aborted."""
     for seed in range(2):
         rng = random.Random(seed)
         aborted = {i for i in range(len(cases)) if seed and rng.random() < 0.5}

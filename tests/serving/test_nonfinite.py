@@ -188,6 +188,22 @@ class FirstRank:
         return self.said
 
 
+def test_blocks_of_unread_calls_are_suspect_until_these_are_read() -> None:
+    tables = BlockTables(num_depths=1, max_blocks=2, num_blocks=6, block_size=4)
+    tables.add(0, [[1, 2]], cached=0)
+    tables.suspect(0, call=3)
+    tables.add(1, [[4]], cached=0)
+    assert not tables.suspects_in_use
+    tables.add(0, [[2]], cached=0)
+    for oldest in (1, 3):  # calls are read in order; a step begins in between
+        tables.trust(oldest)
+        assert tables.suspects_in_use
+    tables.trust(4)
+    assert not tables.suspects_in_use
+    tables.append(1, [1])
+    assert not tables.suspects_in_use, "that call has been read"
+
+
 def test_the_first_rank_decides() -> None:
     """Whatever another rank computed: it is not asked."""
     knobs = RequestKnobs(4, 1, 0.5)

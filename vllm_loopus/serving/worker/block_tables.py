@@ -50,7 +50,7 @@ class BlockTables:
         self._decoded = np.zeros(num_blocks, dtype=bool)
         self._suspect = np.zeros(num_blocks, dtype=np.int64)  # call that may have left NaN there
         self._oldest = 1  # call that has not been read
-        self.suspects_in_use = False  # a block that may hold NaN has been given out
+        self._suspect_given = 0  # the newest call that may have left NaN in a block given out
         self._blocks = StepBlocks.none()
         self._taken: list[Taken] = []
         self._spans: Spans | None = None  # of the last layout
@@ -109,11 +109,17 @@ class BlockTables:
 
     def trust(self, oldest: int) -> None:
         """All calls before `oldest` have been read."""
-        self._oldest, self.suspects_in_use = oldest, False
+        self._oldest = oldest
+
+    @property
+    def suspects_in_use(self) -> bool:
+        """Whether a block has been given out in which a call that has not been read may have left
+        NaN."""
+        return self._suspect_given >= self._oldest
 
     def _give(self, blocks: Sequence[int] | Ints) -> None:
-        if len(blocks) and np.count_nonzero(self._suspect[blocks] >= self._oldest):
-            self.suspects_in_use = True
+        if len(blocks):
+            self._suspect_given = max(self._suspect_given, int(self._suspect[blocks].max()))
 
     def room_at_first(self, sequences: Ints, position: Ints) -> Bools:
         """Whether there is a block of depth 1 for a position of each sequence."""
