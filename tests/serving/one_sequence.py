@@ -1,4 +1,5 @@
-"""How far each position of a sequence has been computed: watermarks by depth, a staircase.
+"""The definition of a staircase, for one sequence: how far each position has been computed, as
+watermarks by depth. `step/staircase.py` is checked against it.
 
 `done[r]` positions, from 0 on, have K/V and state at depth r; `done[0]` have been encoded. A token
 that goes to depth r takes along the positions from `done[r]` on that come before it (policy
@@ -65,7 +66,6 @@ class LoopedSequence:
         num_generated: int = 0,
         full_prefill: bool = False,
         predetermined: Sequence[bool | None] | None = None,
-        carry: tuple[float, ...] = (),
     ) -> None:
         """
         - `max_depth`: planes that the sequence may need. `prefill_end`: tokens known now.
@@ -73,7 +73,7 @@ class LoopedSequence:
           many of them have decoder K/V at depth r.
         - `last_exited`: the K/V policy. `num_generated`: tokens generated so far.
         - `predetermined[r - 1]`: whether a token exits at depth r, None if the exit rule computes
-          that (`ExitRule.predetermined`). `carry`: what a token's exit rule starts with.
+          that (`ExitRule.predetermined`).
         """
         self.request_id = request_id
         self.knobs = knobs
@@ -96,12 +96,7 @@ class LoopedSequence:
         self.in_flight = False
         self.wants_token = False
         self.depth = 0  # that the newest position has reached
-        self.stalled = False  # in the last pass, for lack of blocks
         self.exit_depth: int | None = None
-        self._first_carry = carry
-        self.carry = carry  # what the exit rule has accumulated for the newest position
-        self.age = 0  # steps in flight
-        self.failure: str | None = None  # why nothing more can be computed
 
     def begin(self, count: int, wants_token: bool) -> None:
         """`count` new positions are encoded; a token is wanted for the last one, or not."""
@@ -109,13 +104,7 @@ class LoopedSequence:
         self.begun = self.done[0]
         self.done[0] += count
         self.in_flight, self.wants_token = True, wants_token
-        self.depth, self.exit_depth, self.carry, self.age = 0, None, self._first_carry, 0
-        self.stalled = False
-
-    def fail(self, reason: str) -> None:
-        """What was computed is useless: no further pass and no token. The first reason counts."""
-        self.failure = self.failure or reason
-        self.in_flight = False
+        self.depth, self.exit_depth = 0, None
 
     @property
     def prefilling(self) -> bool:

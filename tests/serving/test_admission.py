@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving.fakes import Engine, answer
+from tests.serving.fake_executor import answer
+from tests.serving.fakes import Engine
 from vllm_loopus.serving.core import admission
 from vllm_loopus.serving.knobs.request import RequestKnobs
 

@@ -18,7 +18,7 @@ from tests.conftest import (
     runner_of,
     spy_on_steps,
 )
-from tests.serving.fakes import EagerQuorum
+from tests.serving.fake_executor import EagerQuorum
 from tests.serving.test_early_exit import (
     LONG,
     MIXED,

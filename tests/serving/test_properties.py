@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from tests.serving.fakes import BLOCK, Engine, answer
+from tests.serving.fake_executor import BLOCK, answer
+from tests.serving.fakes import Engine
 
 # Prompts that share beginnings, so that prefix hits happen.
 PROMPT = st.tuples(st.integers(0, 1), st.integers(1, 22), st.integers(0, 2)).map(

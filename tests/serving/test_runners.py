@@ -17,7 +17,8 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.request import RequestStatus
 
-from tests.serving.fakes import Engine, answer
+from tests.serving.fake_executor import answer
+from tests.serving.fakes import Engine
 from vllm_loopus.serving.runners import selection
 from vllm_loopus.serving.runners.v2 import _of
 from vllm_loopus.serving.runners.v2_prompt_scores import V2PromptScores

@@ -4,7 +4,8 @@ import pytest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
-from tests.serving.fakes import BLOCK, POISON, Engine, answer
+from tests.serving.fake_executor import BLOCK, POISON, answer
+from tests.serving.fakes import Engine
 from vllm_loopus.serving.messages.stats import LoopStats
 from vllm_loopus.serving.step.quorum import quorum_for
 

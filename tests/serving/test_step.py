@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving.fakes import Engine, answer
+from tests.serving.fake_executor import answer
+from tests.serving.fakes import Engine
 
 
 @pytest.mark.parametrize("kv_policy", ["exact", "last_exited"])

@@ -18,6 +18,7 @@ class StepReport:
     - `encoded_rows`: new positions. `catch_up_rows`: rows of passes for positions before those.
     - `wanting`: sequences that wanted a token when the passes ended; `ready`: those of them that
       had exited. `waiting`: sequences that had exited before a pass, summed over the passes.
+    - `stalled`: how often a sequence was left out of a pass for lack of blocks.
     """
 
     emitted: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))

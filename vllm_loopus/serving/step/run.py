@@ -33,7 +33,8 @@ class StepRunner:
     - `overlap`: the next pass is launched (`go_on`) before the outcome of the step is used.
     - `late`: whether a pass may be launched before the exits of the one before are read; None to
       decide by cost. A row that has exited then goes through one more pass. Its K/V at that depth
-      is a pure function of the tokens, so answers do not change. Not for `last_exited`.
+      is a pure function of the tokens, so answers do not change. With `last_exited` only in chains
+      (`go_on`), where the copies of its exit depth are written over it.
     """
 
     def __init__(
@@ -156,8 +157,9 @@ class StepRunner:
                 if not self._launch(active, most - len(report.passes)):
                     return
                 report.waiting += report.ready
-            if len(self._unread.pending) == 1 and self._is_late(active):
-                report.waiting += report.ready * self._launch(active, most - len(report.passes))
+            late = len(self._unread.pending) == 1 and self._is_late(active)
+            if late and self._launch(active, most - len(report.passes)):
+                report.waiting += report.ready
             if self._unread.pending:
                 if self.overlap:
                     self._prepare(active, most - len(report.passes))
