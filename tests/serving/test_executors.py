@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.serving.fake_executor import EagerQuorum
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
 from vllm_loopus.serving.worker.nonfinite import WatchedRows
 
@@ -92,6 +93,39 @@ def test_two_ranks(make_llm: Any, forked_processes: None, setting: Any) -> None:
         first, second = llm.collective_rpc(recorded)
         assert len(first) > 20 and first == second
         assert max(rows for passes, *_ in first for rows in passes) <= 24
+
+
+def run_ahead(worker: Any, late: bool | None, passes: int) -> None:
+    """On every rank: verdicts are read one pass late, or the decoder and chains of `passes` run
+    before exits are read."""
+    runner = inner(worker).model_runner._sequences.runner
+    runner._late = late
+    while isinstance(runner.quorum, EagerQuorum):
+        runner.quorum = runner.quorum.rule
+    if passes:
+        runner.quorum = EagerQuorum(runner.quorum, passes)
+
+
+def test_two_ranks_that_run_ahead(make_llm: Any, forked_processes: None) -> None:
+    """As above, with each way of running ahead forced."""
+    llm = start(
+        make_llm,
+        MIXED[0],
+        {"overlap": "on"},
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_num_batched_tokens=24,
+        max_num_seqs=24,
+    )
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+    llm.collective_rpc(record)
+    llm.collective_rpc(disturb)
+    for mode in ((None, 0), (True, 0), (False, 0), (None, 1), (None, 3)):
+        llm.collective_rpc(run_ahead, args=mode)
+        llm.reset_prefix_cache()
+        assert_golden(cases, generate(llm, cases))
+        first, second = llm.collective_rpc(recorded)
+        assert len(first) > 20 and first == second
 
 
 def test_a_worker_process(make_llm: Any, forked_processes: None) -> None:
