@@ -64,6 +64,11 @@ class Row(NamedTuple):
     copied: bool  # to deeper depths when it exits
 
 
+def guess(prefix: tuple[int, ...]) -> int:
+    """The next token, or in every fourth case another one."""
+    return (next_token(prefix) + (digest("guess", prefix) % 4 == 0)) % VOCABULARY
+
+
 class FakeReading:
     """What a call of `FakeExecutor` decides. Sequences with a poisoned token fail when it is
     read."""
@@ -71,6 +76,7 @@ class FakeReading:
     def __init__(self, executor: "FakeExecutor", exits: list[bool], copied: list[Row]) -> None:
         self.executor, self.exits, self.copied = executor, np.array(exits, dtype=bool), copied
         self.watched, executor.watched = executor.watched, []
+        self.likely = np.zeros(0, dtype=np.int64)
 
     def wait(self) -> Any:
         stairs = self.executor.stairs
@@ -81,8 +87,11 @@ class FakeReading:
                 else ()
             )
             if POISON in known:
-                stairs.fail(row.sequence, "NaN")
+                stairs.fail_at(row.sequence, row.end, "NaN")
         return self.exits
+
+    def tokens(self) -> Any:
+        return self.likely
 
     def complete(self, leaving: Any) -> None:
         for row, leaves in zip(self.copied, leaving, strict=True):
@@ -154,6 +163,10 @@ class FakeExecutor:
 
     def prefix(self, sequence: int, position: int) -> tuple[int, ...]:
         tokens = list(self.batch._tokens[sequence])
+        certain = int(self.stairs.done[sequence, 0])
+        if position >= certain:  # guessed
+            guesses = self.stairs.guesses[sequence, 1 : position - certain + 2].tolist()
+            return (*tokens[:certain], *guesses)
         if position >= len(tokens):  # its token has been sampled and not been read
             tokens.append(self.on_device[int(self.stairs.life[sequence]), sequence])
         assert position < len(tokens)
@@ -266,7 +279,9 @@ class FakeExecutor:
         for depth in depths:
             self.memory[kind, self.slot(row.sequence, depth, row.end - 1)] = value
 
-    def decode(self, chunks: Chunks, used: Any = None, prepared: Any = None) -> FakeReading:
+    def decode(
+        self, chunks: Chunks, used: Any = None, prepared: Any = None, guessing: Any = None
+    ) -> FakeReading:
         rows = rows_of(self.stairs, chunks)
         assert 0 < sum(row.end - row.start for row in rows) <= self.budget
         for row in rows:
@@ -281,12 +296,17 @@ class FakeExecutor:
                 self.read("decoder", row.sequence, row.depth, position)
         self.watch(rows)
         chosen = chunks.newest if used is None else chunks.newest & used
-        newest = [row for row, wanted in zip(rows, chosen, strict=True) if wanted]
-        said = [next_token(self.prefix(row.sequence, row.end - 1)) for row in newest]
-        self.decoded = DecodedRows(
-            torch.tensor(said).reshape(-1, 1), np.array([r.sequence for r in newest], dtype=int)
-        )
-        return FakeReading(self, [], [])
+        guesses = np.zeros(len(rows), dtype=bool) if guessing is None else guessing
+        prefixes = [self.prefix(row.sequence, row.end - 1) for row in rows]
+        newest = np.flatnonzero(chosen & ~guesses)
+        if len(newest) or guessing is None:
+            said = [next_token(prefixes[at]) for at in newest]
+            self.decoded = DecodedRows(
+                torch.tensor(said).reshape(-1, 1), chunks.sequence[newest].astype(int)
+            )
+        reading = FakeReading(self, [], [])
+        reading.likely = np.array([guess(prefixes[at]) for at in np.flatnonzero(guesses)])
+        return reading
 
 
 class EagerQuorum:

@@ -30,6 +30,7 @@ from vllm_loopus.serving.runners.v2 import V2Adapter
 from vllm_loopus.serving.step.quorum import quorum_for
 from vllm_loopus.serving.step.run import StepRunner
 from vllm_loopus.serving.step.staircase import Staircases
+from vllm_loopus.serving.step.wave import Waves
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.sequences import RunningSequences
 
@@ -167,7 +168,8 @@ class FakeLoop:
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         options = EngineOptions.of(vllm_config.additional_config)
-        stairs = Staircases(depth, options.last_exited, options.full_prefill)
+        slots = 1 + options.lookahead
+        stairs = Staircases(depth, options.last_exited, options.full_prefill, slots)
         tables = BlockTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
         self.executor = FakeExecutor(stairs, tables, budget, exit_interval)
         rule = quorum_for(quorum, depth)
@@ -176,7 +178,14 @@ class FakeLoop:
         halting = HaltingRule("threshold", 0.9, exit_interval, 1, depth, 0.0)
         overlap = options.overlaps(False)
         runner = StepRunner(
-            stairs, self.executor, rule, budget, overlap, overlap, options.reads_late
+            stairs,
+            self.executor,
+            rule,
+            budget,
+            overlap,
+            overlap,
+            options.reads_late,
+            Waves(stairs, options.draft_depth) if options.speculates else None,
         )
         self._sequences = RunningSequences(
             self.executor, stairs, tables, runner, halting, budget, length, options
@@ -200,7 +209,7 @@ class FakeV2Runner(FakeLoop, V2Adapter, FakeV2):
 RUNNERS = {"v1": FakeV1Runner, "v2": FakeV2Runner}
 
 
-LOOPUS = ("kv_policy", "prefill_depth", "overlap", "late_verdicts")
+LOOPUS = ("kv_policy", "prefill_depth", "overlap", "late_verdicts", "speculate")
 
 
 @cache
@@ -208,6 +217,10 @@ def engine_config(**options: Any) -> Any:
     """vLLM's configuration for a small model; blocks of four tokens."""
     max_loops = options.pop("max_loops")
     loopus = {name: options.pop(name) for name in LOOPUS}
+    if ahead := loopus["speculate"]:
+        loopus["speculate"] = {"draft_depth": ahead[0], "lookahead": ahead[1]}
+    else:
+        loopus["speculate"] = "off"
     config = EngineArgs(
         model=str(GOLDEN / "qwen3"),
         hf_overrides={"max_loops": max_loops},
@@ -237,6 +250,7 @@ class Engine:
     overlap: str = "off"
     late_verdicts: str = "auto"
     eager: int = 0  # passes in a chain, with an `EagerQuorum`
+    speculate: tuple[int, ...] = ()  # draft depth and lookahead
     runner_kind: str = "v1"
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
@@ -250,6 +264,7 @@ class Engine:
             prefill_depth=self.prefill_depth,
             overlap=self.overlap,
             late_verdicts=self.late_verdicts,
+            speculate=self.speculate,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -279,7 +294,7 @@ class Engine:
         self.found: dict[str, list[int]] = {}  # positions in the prefix cache, by depth
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **more: Any) -> Request:
-        names = ("max_loops", "min_loops", "exit_threshold", "exit_depths")
+        names = ("max_loops", "min_loops", "exit_threshold", "exit_depths", "speculate")
         knobs = {key: more.pop(key) for key in names if key in more}
         priority, resumable = more.pop("priority", 0), more.pop("resumable", False)
         request = Request(
@@ -348,7 +363,8 @@ class Engine:
                     computed[depth] |= {
                         int(table[depth, p // BLOCK]) for p in positions if p < self.max_model_len
                     } - {0}
-        if self.overlap == "on":  # a pass that was prepared may have taken blocks
+        # A pass that was prepared, or for a guess that was wrong, may have taken blocks.
+        if self.overlap == "on" or self.speculate:
             assert all(mine <= all_ for mine, all_ in zip(computed, held, strict=True))
         else:
             assert held == computed

@@ -38,7 +38,8 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[tuple[int, int], np.n
         index = sequences.index(name)
         planes = stairs.max_depth[index] + 1
         done, settled = stairs.done[index, :planes], stairs.settled[index, :planes]
-        assert (np.diff(done) <= 0).all()
+        begun = done[0] + stairs.ahead[index]
+        assert (np.diff(done[1:]) <= 0).all() and (done[1:] <= begun).all()
         assert done[0] <= len(sequences.tokens(name))
         assert (stairs.decoded[index, 1:planes] <= done[1:]).all()
         assert (settled[1:] <= done[1:]).all()
@@ -63,6 +64,7 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[tuple[int, int], np.n
     overlap=st.sampled_from(["off", "on"]),
     late_verdicts=st.sampled_from(["auto", "on", "off"]),
     eager=st.sampled_from([0, 1, 2, 3]),
+    speculate=st.sampled_from([(), (), (1, 1), (1, 3), (2, 2), (3, 5)]),
 )
 def test_everything_finishes_right(
     items: list[dict[str, Any]],
@@ -77,6 +79,7 @@ def test_everything_finishes_right(
     overlap: str,
     late_verdicts: str,
     eager: int,
+    speculate: tuple[int, ...],
 ) -> None:
     max_len, depth = 40, 4
     blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
@@ -94,6 +97,7 @@ def test_everything_finishes_right(
         overlap=overlap,
         late_verdicts="auto" if kv_policy == "last_exited" else late_verdicts,
         eager=eager,
+        speculate=() if kv_policy == "last_exited" else speculate,
     )
     seen: dict[str, tuple[tuple[int, int], np.ndarray]] = {}
     aborted = set()

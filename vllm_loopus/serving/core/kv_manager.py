@@ -40,6 +40,7 @@ class DepthKVCacheManager(KVCacheManager):
     _budget: Callable[[Request], int]
     _planes: tuple[Any, ...]  # PlaneManager, by depth
     _block_size: int
+    _lookahead: int  # positions of depth 1 that the worker may begin before a token is certain
     _blocks_a_pass: int  # that the row budget of a pass can fill at one depth
     _holders: dict[str, _Holder]
     _promised: dict[str, int]  # blocks, in this step
@@ -55,14 +56,19 @@ class DepthKVCacheManager(KVCacheManager):
 
     @classmethod
     def adopt(
-        cls, manager: KVCacheManager, budget: Callable[[Request], int], row_budget: int
+        cls,
+        manager: KVCacheManager,
+        budget: Callable[[Request], int],
+        row_budget: int,
+        lookahead: int = 0,
     ) -> None:
         """`budget`: how many planes the positions of a request may need. `row_budget`: the most
-        rows of a pass."""
+        rows of a pass. `lookahead`: how many positions may be guessed at once."""
         adopt_coordinator(manager.coordinator)
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager._budget = budget
+        manager._lookahead = lookahead
         manager._planes = manager.coordinator.single_type_managers
         manager._block_size = manager._planes[0].block_size
         manager._blocks_a_pass = cdiv(row_budget, manager._block_size)
@@ -112,8 +118,9 @@ class DepthKVCacheManager(KVCacheManager):
         else:
             wanted = holder.wanted
         after = request.num_computed_tokens + num_new_tokens
-        if after >= request.num_tokens and after <= self._last_position(request):
-            kwargs["num_lookahead_tokens"] = 1
+        left = self._last_position(request) + 1 - after
+        if after >= request.num_tokens and left > 0:
+            kwargs["num_lookahead_tokens"] = min(1 + self._may_guess, left)
         kwargs["delay_cache_blocks"] = True
         if "has_scheduled_reqs" in kwargs:  # some run without being scheduled
             kwargs["has_scheduled_reqs"] = bool(self._holders)
@@ -171,10 +178,15 @@ class DepthKVCacheManager(KVCacheManager):
         planes = max(self.demand.planes(budget), self._needed.get(request.request_id, 0))
         return ceil(cdiv(min(tokens, self.max_model_len), self._block_size) * planes)
 
+    @property
+    def _may_guess(self) -> int:
+        """How many positions may be guessed at once: none where certain ones may lack blocks."""
+        return 0 if not self._lookahead or self.scarce else self._lookahead
+
     def needs_block(self, request: Request) -> bool:
         """Whether a running request has no block of depth 1 for the position after its newest."""
         holder = self._holders[request.request_id]
-        position = min(request.num_tokens, self._last_position(request))
+        position = min(request.num_tokens + self._may_guess, self._last_position(request))
         return position >= holder.at_first * self._block_size
 
     def _lacks_the_next(self, request: Request, holder: _Holder) -> bool:

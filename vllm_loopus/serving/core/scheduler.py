@@ -55,11 +55,13 @@ class LoopUSScheduler(Scheduler):
             self.kv_cache_manager,
             budget=self._planes_of,
             row_budget=self.scheduler_config.max_num_batched_tokens,
+            lookahead=self._options.lookahead,
         )
         self._clock = StepClock()
         self._stats = LoopStats()
         self._refused: dict[str, str] = {}  # requests with impossible knobs, and why
         self._needing: set[str] = set()  # running requests that have to be scheduled
+        self._others = 0  # running requests that are hidden from a schedule
         self._dropped: list[str] = []  # requests that wait for input, for the worker to forget
 
     def blocks_by_depth(self) -> list[int]:
@@ -140,7 +142,7 @@ class LoopUSScheduler(Scheduler):
         needing = [request for request in every if request.request_id in self._needing]
         # Prompts take what the others leave: a generating request runs, scheduled or not.
         needing.sort(key=lambda r: r.num_tokens - r.num_computed_tokens > 1)
-        others = len(every) - len(needing)
+        self._others = others = len(every) - len(needing)
         limits = {name: getattr(self, name) for name in _LIMITS if hasattr(self, name)}
         self.running = list(needing)
         for name, limit in limits.items():
@@ -148,6 +150,7 @@ class LoopUSScheduler(Scheduler):
         try:
             yield
         finally:
+            self._others = 0
             for name, limit in limits.items():
                 setattr(self, name, limit)
             there = {id(request) for request in self.running}
@@ -155,6 +158,11 @@ class LoopUSScheduler(Scheduler):
             before = {id(request) for request in needing}
             admitted = [request for request in self.running if id(request) not in before]
             self.running = [r for r in every if id(r) not in preempted] + admitted
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """As in vLLM, which shares a step's rows among them: with the hidden ones."""
+        running, waiting = super().get_request_counts()
+        return running + self._others, waiting
 
     def _knobs_of_starting(self, output: "SchedulerOutput") -> Mapping[str, RequestKnobs]:
         """Of the requests that the worker does not know, or has forgotten after a preemption."""

@@ -28,7 +28,17 @@ COUNTERS = {
     "decoder_catch_up_rows": "Rows of the decoder that brought no token.",
     "waiting_rows": "Sequences that had exited and waited for one more pass, summed over passes.",
     "nonfinite_requests": "Requests that failed because of NaN or infinite states.",
+    "guesses": "Positions that began with a guessed token.",
+    "guess_rows": "Rows of the reasoning block for positions that began with a guessed token.",
+    "wasted_rows": "Rows of the reasoning block for guessed positions that were forgotten.",
     "saved_loops": "Loops that generated tokens did not take because they exited early.",
+}
+
+
+# By the depth at which the guess was made.
+GUESSES = {
+    "confirmed_guesses": "Guessed tokens that were the sampled ones, by the depth of the guess.",
+    "rejected_guesses": "Guessed tokens that were not the sampled ones, by the depth of the guess.",
 }
 
 
@@ -125,6 +135,10 @@ class LoopMetrics:
             name: self._per_engine(prometheus._counter_cls, name, documentation)
             for name, documentation in COUNTERS.items()
         }
+        self.guesses = {
+            name: self._by_label(prometheus._counter_cls, name, documentation, "depth", depths)
+            for name, documentation in GUESSES.items()
+        }
         for gauge in self._gauge("max_loops", "Maximum number of loops.").values():
             gauge.set(max_loops)
         self.saved = self._gauge(
@@ -170,10 +184,16 @@ class LoopMetrics:
             "decoder_catch_up_rows": stats.decoder_catch_up_rows,
             "waiting_rows": stats.waiting,
             "nonfinite_requests": stats.nonfinite_requests,
+            "guesses": stats.guesses,
+            "guess_rows": stats.guess_rows,
+            "wasted_rows": stats.wasted_rows,
             "saved_loops": sum(self.max_loops - depth for depth in stats.exit_depths),
         }
         for name, amount in amounts.items():
             self.counters[name][engine].inc(amount)
+        for name, children in self.guesses.items():
+            for depth in getattr(stats, name):
+                children[engine][depth - 1].inc()
         before = self._rows[engine]
         self._rows[engine] = before[0] + rows, before[1] + full_depth_rows
         self.saved[engine].set(_saved(*self._rows[engine]))
@@ -203,9 +223,20 @@ class LoopMetrics:
     ) -> dict[int, list[Any]]:
         """A gauge with one more label: for each engine, one child for each value, in order."""
         kind = self._prometheus._gauge_cls
-        metric = self._metric(
-            kind, name, documentation, labels=(label,), multiprocess_mode="mostrecent"
-        )
+        mode = {"multiprocess_mode": "mostrecent"}
+        return self._by_label(kind, name, documentation, label, values, **mode)
+
+    def _by_label(
+        self,
+        kind: Any,
+        name: str,
+        documentation: str,
+        label: str,
+        values: Sequence[Any],
+        **options: Any,
+    ) -> dict[int, list[Any]]:
+        """A metric with one more label: for each engine, one child for each value, in order."""
+        metric = self._metric(kind, name, documentation, labels=(label,), **options)
         return {
             index: [metric.labels(*known, str(value)) for value in values]
             for index, known in self._labels.items()

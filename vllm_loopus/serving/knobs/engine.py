@@ -11,6 +11,7 @@ KV_POLICIES = ("exact", "last_exited")
 PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
 SWITCH = (AUTO, "on", "off")
+LOOKAHEAD, MOST_AHEAD = 7, 64  # guessed positions of a sequence: by default, and at most
 # What the OpenAI server accepts as `reasoning_effort` (vLLM's ChatCompletionRequest).
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -31,6 +32,10 @@ class EngineOptions:
       exited take part in it in vain. `auto`: where that costs less than waiting.
     - `reasoning_effort`: the `max_loops` of requests that name an effort and no `max_loops`, for
       example `{"low": 2, "high": 8}`. Efforts that are not listed change nothing.
+    - `speculate`: let sequences go on with the token that they will probably get, before it is
+      certain (`step/wave.py`): `off`, `auto`, or `{"draft_depth": d, "lookahead": k}` for a guess
+      after `d` passes and at most `k` guessed positions of a sequence in flight. Answers are the
+      same.
     """
 
     kv_policy: str = "exact"
@@ -39,6 +44,7 @@ class EngineOptions:
     overlap: str = AUTO
     late_verdicts: str = AUTO
     reasoning_effort: Mapping[str, int] = field(default_factory=dict)
+    speculate: str | Mapping[str, int] = "off"
 
     @classmethod
     def of(cls, additional_config: object) -> "EngineOptions":
@@ -96,6 +102,13 @@ class EngineOptions:
                 "depends on the exits; use 'auto' or 'off'"
             )
         _check_efforts(self.reasoning_effort)
+        _check_speculate(self.speculate)
+        if self.last_exited and self.speculates:
+            raise ValueError(
+                f"speculate={self.speculate!r} is not possible with kv_policy='last_exited', where "
+                "K/V depends on exit depths and a guess would change it; use kv_policy='exact' or "
+                "speculate='off'"
+            )
 
     def overlaps(self, asynchronous: bool) -> bool:
         """Whether the next pass is launched ahead. `asynchronous`: whether calls of the device
@@ -107,8 +120,31 @@ class EngineOptions:
         """Whether exits are read one pass late; None to decide by cost."""
         return None if self.late_verdicts == AUTO else self.late_verdicts == "on"
 
+    @property
+    def speculates(self) -> bool:
+        """Whether positions may begin with guessed tokens."""
+        return self.speculate != "off"
+
+    @property
+    def draft_depth(self) -> int:
+        """Passes before a guess; 1 if that is decided by measurement."""
+        return 1 if isinstance(self.speculate, str) else self.speculate.get("draft_depth", 1)
+
+    @property
+    def lookahead(self) -> int:
+        """The most positions of a sequence that may be guessed at once."""
+        if not self.speculates:
+            return 0
+        chosen = {} if isinstance(self.speculate, str) else self.speculate
+        return chosen.get("lookahead", LOOKAHEAD)
+
     def check(self, config: LoopDefaults) -> None:
         """Raises `ValueError` for an option that does not fit the model."""
+        if self.speculates and config.max_loops > 1 and self.draft_depth >= config.max_loops:
+            raise ValueError(
+                f"speculate['draft_depth']={self.draft_depth} must be below the served "
+                f"max_loops={config.max_loops}: a guess has to be earlier than the token"
+            )
         for effort, loops in self.reasoning_effort.items():
             if loops > config.max_loops:
                 raise ValueError(
@@ -132,6 +168,24 @@ class EngineOptions:
         In `last_exited`, K/V is only shared between requests of equal knobs.
         """
         return served if self.full_prefill and not self.last_exited else max_loops
+
+
+def _check_speculate(speculate: object) -> None:
+    if speculate in ("off", AUTO):
+        return
+    if not isinstance(speculate, Mapping):
+        raise ValueError(
+            f"speculate={speculate!r} must be 'off', {AUTO!r} or a mapping, for example "
+            '{"draft_depth": 1, "lookahead": 7}'
+        )
+    limits = {"draft_depth": None, "lookahead": MOST_AHEAD}
+    for name, value in speculate.items():
+        if name not in limits:
+            raise ValueError(f"speculate has no option {name!r}; there are {', '.join(limits)}")
+        most = limits[name]
+        if not is_integer(value) or value < 1 or (most is not None and value > most):
+            upto = "1 or more" if most is None else f"from 1 to {most}"
+            raise ValueError(f"speculate[{name!r}]={value!r} must be a whole number, {upto}")
 
 
 def _check_efforts(efforts: object) -> None:

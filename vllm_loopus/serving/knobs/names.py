@@ -15,7 +15,15 @@ import difflib
 import re
 
 RETURN_EXIT_DEPTHS = "return_exit_depths"
-REQUEST_KNOBS = ("max_loops", "min_loops", "exit_threshold", "exit_depths", RETURN_EXIT_DEPTHS)
+SPECULATE = "speculate"
+REQUEST_KNOBS = (
+    "max_loops",
+    "min_loops",
+    "exit_threshold",
+    "exit_depths",
+    SPECULATE,
+    RETURN_EXIT_DEPTHS,
+)
 RELEASED_NAMES = {"N": "max_loops", "q_threshold": "exit_threshold"}
 OF_THE_CHECKPOINT = (
     "halting_strategy",

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from vllm.exceptions import VLLMValidationError
 
 from vllm_loopus.config import is_finite_number, is_integer
-from vllm_loopus.serving.knobs.names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS, objection
+from vllm_loopus.serving.knobs.names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS, SPECULATE, objection
 
 
 class KnobError(VLLMValidationError, ValueError):
@@ -36,13 +36,15 @@ class RequestKnobs:
     """The recursion budget and exit rule knobs of one request.
 
     `exit_depths` gives the exit depths of the first generated tokens. The exit rule decides for all
-    tokens after them.
+    tokens after them. `speculate`: whether positions may begin with guessed tokens, where the
+    engine does that.
     """
 
     max_loops: int
     min_loops: int
     exit_threshold: float
     exit_depths: tuple[int, ...] = ()
+    speculate: bool = True
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None, defaults: LoopDefaults) -> "RequestKnobs":
@@ -70,7 +72,11 @@ class RequestKnobs:
             if not 1 <= depth <= max_loops:
                 fix = f"must be from 1 to max_loops={max_loops}"
                 raise _refusal(f"exit_depths[{index}]", depth, fix)
-        return cls(max_loops, min_loops, float(threshold), tuple(depths))
+        speculate = given.get(SPECULATE)
+        if speculate not in (None, 0, 1):
+            fix = "must be 0 (no guesses for this request) or 1, true or false"
+            raise _refusal(SPECULATE, speculate, fix)
+        return cls(max_loops, min_loops, float(threshold), tuple(depths), speculate in (None, True))
 
 
 def check_request(

@@ -6,10 +6,11 @@ vLLM with a field for a model's statistics (`patches/loop-in-stat-loggers.diff`)
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 KEY = "loopus"
+NEWEST = ("blocks", "sequences")  # of these the newest values count
 
 
 @dataclass
@@ -25,8 +26,10 @@ class LoopStats:
     - `exit_depths`: of the tokens that went to the front end.
     - `nonfinite_requests`: requests that failed because of NaN or infinite states.
     - `blocks`: K/V blocks that running sequences hold, by depth. `sequences`: how many sequences of
-      the greatest length fit, at `full` depth and at the `observed` one. Of these two, the newest
-      values count.
+      the greatest length fit, at `full` depth and at the `observed` one.
+    - `guesses`: positions that began with a guessed token. `confirmed_guesses`,
+      `rejected_guesses`: the depths at which those were guessed whose token is known since.
+      `guess_rows`: rows of passes for guessed positions; `wasted_rows`: those of them in vain.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -39,23 +42,19 @@ class LoopStats:
     waiting: int = 0
     exit_depths: list[int] = field(default_factory=list)
     nonfinite_requests: int = 0
+    guesses: int = 0
+    confirmed_guesses: list[int] = field(default_factory=list)
+    rejected_guesses: list[int] = field(default_factory=list)
+    guess_rows: int = 0
+    wasted_rows: int = 0
     blocks: list[int] = field(default_factory=list)
     sequences: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: "LoopStats") -> None:
         """Adds the statistics of a later step."""
-        self.steps += other.steps
-        self.passes += other.passes
-        self.encoded_rows += other.encoded_rows
-        self.catch_up_rows += other.catch_up_rows
-        self.decoder_rows += other.decoder_rows
-        self.decoder_catch_up_rows += other.decoder_catch_up_rows
-        self.quorums += other.quorums
-        self.waiting += other.waiting
-        self.exit_depths += other.exit_depths
-        self.nonfinite_requests += other.nonfinite_requests
-        self.blocks = other.blocks or self.blocks
-        self.sequences = other.sequences or self.sequences
+        for of in fields(self):
+            mine, theirs = getattr(self, of.name), getattr(other, of.name)
+            setattr(self, of.name, theirs or mine if of.name in NEWEST else mine + theirs)
 
     def send_with(self, scheduler_stats: Any) -> None:
         """Puts them into vLLM's statistics of a step."""

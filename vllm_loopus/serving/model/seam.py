@@ -53,3 +53,7 @@ class LoopedModel(Protocol):
         """`h^d` [T, H] -> hidden states [T, H] for the LM head. Only the rows `wanted` [M] are
         used; None for all."""
         ...
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Hidden states [M, H] -> logits [M, V], on all ranks."""
+        ...

@@ -29,6 +29,7 @@ from vllm_loopus.serving.runners.start_up import start_up_summary
 from vllm_loopus.serving.step.quorum import quorum_for
 from vllm_loopus.serving.step.run import StepRunner
 from vllm_loopus.serving.step.staircase import Staircases
+from vllm_loopus.serving.step.wave import Waves
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.decoded import Decoded
 from vllm_loopus.serving.worker.executor import PagedExecutor
@@ -200,7 +201,8 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
     options = EngineOptions.of(vllm_config.additional_config)
     if options.last_exited:
         model.planes.allow_extra_slots()
-    stairs = Staircases(len(groups), options.last_exited, options.full_prefill)
+    slots = 1 + options.lookahead
+    stairs = Staircases(len(groups), options.last_exited, options.full_prefill, slots)
     row_budget = vllm_config.scheduler_config.max_num_batched_tokens
     executor = PagedExecutor(
         model,
@@ -224,6 +226,7 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
             asynchronous=executor.asynchronous,
             overlap=options.overlaps(executor.asynchronous),
             late=options.reads_late,
+            waves=Waves(stairs, options.draft_depth) if options.speculates else None,
         ),
         rule,
         row_budget,

@@ -20,6 +20,14 @@ class Reading(Protocol):
         ...
 
 
+class DecoderReading(Reading, Protocol):
+    """That of a decoder call."""
+
+    def tokens(self) -> Ints:
+        """After `wait`: the most likely tokens after the guessing positions."""
+        ...
+
+
 class StepExecutor(Protocol):
     """What a step needs computed. The chunks of one call may be at different depths.
 
@@ -68,10 +76,17 @@ class StepExecutor(Protocol):
         `prepared`: what `prepare_pass` returned for the same chunks."""
         ...
 
-    def decode(self, chunks: Chunks, used: Bools | None = None, prepared: Any = None) -> Reading:
+    def decode(
+        self,
+        chunks: Chunks,
+        used: Bools | None = None,
+        prepared: Any = None,
+        guessing: Bools | None = None,
+    ) -> DecoderReading:
         """Launches the decoder and keeps the hidden states of the newest positions of the chunks,
-        of those `used` [C]. Nothing is decided by its reading. `prepared`: what `prepare_decoder`
-        returned for the same chunks."""
+        of those `used` [C] and not `guessing` [C]. Of those guessing the reading has the most
+        likely tokens; it decides nothing else. `prepared`: what `prepare_decoder` returned for the
+        same chunks."""
         ...
 
     def check_states(self) -> Reading | None:

@@ -16,6 +16,8 @@ class StepReport:
     - `emitted`: sequences whose token can be sampled, and the `exit_depths` of these tokens.
     - `passes`: rows of each pass; `times`: how long each took.
     - `encoded_rows`: new positions. `catch_up_rows`: rows of passes for positions before those.
+    - `guess_rows`: rows of passes for guessed positions; `guess_decoder_rows`: rows of the decoder
+      for guesses, not in `decoder_rows`.
     - `wanting`: sequences that wanted a token when the passes ended; `ready`: those of them that
       had exited. `waiting`: sequences that had exited before a pass, summed over the passes.
     - `stalled`: how often a sequence was left out of a pass for lack of blocks.
@@ -28,6 +30,8 @@ class StepReport:
     encoded_rows: int = 0
     catch_up_rows: int = 0
     decoder_rows: int = 0
+    guess_rows: int = 0
+    guess_decoder_rows: int = 0
     waiting: int = 0
     ready: int = 0
     wanting: int = 0
@@ -49,4 +53,5 @@ class StepReport:
             decoder_catch_up_rows=self.decoder_rows - len(self.emitted),
             quorums=[self.ready / self.wanting] if self.ready else [],
             waiting=self.waiting,
+            guess_rows=self.guess_rows,
         )

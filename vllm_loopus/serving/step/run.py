@@ -16,11 +16,12 @@ from vllm_loopus.serving.messages.costs import StepCosts
 from vllm_loopus.serving.step.batches import next_batch, within
 from vllm_loopus.serving.step.chunks import Chunks, Ints
 from vllm_loopus.serving.step.clock import DeviceClock
-from vllm_loopus.serving.step.interface import Reading, StepExecutor
+from vllm_loopus.serving.step.interface import DecoderReading, StepExecutor
 from vllm_loopus.serving.step.quorum import Quorum
 from vllm_loopus.serving.step.report import StepReport
 from vllm_loopus.serving.step.staircase import UNKNOWN, Staircases
 from vllm_loopus.serving.step.unread import Call, UnreadPasses
+from vllm_loopus.serving.step.wave import Waves, without
 
 
 class StepRunner:
@@ -35,6 +36,7 @@ class StepRunner:
       decide by cost. A row that has exited then goes through one more pass. Its K/V at that depth
       is a pure function of the tokens, so answers do not change. With `last_exited` only in chains
       (`go_on`), where the copies of its exit depth are written over it.
+    - `waves`: positions that begin with guessed tokens; None without.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class StepRunner:
         asynchronous: bool = False,
         overlap: bool = False,
         late: bool | None = None,
+        waves: Waves | None = None,
     ) -> None:
         self.stairs = stairs
+        self.waves = waves
         self.quorum = quorum
         self.overlap = overlap
         self._executor = executor
@@ -56,7 +60,11 @@ class StepRunner:
         # The next positions, at depth 1, of those of the given sequences that go on by themselves
         # once their tokens are known.
         self.successors: Callable[[Ints], Chunks] = lambda sequences: Chunks.none()
-        self._decoding: tuple[Chunks, Reading, list[Call]] | None = None
+        # How many positions after the newest certain ones may begin [S].
+        self.room_ahead: Callable[[Ints], Ints] = np.zeros_like
+        self._decoding: tuple[Chunks, DecoderReading, list[Call]] | None = None
+        self._guessing = Chunks.none()  # in the decoder call that has not been read
+        self._guessed: list[Chunks] = []  # decoder calls for guesses, of this step
         self.clock = DeviceClock(asynchronous)
         self._unread = UnreadPasses(
             stairs,
@@ -68,8 +76,9 @@ class StepRunner:
         self._next: Any = None  # pass that has been prepared
         self._decoder: Any = None  # decoder call that has been prepared
         self._ahead: Chunks | None = None  # decoded before their exits are read
-        self._ahead_reading: Reading
+        self._ahead_reading: DecoderReading
         self._wanting = 0
+        self._waving = False  # a sequence of this step may guess
         self._foresees = False
         self._encoder: Any = None  # encoder call that has been prepared
         self._rest: Chunks | None = None  # the next pass if nobody exits
@@ -91,7 +100,9 @@ class StepRunner:
         stairs, self.report = self.stairs, StepReport()
         self.clock.step()
         self._executor.trust(self._unread.oldest)
-        self._foresees = foresees and self._late is not True
+        self._waving = self.waves is not None and self.waves.guessing(active)
+        self._guessed = []
+        self._foresees = foresees and self._late is not True and not self._waving
         self.quorum.begin_step(costs)
         self._costs = costs or self._costs
         stairs.stalled[active] = False
@@ -166,6 +177,7 @@ class StepRunner:
                 self._unread.read()
             if self._ends(active):
                 return
+            self._guess(active)
             if (batch := self._next) is not None:
                 # Those that have exited take part in it: rows are cheaper than another preparation.
                 self._launch_batch(batch.chunks, 1, batch)
@@ -176,7 +188,7 @@ class StepRunner:
         the decoder, for all that may have exited, and the next pass, in which nobody has."""
         stairs = self.stairs
         self._next = self._decoder = self._rest = self._encoder = None
-        if len(self._unread.pending) > 1:
+        if len(self._unread.pending) > 1 or self._waving:
             return
         possible = self._unread.possible(active)
         if len(possible):
@@ -209,7 +221,7 @@ class StepRunner:
         That spares the host's way from reading to launching, and keeps those that have exited from
         the decoder for one more pass.
         """
-        if self.stairs.last_exited:
+        if self.stairs.last_exited or self._waving:
             return False
         if self._late is not None or self._costs is None or not self.overlap:
             return bool(self._late)  # by default only where it can gain anything
@@ -267,10 +279,12 @@ class StepRunner:
         index = batch.sequence
         certain = deciding = np.zeros(0, dtype=np.int64)
 
+        slot = stairs.slot_of(batch)
+
         def decides() -> Ints:
             nonlocal certain, deciding
-            asked = batch.newest & stairs.undecided(index)
-            known = stairs.predetermined_at(index, batch.depth)
+            asked = batch.newest & stairs.undecided(index, slot)
+            known = stairs.predetermined_at(index, batch.depth, slot)
             open_ = known == UNKNOWN
             if stairs.last_exited:  # an exit that is certain is one to be copied
                 open_ |= (known == 1) & (batch.depth < stairs.max_depth[index])
@@ -286,14 +300,76 @@ class StepRunner:
         stairs.advance(batch, passes)
         self._unread.complete()
         if len(certain):
-            at = index[certain]
-            stairs.decide(at, batch.depth[certain], np.ones(len(at), dtype=bool))
+            every = np.ones(len(certain), dtype=bool)
+            stairs.decide(index[certain], batch.depth[certain], every, slot[certain])
         self._unread.add(batch, passes, deciding, reading, timed)
         report.catch_up_rows += passes * stairs.catch_up(batch)
+        report.guess_rows += int(np.count_nonzero(slot))
         report.passes += [batch.rows] * passes
 
     def _next_batch(self, active: Ints) -> tuple[Chunks, bool]:
-        return next_batch(self.stairs, self._executor, active, self._budget, self.report)
+        batch, complete = next_batch(self.stairs, self._executor, active, self._budget, self.report)
+        if self.waves is None or not self._waving:
+            return batch, complete
+        return self._with_guesses(self.waves, active, batch), False
+
+    def _with_guesses(self, waves: Waves, active: Ints, batch: Chunks) -> Chunks:
+        """`batch`, and what it leaves rows and blocks for of guessed positions."""
+        chunks = waves.next_chunks(active)
+        if self.thrifty or not len(chunks):
+            return batch
+        chunks = chunks[np.cumsum(chunks.sizes) <= self._budget - batch.rows]
+        if not len(chunks):
+            return batch
+        chunks = chunks[self._executor.make_room(chunks) == chunks.sizes]
+        fresh, new = batch.depth == 1, chunks.depth == 1
+        return Chunks.join([batch[fresh], chunks[new], batch[~fresh], chunks[~new]])
+
+    def _to_guess(self, active: Ints, rows: int) -> Chunks:
+        """What the decoder computes for guesses, in at most so many `rows`."""
+        if self.waves is None or not self._waving or self.thrifty:
+            return Chunks.none()
+        chunks = self.waves.to_decode(active, self.room_ahead(active))
+        return chunks[np.cumsum(chunks.sizes) <= rows]
+
+    def _guess(self, active: Ints) -> None:
+        """Decodes positions that are deep enough for a guess; the next ones begin with it."""
+        chunks = self._to_guess(active, self._budget)
+        if not len(chunks):
+            return
+        self.clock.decoder()
+        reading = self._executor.decode(chunks, guessing=chunks.newest)
+        self._unread.complete()
+        self._guessing = chunks
+        self.stairs.advance_decoder(chunks)
+        self.report.guess_decoder_rows += chunks.rows
+        self._read_guesses(reading, self._unread.take_covered())
+
+    def _read_guesses(self, reading: DecoderReading, covers: list[Call]) -> None:
+        """Waits for a decoder call; positions begin with the guesses in it."""
+        with self.clock.waiting():
+            reading.wait()
+        self._unread.cover(covers)
+        chunks, self._guessing = self._guessing, Chunks.none()
+        if not len(chunks) or self.waves is None:
+            return
+        self._guessed.append(chunks)
+        stairs, index = self.stairs, chunks.sequence
+        there = stairs.done[index, 0] + stairs.ahead[index] == chunks.end
+        there &= ~stairs.failed[index]
+        self.waves.begin(index[there], reading.tokens()[there], chunks.depth[there])
+
+    def confirm(self, sequences: Ints) -> None:
+        """The first guessed positions of `sequences` are certain."""
+        assert self.waves is not None
+        self.waves.confirm(sequences)
+        stairs = self.stairs
+        for depth in range(1, int(stairs.depth[sequences].max(initial=0)) + 1):
+            at = np.full_like(sequences, depth)
+            asked = stairs.depth[sequences] >= depth
+            asked &= stairs.predetermined_at(sequences, at) == UNKNOWN
+            exits = stairs.exit_depth[sequences] == depth
+            self.quorum.observe(stairs, sequences[asked], at[asked], exits[asked])
 
     def _decode(self, active: Ints) -> None:
         """Decodes the sequences that have exited, as far as the row budget goes."""
@@ -314,12 +390,20 @@ class StepRunner:
                 batch = batch[used]
         else:
             batch = within(self._eldest_first(stairs, ready), self._budget)
-            self.clock.decoder()
-            reading = self._executor.decode(batch)
             ready = batch.sequence[batch.newest]
+            guessing = without(self._to_guess(active, self._budget - batch.rows), batch)
+            self.clock.decoder()
+            if len(guessing):
+                both = Chunks.join([batch, guessing])
+                asked = np.arange(len(both)) >= len(batch)
+                reading, batch = self._executor.decode(both, guessing=asked), both
+                report.guess_decoder_rows += guessing.rows
+                self._guessing = guessing
+            else:
+                reading = self._executor.decode(batch)
         self._unread.complete()
         self._decoder = self._next = None
-        report.decoder_rows = batch.rows
+        report.decoder_rows = batch.rows - self._guessing.rows
         stairs.advance_decoder(batch)
         report.emitted, report.exit_depths = ready, stairs.exit_depth[ready]
         self._decoding = batch, reading, self._unread.take_covered()
@@ -329,15 +413,16 @@ class StepRunner:
         """Reads whether what was decoded is finite: sequences for which it is not have failed and
         have no token. Returns the chunks of the others."""
         self._unread.complete()
-        if self._decoding is None:
-            return Chunks.none()
-        (batch, reading, covers), self._decoding = self._decoding, None
-        with self.clock.waiting():
-            reading.wait()
-        self._unread.cover(covers)
-        failed = self.stairs.failed[self.report.emitted]
-        self.report.emitted = self.report.emitted[~failed]
-        self.report.exit_depths = self.report.exit_depths[~failed]
+        decoded, self._guessed = self._guessed, []
+        if self._decoding is not None:
+            (batch, reading, covers), self._decoding = self._decoding, None
+            self._read_guesses(reading, covers)
+            failed = self.stairs.failed[self.report.emitted]
+            self.report.emitted = self.report.emitted[~failed]
+            self.report.exit_depths = self.report.exit_depths[~failed]
+            decoded.append(batch)
+            self._guessed = []
+        batch = Chunks.join(decoded)
         return batch[~self.stairs.failed[batch.sequence]]
 
     def unread(self, index: int) -> int:

@@ -19,6 +19,11 @@ The newest positions of a sequence are *in flight* from `begin` to `finish`.
 - With `full_prefill`, a prompt runs to full depth instead, so that others find it in the prefix
   cache. The exit depth of its last position is noted on the way.
 
+With guesses (`wave.py`), `ahead[s]` positions after the newest certain one are in flight as well,
+each with a depth of its own: `depths[s, j]` is that of the position `done[s, 0] - 1 + j`, its slot
+j. The arrays of the newest certain position, slot 0, have the names without an s. Watermarks from
+depth 1 on count guessed positions, `done[s, 0]` does not.
+
 In `last_exited`, a generated position has K/V at all depths once its token has exited, and decoder
 K/V at all depths a token may exit at. Prompt positions only have it up to the watermarks.
 """
@@ -69,12 +74,19 @@ _ARRAYS = {
     "prefill_end": ((), np.int64),
     "num_generated": ((), np.int64),
     "begun": ((), np.int64),  # the first position in flight
-    "depth": ((), np.int64),  # that the newest position has reached
-    "target": ((), np.int64),  # that it goes to, as far as is known
-    "exit_depth": ((), np.int64),  # 0: not known yet
-    "forced": ((), np.int64),  # the exit depth given for the token in flight; 0: none
+    "ahead": ((), np.int64),  # guessed positions in flight
+    "lookahead": ((), np.int64),  # how many there may be
+    "tries": ((), np.int64),  # how often guesses were forgotten
     "age": ((), np.int64),  # steps in flight
     "life": ((), np.int64),  # how many sequences have had this row
+}
+BY_SLOT = {
+    "depths": np.int64,  # that a position in flight has reached
+    "targets": np.int64,  # that it goes to, as far as is known
+    "exit_depths": np.int64,  # 0: not known yet
+    "forceds": np.int64,  # the exit depth given for its token; 0: none
+    "guesses": np.int64,  # the token it begins with, if that is a guess
+    "guess_depths": np.int64,  # and the depth at which it was guessed
 }
 _BY_DEPTH = {
     "done": np.int64,
@@ -89,12 +101,14 @@ _BY_DEPTH = {
 class Staircases:
     """The staircases of all running sequences: arrays over S rows, one for each; see the module.
 
-    `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth.
+    `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth. `slots`: positions of
+    one sequence in flight, one more than may be guessed.
     """
 
     num_depths: int
     last_exited: bool = False
     full_prefill: bool = False
+    slots: int = 1
     reasons: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
     present: Bools = field(init=False)
@@ -112,6 +126,15 @@ class Staircases:
     target: Ints = field(init=False)
     exit_depth: Ints = field(init=False)
     forced: Ints = field(init=False)
+    ahead: Ints = field(init=False)
+    lookahead: Ints = field(init=False)
+    tries: Ints = field(init=False)
+    depths: Ints = field(init=False)  # [S, slots]
+    targets: Ints = field(init=False)
+    exit_depths: Ints = field(init=False)
+    forceds: Ints = field(init=False)
+    guesses: Ints = field(init=False)
+    guess_depths: Ints = field(init=False)
     age: Ints = field(init=False)
     life: Ints = field(init=False)
     done: Ints = field(init=False)  # [S, N + 1]
@@ -126,6 +149,8 @@ class Staircases:
             setattr(self, name, np.zeros((0, *shape), dtype=kind))
         for name, kind in _BY_DEPTH.items():
             setattr(self, name, np.zeros((0, self.num_depths + 1), dtype=kind))
+        for name, kind in BY_SLOT.items():
+            setattr(self, name, np.zeros((0, self.slots), dtype=kind))
         self._given = np.zeros((0, 1), dtype=np.int64)
         self.reserve(8)
 
@@ -138,15 +163,17 @@ class Staircases:
         """Makes room for as many sequences."""
         if (more := rows - self.capacity) <= 0:
             return
-        for name in [*_ARRAYS, *_BY_DEPTH, "_given"]:
+        for name in [*_ARRAYS, *_BY_DEPTH, *BY_SLOT, "_given"]:
             old = getattr(self, name)
             new = np.zeros((more, *old.shape[1:]), dtype=old.dtype)
             setattr(self, name, np.concatenate([old, new]))
+        self.depth, self.target = self.depths[:, 0], self.targets[:, 0]
+        self.exit_depth, self.forced = self.exit_depths[:, 0], self.forceds[:, 0]
 
     def add(self, index: int, start: Start) -> None:
         """A sequence gets the row `index`."""
         depth, knobs = start.max_depth, start.knobs
-        for name in [*_ARRAYS.keys() - {"life"}, *_BY_DEPTH]:
+        for name in [*_ARRAYS.keys() - {"life", "tries"}, *_BY_DEPTH, *BY_SLOT]:
             getattr(self, name)[index] = 0
         self.reasons.pop(index, None)
         self.life[index] += 1
@@ -197,10 +224,35 @@ class Staircases:
         if self.full_prefill:
             target = np.where(self.prefilling(sequences), self.max_depth[sequences], target)
         self.target[sequences] = target
-        number = np.minimum(self.num_generated[sequences], self._given.shape[1] - 1)
-        self.forced[sequences] = self._given[sequences, number]
+        self.forced[sequences] = self.given(sequences, 0)
         depth = np.zeros_like(first)
         return Chunks(sequences, depth, first, end, np.ones(len(sequences), dtype=bool))
+
+    def given(self, sequences: Ints, slot: Ints | int) -> Ints:
+        """The exit depths given for the tokens of the positions in `slot`; 0 for none."""
+        number = np.minimum(self.num_generated[sequences] + slot, self._given.shape[1] - 1)
+        return self._given[sequences, number]
+
+    def slot_of(self, chunks: Chunks) -> Ints:
+        """The slot of the newest position of each chunk; 0 if the chunk ends before."""
+        return np.where(chunks.newest, chunks.end - self.done[chunks.sequence, 0], 0)
+
+    def fail_at(self, index: int, end: int, reason: str) -> bool:
+        """What was computed of the position `end - 1` is useless. That fails the sequence, unless
+        the position is a guess: then guesses are forgotten. Returns whether it has failed."""
+        if end > self.done[index, 0]:
+            self.forget(np.array([index]))
+            return False
+        self.fail(index, reason)
+        return True
+
+    def forget(self, sequences: Ints) -> None:
+        """No guessed position of `sequences` is in flight or computed any more."""
+        self.ahead[sequences] = 0
+        self.tries[sequences] += 1
+        known = self.done[sequences, :1]
+        for array in (self.done, self.settled, self.decoded):
+            array[sequences] = np.minimum(array[sequences], known)
 
     def fail(self, index: int, reason: str) -> None:
         """What was computed is useless: no further pass and no token. The first reason counts."""
@@ -234,10 +286,10 @@ class Staircases:
         refined = self.refined(sequences) & self.wants_token[sequences]
         return refined & (self.exit_depth[sequences] > 0)
 
-    def undecided(self, sequences: Ints) -> Bools:
-        """Whether the exit depth of the newest position is still to be found."""
+    def undecided(self, sequences: Ints, slot: Ints | int = 0) -> Bools:
+        """Whether the exit depth of the position in `slot` is still to be found."""
         wants = self.in_flight[sequences] & self.wants_token[sequences]
-        return wants & (self.exit_depth[sequences] == 0)
+        return wants & (self.exit_depths[sequences, slot] == 0)
 
     def next_chunks(self, sequences: Ints) -> Chunks:
         """What the next pass has to compute of those `sequences` that have something to refine, in
@@ -281,7 +333,7 @@ class Staircases:
             assert (self.done[index, depth] == chunks.start).all() or self.last_exited
             self.done[index, depth] = chunks.end
         newest = chunks.newest
-        self.depth[index[newest]] = chunks.depth[newest]
+        self.depths[index[newest], self.slot_of(chunks)[newest]] = chunks.depth[newest]
         if self.last_exited and not newest.all():
             at, depth = index[~newest], chunks.depth[~newest]
             over = self.copies_on_exit(at) & (chunks.end[~newest] == self.prefill_end[at])
@@ -289,33 +341,32 @@ class Staircases:
             # The tokens since then were written here when they exited; the newest is in the pass.
             self.done[at, depth] = self.done[at, 0] - (self.depth[at] < depth)
 
-    def predetermined_at(self, sequences: Ints, depth: Ints) -> NDArray[np.int8]:
-        """Whether the newest position exits at `depth`: 0, 1, or `UNKNOWN` beforehand.
+    def predetermined_at(
+        self, sequences: Ints, depth: Ints, slot: Ints | int = 0
+    ) -> NDArray[np.int8]:
+        """Whether the position in `slot` exits at `depth`: 0, 1, or `UNKNOWN` beforehand.
 
         A given exit depth counts as unknown, because it stands for what a model would decide, at
         any depth from `min_loops` on.
         """
         known = self._predetermined[sequences, depth]
-        forced = self.forced[sequences]
+        forced = self.forceds[sequences, slot]
         if not forced.any():
             return known
         open_ = (depth >= self.min_loops[sequences]) | (depth == forced)
         replayed = (forced > 0) & (depth < self.max_loops[sequences])
         return np.where(replayed, np.where(open_, UNKNOWN, 0), known).astype(np.int8)
 
-    def exits_at(self, sequences: Ints, depth: Ints, exits: Bools) -> Bools:
-        """Whether the newest position exits at `depth`; `exits` is what the exit rule decided."""
-        forced = self.forced[sequences]
-        return np.where(forced > 0, depth == forced, exits)
-
-    def decide(self, sequences: Ints, depth: Ints, exits: Bools) -> Bools:
-        """The newest positions of `sequences`, undecided so far, have reached `depth`; `exits` is
-        what the exit rule decided. Returns which of them exit there."""
-        leaving = self.exits_at(sequences, depth, exits)
-        index, depth = sequences[leaving], depth[leaving]
-        self.exit_depth[index] = depth
-        goes_on = self.fills(index)
-        self.target[index[~goes_on]] = depth[~goes_on]
+    def decide(self, sequences: Ints, depth: Ints, exits: Bools, slot: Ints | None = None) -> Bools:
+        """The positions of `sequences` in `slot`, undecided so far, have reached `depth`; `exits`
+        is what the exit rule decided. Returns which of them exit there."""
+        slot = np.zeros_like(sequences) if slot is None else slot
+        forced = self.forceds[sequences, slot]
+        leaving = np.where(forced > 0, depth == forced, exits)
+        index, depth, slot = sequences[leaving], depth[leaving], slot[leaving]
+        self.exit_depths[index, slot] = depth
+        stops = ~self.fills(index) | (slot > 0)
+        self.targets[index[stops], slot[stops]] = depth[stops]
         copied = self.copies_on_exit(index)
         if copied.any():
             index, depth = index[copied], depth[copied]
@@ -331,7 +382,7 @@ class Staircases:
         """The passes over `chunks`, as in `advance`, are over, and their states are finite."""
         for earlier in range(passes):
             at = chunks.sequence, chunks.depth - earlier
-            self.settled[at] = np.maximum(self.settled[at], chunks.end)
+            self.settled[at] = np.minimum(np.maximum(self.settled[at], chunks.end), self.done[at])
 
     def chunks_to_decode(self, sequences: Ints) -> Chunks:
         """What the decoder has to compute for the tokens of `sequences`, in order: where they have

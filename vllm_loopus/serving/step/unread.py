@@ -84,13 +84,17 @@ class UnreadPasses:
         if seconds:
             launched.timed(seconds[0])
         index, depth = chunks.sequence[deciding], chunks.depth[deciding]
+        slot = chunks.end[deciding] - stairs.done[index, 0]
         # Not those that were removed since, or went on to another position, or had exited before.
-        valid = (launched.life[deciding] == stairs.life[index]) & stairs.undecided(index)
-        valid &= chunks.end[deciding] == stairs.done[index, 0]
-        index, depth = index[valid], depth[valid]
+        valid = (launched.life[deciding] == stairs.life[index]) & (slot >= 0)
+        valid &= slot <= stairs.ahead[index]
+        valid &= stairs.undecided(index, np.where(valid, slot, 0))
+        index, depth, slot = index[valid], depth[valid], slot[valid]
         leaving = np.zeros(len(deciding), dtype=bool)
-        leaving[valid] = stairs.decide(index, depth, exits[valid])
-        self._afterwards.append((launched, index, depth, leaving, leaving[valid]))
+        leaving[valid] = exits = stairs.decide(index, depth, exits[valid], slot)
+        certain = slot == 0
+        seen = index[certain], depth[certain], exits[certain]
+        self._afterwards.append((launched, *seen[:2], leaving, seen[2]))
 
     def complete(self) -> None:
         """What the next launch does not depend on, once it is launched."""
@@ -139,12 +143,14 @@ class UnreadPasses:
         """The sequences that have exited, or may in the pass under way; none if some of these have
         gone on to another pass."""
         stairs, (pending,) = self._stairs, self.pending
-        deciding = pending.chunks.sequence[pending.deciding]
-        there = pending.life[pending.deciding] == stairs.life[deciding]
-        there &= pending.chunks.end[pending.deciding] == stairs.done[deciding, 0]
+        chosen = pending.deciding
+        certain = pending.chunks.end[chosen] == stairs.done[pending.chunks.sequence[chosen], 0]
+        chosen = chosen[certain]
+        deciding = pending.chunks.sequence[chosen]
+        there = pending.life[chosen] == stairs.life[deciding]
         mask = np.zeros(stairs.capacity, dtype=bool)
         mask[deciding] = there
         possible = active[(mask[active] & stairs.undecided(active)) | stairs.ready(active)]
-        at = pending.chunks.depth[pending.deciding]
+        at = pending.chunks.depth[chosen]
         further = mask[deciding] & stairs.undecided(deciding) & (stairs.depth[deciding] != at)
         return possible[:0] if np.count_nonzero(further) else possible

@@ -123,7 +123,19 @@ class BlockTables:
 
     def room_at_first(self, sequences: Ints, position: Ints) -> Bools:
         """Whether there is a block of depth 1 for a position of each sequence."""
-        return position < self._at_first[sequences] * self.block_size
+        return position < self.positions_at_first(sequences)
+
+    def positions_at_first(self, sequences: Ints) -> Ints:
+        """How many positions of each sequence have blocks of depth 1 [S]."""
+        return self._at_first[sequences] * self.block_size
+
+    def forget(self, sequences: Ints, position: Ints, count: int) -> None:
+        """The `count` positions of each sequence from `position` on are forgotten: the blocks that
+        they are in are not decoded."""
+        for column in range(count // self.block_size + 2):
+            at = np.minimum(position // self.block_size + column, self._tables.shape[2] - 1)
+            self._decoded[self._tables[sequences, :, at]] = False
+        self._decoded[0] = False
 
     def affordable(self, sequences: Ints, counts: Ints) -> Bools:
         """Which of `sequences` can have `counts` blocks each of what is left in the offer, the

@@ -147,7 +147,7 @@ class PagedExecutor:
         self._scorer = scorer
         self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
         self._verdicts = Verdicts(get_tp_group(), stairs, self._cleanse)
-        self._exits = Exits(model, rule, device)
+        self._exits = Exits(model, rule, device, stairs.slots)
         self._states = StatePages(planes.state_pages(), planes.state_size)
         self._injected = (
             StatePages(planes.injected_pages(), planes.injected_size)
@@ -299,7 +299,8 @@ class PagedExecutor:
         if not len(deciding):
             return None
         # An exit depth that was given stands for what the rule would say.
-        asked = self._stairs.forced[chunks.sequence[deciding]] == 0
+        slot = self._stairs.slot_of(chunks)[deciding]
+        asked = self._stairs.forceds[chunks.sequence[deciding], slot] == 0
         reading = _Exits(self, self._ask(chunks, deciding[asked], layout, observed), asked)
         if writes is not None:
             reading.then = _Deferred(chunks, layout, deciding, may_exit, refined, writes)
@@ -315,6 +316,7 @@ class PagedExecutor:
         exits = self._exits.after(
             chunks.sequence[deciding],
             chunks.end[deciding],
+            self._stairs.tries[chunks.sequence[deciding]],
             chunks.depth[deciding],
             None if every else layout.spans.last_rows[deciding],
             observed,
@@ -424,7 +426,11 @@ class PagedExecutor:
         cleanse(self._model.planes.caches(), blocks.astype(np.int64))
 
     def decode(
-        self, chunks: Chunks, used: Bools | None = None, prepared: Prepared | None = None
+        self,
+        chunks: Chunks,
+        used: Bools | None = None,
+        prepared: Prepared | None = None,
+        guessing: Bools | None = None,
     ) -> Verdict:
         self._last_pass = None
         if prepared is not None and prepared.source is not None and prepared.call is not None:
@@ -443,11 +449,30 @@ class PagedExecutor:
         for index, request_id in scored.items():
             part = hidden[slice(*layout.spans.offsets[index : index + 2])]
             self._scorer.score(request_id, int(chunks.start[index]), part)
-        newest = np.flatnonzero(chunks.newest if used is None else chunks.newest & used)
+        chosen = chunks.newest if used is None else chunks.newest & used
+        if guessing is not None:
+            likely = self._likely(hidden, layout, chunks, guessing)
+            if (chosen := chosen & ~guessing).any():
+                self._take(hidden, layout, chunks, chosen)
+            return self._verdicts.queue(likely)
+        self._take(hidden, layout, chunks, chosen)
+        return self._verdicts.queue(None)
+
+    def _take(self, hidden: torch.Tensor, layout: RowLayout, chunks: Chunks, chosen: Bools) -> None:
+        """Keeps the hidden states of the last rows of the chunks `chosen`."""
+        newest = np.flatnonzero(chosen)
         if len(newest) < len(layout.spans):
             hidden = hidden.index_select(0, self._tensor(layout.spans.last_rows[newest]))
         self.decoded = DecodedRows(hidden, chunks.sequence[newest])
-        return self._verdicts.queue(None)
+
+    def _likely(
+        self, hidden: torch.Tensor, layout: RowLayout, chunks: Chunks, guessing: Bools
+    ) -> torch.Tensor:
+        """The most likely tokens after the newest positions of the chunks `guessing`."""
+        rows = self._tensor(layout.spans.last_rows[guessing])
+        logits = self._model.compute_logits(hidden.index_select(0, rows))
+        assert logits is not None
+        return logits.argmax(dim=-1).to(torch.int32)
 
     def _other_exits(self, layout: RowLayout, chunks: Chunks) -> ExtraSlots | None:
         """The slots of newest rows that go to all depths at which a token may exit."""

@@ -19,15 +19,19 @@ class Exits:
     the row of the sequence.
     """
 
-    def __init__(self, model: LoopedModel, rule: ExitRule, device: torch.device) -> None:
-        """`rule`: that of the checkpoint; each sequence has knobs of its own."""
+    def __init__(
+        self, model: LoopedModel, rule: ExitRule, device: torch.device, slots: int = 1
+    ) -> None:
+        """`rule`: that of the checkpoint; each sequence has knobs of its own. `slots`: positions of
+        one sequence that may be in flight."""
         self._model = model
         self._rule = rule
         self._device = device
         self._first_carry = torch.tensor(rule.first_carry, device=device)
         self._carry = torch.zeros(0, len(rule.first_carry), device=device)
         self._knobs = np.zeros((3, 8), dtype=np.float32)  # threshold, min_loops, max_loops
-        self._asked = np.zeros(8, dtype=np.int64)  # newest position at the last question
+        self._slots = slots
+        self._asked = np.zeros((8, slots), dtype=np.int64)  # what was asked about last
         self._with_knobs: tuple[Ints, ExitRule] | None = None  # for these sequences
 
     def add(self, index: int, knobs: RequestKnobs) -> None:
@@ -35,7 +39,7 @@ class Exits:
         if index >= len(self._asked):
             more = max(index + 1, 2 * len(self._asked)) - len(self._asked)
             self._knobs = np.pad(self._knobs, ((0, 0), (0, more)))
-            self._asked = np.pad(self._asked, (0, more))
+            self._asked = np.pad(self._asked, ((0, more), (0, 0)))
         self._knobs[:, index] = knobs.exit_threshold, knobs.min_loops, knobs.max_loops
         self._asked[index] = 0
         self._with_knobs = None
@@ -44,23 +48,25 @@ class Exits:
         self,
         sequences: Ints,
         position: Ints,
+        tries: Ints,
         depth: Ints,
         rows: Ints | None,
         observed: torch.Tensor,
     ) -> torch.Tensor:
-        """What the rule decides for the newest positions `position` [S] of `sequences` [S] at
-        `depth` [S]: a mask [S] on the device.
+        """What the rule decides for the positions `position` [S] of `sequences` [S] at `depth`
+        [S]: a mask [S] on the device. `tries` [S]: tells apart guesses of the same position.
 
         `observed` [T, E]: what the pass gave to look at; `rows` [S] those of the newest positions,
         None for all, in order.
         """
-        first = self._asked[sequences] != position
-        self._asked[sequences] = position
+        place, about = position % self._slots, position + (tries << 32)
+        first = self._asked[sequences, place] != about
+        self._asked[sequences, place] = about
         known = self._with_knobs
         fresh_knobs = known is None or not np.array_equal(known[0], sequences)
         sent: list[NDArray[np.generic]] = [depth, *([] if rows is None else [rows])]
         if self._first_carry.numel():
-            sent += [sequences, first]
+            sent += [sequences * self._slots + place, first]
         if fresh_knobs:
             sent.append(self._knobs[:, sequences])
         there = all_to_device(sent, self._device)
@@ -79,7 +85,7 @@ class Exits:
             carry = self._first_carry.expand(len(sequences), -1)
             return rule.exits(there[0], self._model.exit_evidence(observed), carry)[0]
         depths, index, begins = there
-        if (missing := len(self._asked) - len(self._carry)) > 0:
+        if (missing := self._asked.size - len(self._carry)) > 0:
             self._carry = torch.cat([self._carry, self._first_carry.expand(missing, -1)])
         carry = torch.where(begins[:, None], self._first_carry, self._carry.index_select(0, index))
         exits, carry = rule.exits(depths, self._model.exit_evidence(observed), carry)

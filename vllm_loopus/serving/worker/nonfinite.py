@@ -39,7 +39,7 @@ class WatchedRows:
 
     def fail_nonfinite(self, sums: NDArray[np.float32], stairs: Staircases) -> list[NDArray[Any]]:
         """Fails the sequences of rows whose sum, now on the host, is NaN or infinite. Returns the
-        blocks of such rows whose sequences have been removed since."""
+        blocks of such rows whose sequences have been removed since, or only guessed them."""
         finite = np.isfinite(sums)
         left: list[NDArray[Any]] = []
         if finite.all():
@@ -50,8 +50,10 @@ class WatchedRows:
             if stairs.life[sequence] != self.life[index]:
                 left += [layout.block_table[index] for layout in self.layouts]
                 continue
-            depth = self.layouts[-1].depth[index]
-            stairs.fail(sequence, f"NaN or infinite hidden states {self.place}at depth {depth}")
+            depth, end = self.layouts[-1].depth[index], int(spans.ends[index])
+            reason = f"NaN or infinite hidden states {self.place}at depth {depth}"
+            if not stairs.fail_at(sequence, end, reason):
+                left += [layout.block_table[index] for layout in self.layouts]
         return left
 
 

@@ -11,6 +11,7 @@ from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.knobs.request import RequestKnobs
 from vllm_loopus.serving.messages.blocks import TakenBlock
 from vllm_loopus.serving.messages.progress import LoopProgress
+from vllm_loopus.serving.messages.stats import LoopStats
 from vllm_loopus.serving.messages.step_input import NewSequence, StepInput
 from vllm_loopus.serving.step.chunks import Chunks, Ints
 from vllm_loopus.serving.step.run import StepRunner
@@ -62,6 +63,7 @@ class RunningSequences:
         self._stalled = 0  # sequences that could not begin, for lack of blocks
         executor.texts = self
         runner.successors = lambda sequences: self._successors(sequences, self._known + 1)
+        runner.room_ahead = self._room_ahead
 
     def __len__(self) -> int:
         return len(self._index)
@@ -102,6 +104,9 @@ class RunningSequences:
         )
         self.stairs.add(index, start)
         self._executor.add(index, new.knobs)
+        # A prompt that is scored has its chunks in the decoder alone.
+        guesses = new.knobs.speculate and not new.scores_prompt
+        self.stairs.lookahead[index] = self.stairs.slots - 1 if guesses else 0
         self._names[index], self._tokens[index] = new.request_id, list(new.tokens)
         self._known[index], self._newest[index] = len(new.tokens), new.tokens[-1]
         most = self._max_model_len if new.max_tokens is None else new.max_tokens
@@ -198,8 +203,31 @@ class RunningSequences:
             stairs.begin(index, counts, wants)
         candidates = np.flatnonzero(stairs.present) if step.everyone else scheduled
         self._active = active = candidates[~stairs.failed[candidates]]
+        self._compare_guesses()
         idle = active[~stairs.in_flight[active]]
         self._go_on(idle[self._known[idle] == stairs.done[idle, 0] + 1], self._known)
+
+    def _room_ahead(self, sequences: Ints) -> Ints:
+        """How many positions after the newest certain ones may begin [S]: they have a block of
+        depth 1, and their requests may generate so many tokens."""
+        end = self.stairs.done[sequences, 0]
+        tokens = self._limit[sequences] - end - 1
+        return np.minimum(tokens, self._tables.positions_at_first(sequences) - end)
+
+    def _compare_guesses(self) -> None:
+        """Where a token has been sampled since, the first guess is right, and its position goes on,
+        or wrong, and all that followed from it is forgotten."""
+        stairs, runner = self.stairs, self.runner
+        if runner.waves is None:
+            return
+        index = self._active[~stairs.in_flight[self._active] & (stairs.ahead[self._active] > 0)]
+        index = index[self._known[index] == stairs.done[index, 0] + 1]
+        right = stairs.guesses[index, 1] == self._newest[index]
+        right &= self._known[index] < self._limit[index]
+        runner.confirm(index[right])
+        wrong = index[~right]
+        self._tables.forget(wrong, stairs.done[wrong, 0], stairs.slots)
+        runner.waves.reject(wrong)
 
     def _successors(self, sequences: Ints, known: Ints) -> Chunks:
         """The next positions, at depth 1, of those of `sequences` that generate, have not ended
@@ -207,7 +235,7 @@ class RunningSequences:
         stairs = self.stairs
         position = stairs.done[sequences, 0]
         may = (position >= stairs.prefill_end[sequences]) & ~stairs.failed[sequences]
-        may &= known[sequences] < self._limit[sequences]
+        may &= (known[sequences] < self._limit[sequences]) & (stairs.ahead[sequences] == 0)
         may &= self._tables.room_at_first(sequences, position)
         going, position = sequences[may], position[may]
         depth, newest = np.ones_like(going), np.ones(len(going), dtype=bool)
@@ -292,7 +320,7 @@ class RunningSequences:
             boundary_rows=report.boundary_rows,
             stalled=report.stalled + self._stalled,
             times=report.times,
-            stats=report.stats(),
+            stats=self._stats(),
         )
         for taken in self._tables.taken:
             of_block = zip(
@@ -320,14 +348,25 @@ class RunningSequences:
         progress.stats.nonfinite_requests = len(progress.failed)
         return progress
 
+    def _stats(self) -> LoopStats:
+        stats = self.runner.report.stats()
+        if (waves := self.runner.waves) is not None:
+            counts = waves.counted()
+            stats.guesses, stats.wasted_rows = counts.made, counts.wasted
+            stats.confirmed_guesses = counts.confirmed
+            stats.rejected_guesses = counts.rejected
+        return stats
+
     def _report_complete(self, active: Ints, progress: LoopProgress) -> None:
         """The sequences with blocks that are newly complete at some depth."""
-        blocks = self.stairs.settled[active, 1:] // self._tables.block_size
+        # A guess is never published.
+        settled = np.minimum(self.stairs.settled[active, 1:], self.stairs.done[active, :1])
+        blocks = settled // self._tables.block_size
         newly = (blocks > self._published[active]).any(axis=1)
         if newly.any():
             index = active[newly]
             self._published[index] = blocks[newly]
-            complete = self.stairs.settled[index, 1:].tolist()
+            complete = settled[newly].tolist()
             progress.complete = dict(zip(self.names(index), complete, strict=True))
 
     def _report_wanted(self, active: Ints, progress: LoopProgress) -> None:
@@ -353,7 +392,9 @@ class RunningSequences:
     def token_ids(self, chunks: Chunks) -> NDArray[np.int32]:
         """See `Texts`."""
         sequences = chunks.sequence
-        known = self._newest[sequences]
+        slot = chunks.end - self.stairs.done[sequences, 0]
+        guess = self.stairs.guesses[sequences, np.maximum(slot, 0)]
+        known = np.where(slot > 0, guess, self._newest[sequences]).astype(np.int32)
         plain = (chunks.sizes == 1) & (chunks.end >= self._known[sequences])
         if plain.all():
             return known

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.distributed.parallel_state import GroupCoordinator
 
-from vllm_loopus.serving.step.chunks import Bools
+from vllm_loopus.serving.step.chunks import Bools, Ints
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.worker import transfer
 from vllm_loopus.serving.worker.nonfinite import WatchedRows
@@ -37,6 +37,7 @@ class Verdict:
         fail: Callable[[WatchedRows, NDArray[np.float32]], None],
     ) -> None:
         self._copy, self._watched, self._fail = copy, watched, fail
+        self._decided = np.zeros(0, dtype=np.uint8)
 
     def wait(self) -> Bools:
         """The mask of exits [S]. Fails the sequences watched before it was queued."""
@@ -44,8 +45,13 @@ class Verdict:
         for rows in self._watched:
             start, end = end, end + 4 * len(rows.sums)
             self._fail(rows, read[start:end].view(np.float32))
-        exits: Bools = read[end:].astype(bool)
+        self._decided = read[end:]
+        exits: Bools = self._decided.astype(bool)
         return exits
+
+    def tokens(self) -> Ints:
+        """Tokens instead of exits [S], after `wait`."""
+        return self._decided.view(np.int32).astype(np.int64)
 
     def complete(self, leaving: Bools) -> None:
         """Nothing waits for the decoder's reading."""
@@ -76,8 +82,8 @@ class Verdicts:
         return bool(self._watched)
 
     def queue(self, exits: torch.Tensor | None) -> Verdict:
-        """Queues the copy of the mask `exits` [S], as the first rank has it, and of what is
-        watched."""
+        """Queues the copy of the mask `exits` [S] or of tokens in int32, as the first rank has
+        them, and of what is watched."""
         watched, self._watched = self._watched, []
         sent = [rows.sums for rows in watched] + ([] if exits is None else [exits])
         raw = [part.contiguous().view(torch.uint8) for part in sent]
