@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--waves", type=float, default=2, help="requests for each sequence slot")
     parser.add_argument("--overlap", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--late-verdicts", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--speculate", type=int, nargs=2, metavar=("DRAFT_DEPTH", "LOOKAHEAD"))
+    parser.add_argument("--acceptance", type=float, default=0.9, help="of guesses, replayed")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--parts", action="store_true", help="host time by part")
     args = parser.parse_args()
@@ -118,6 +120,9 @@ def measure(args: Namespace) -> dict[str, Any]:
         "overlap": args.overlap,
         "late_verdicts": args.late_verdicts,
     }
+    if args.speculate:
+        names = "draft_depth", "lookahead"
+        loopus["speculate"] = dict(zip(names, args.speculate, strict=True))
     count = round(args.waves * args.seqs)
     generator = Generator(THIN.vocabulary, MAX_LOOPS, MEAN if on else MAX_LOOPS)
     rng = np.random.default_rng(11)
@@ -134,6 +139,7 @@ def measure(args: Namespace) -> dict[str, Any]:
             kv_cache_memory_bytes=3 << 30,
             additional_config={"loopus": loopus},
         )
+    right = [(rng.random(args.tokens) < args.acceptance).astype(int).tolist() for _ in depths]
     prompts: list[Any] = [{"prompt_token_ids": generator.prompt(rng, PROMPT)} for _ in range(count)]
     sampling = [
         SamplingParams(
@@ -141,9 +147,12 @@ def measure(args: Namespace) -> dict[str, Any]:
             max_tokens=args.tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={"exit_depths": one} if on else None,
+            extra_args={
+                **({"exit_depths": one} if on else {}),
+                **({"guesses": guesses} if args.speculate else {}),
+            },
         )
-        for one in depths
+        for one, guesses in zip(depths, right, strict=True)
     ]
     device.on = True
     llm.generate(prompts[: args.seqs], sampling[: args.seqs], use_tqdm=False)

@@ -14,6 +14,7 @@ import torch
 
 from vllm_loopus.serving.step.chunks import Chunks
 from vllm_loopus.serving.step.staircase import Staircases
+from vllm_loopus.serving.step.wave import NOT_READ
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.executor import DecodedRows
 
@@ -122,6 +123,7 @@ class FakeExecutor:
         self.decoded = DecodedRows()
         self.sampled: Any = None
         self.on_device: dict[tuple[int, int], int] = {}  # life, sequence -> its newest token
+        self.likely: dict[tuple[int, int, int], int] = {}  # life, sequence, position: its guess
         self.encoded: list[tuple[int, int]] = []
         self.watched: list[tuple[Row, int]] = []
         self.passes = 0
@@ -163,9 +165,14 @@ class FakeExecutor:
 
     def prefix(self, sequence: int, position: int) -> tuple[int, ...]:
         tokens = list(self.batch._tokens[sequence])
-        certain = int(self.stairs.done[sequence, 0])
-        if position >= certain:  # guessed
-            guesses = self.stairs.guesses[sequence, 1 : position - certain + 2].tolist()
+        certain = int(self.stairs.certain(np.array([sequence]))[0])
+        if position >= certain:
+            first = int(not self.stairs.tentative[sequence])
+            guesses = self.stairs.guesses[sequence, first : first + position - certain + 1].tolist()
+            life = int(self.stairs.life[sequence])
+            for at, token in enumerate(guesses):
+                if token == NOT_READ:
+                    guesses[at] = self.likely[life, sequence, certain + at]
             return (*tokens[:certain], *guesses)
         if position >= len(tokens):  # its token has been sampled and not been read
             tokens.append(self.on_device[int(self.stairs.life[sequence]), sequence])
@@ -306,6 +313,10 @@ class FakeExecutor:
             )
         reading = FakeReading(self, [], [])
         reading.likely = np.array([guess(prefixes[at]) for at in np.flatnonzero(guesses)])
+        for index, end, token in zip(
+            chunks.sequence[guesses].tolist(), chunks.end[guesses], reading.likely, strict=True
+        ):
+            self.likely[int(self.stairs.life[index]), index, int(end)] = int(token)
         return reading
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import counter
 from tests.serving.fake_executor import EagerQuorum
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
 from vllm_loopus.serving.worker.nonfinite import WatchedRows
@@ -126,6 +127,29 @@ def test_two_ranks_that_run_ahead(make_llm: Any, forked_processes: None) -> None
         assert_golden(cases, generate(llm, cases))
         first, second = llm.collective_rpc(recorded)
         assert len(first) > 20 and first == second
+
+
+def test_two_ranks_that_guess(make_llm: Any, forked_processes: None) -> None:
+    llm = start(
+        make_llm,
+        MIXED[0],
+        {"speculate": {"draft_depth": 2, "lookahead": 4}},
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_num_batched_tokens=24,
+        max_num_seqs=4,
+    )
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+    llm.collective_rpc(record)
+    for disturbed in (False, True):
+        if disturbed:
+            llm.collective_rpc(disturb)
+            llm.reset_prefix_cache()
+        assert_golden(cases, generate(llm, cases))
+        first, second = llm.collective_rpc(recorded)
+        assert len(first) > 20 and first == second
+    assert counter(llm, "vllm:loopus_confirmed_guesses") > 0
+    assert counter(llm, "vllm:loopus_rejected_guesses") > 0
 
 
 def test_a_worker_process(make_llm: Any, forked_processes: None) -> None:

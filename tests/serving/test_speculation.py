@@ -27,8 +27,8 @@ from tests.serving.test_early_exit import (
 from vllm_loopus import exit_depths
 
 # Draft depth and lookahead.
-WAVES = [(1, 1), (1, 7), (2, 3), (3, 8)]
-waves = pytest.mark.parametrize("wave", WAVES, ids=lambda wave: "{}-{}".format(*wave))
+WAVES = [(1, 1), (1, 7), (2, 3), (3, 8), (2, 1)]
+waves = pytest.mark.parametrize("wave", WAVES[1:3], ids=lambda wave: "{}-{}".format(*wave))
 
 
 def speculating(make_llm: Any, setting: Any, wave: tuple[int, int], **args: Any) -> Any:
@@ -55,9 +55,9 @@ def both_outcomes(llm: Any) -> Iterator[None]:
     assert right > 0 and wrong > 0, (right, wrong)
 
 
-@waves
 @pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
-def test_alone_and_in_one_batch(make_llm: Any, setting: Any, wave: tuple[int, int]) -> None:
+def test_alone_and_in_one_batch(make_llm: Any, setting: Any) -> None:
+    wave = WAVES[SETTINGS.index(setting) % len(WAVES)]
     llm = speculating(make_llm, setting, wave, enable_prefix_caching=False)
     cases = by_rule(setting[0])[setting[1]]
     for case in cases[:3]:
@@ -65,3 +65,216 @@ def test_alone_and_in_one_batch(make_llm: Any, setting: Any, wave: tuple[int, in
     with both_outcomes(llm):
         assert_golden(cases, generate(llm, cases))
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+@waves
+@pytest.mark.parametrize("quorum", [0.05, "auto"])
+def test_random_order_arrival_and_aborts(
+    make_llm: Any, wave: tuple[int, int], quorum: float | str
+) -> None:
+    llm = speculating(make_llm, MIXED[0], wave, loopus={"exit_quorum": quorum}, max_num_seqs=12)
+    with both_outcomes(llm):
+        assert_golden_in_any_order(llm, by_rule(MIXED[0][0])[MIXED[0][1]])
+
+
+@waves
+def test_chunks_and_prefix_hits(make_llm: Any, wave: tuple[int, int]) -> None:
+    llm = speculating(make_llm, MIXED[0], wave, max_num_batched_tokens=16, max_num_seqs=3)
+    steps = spy_on_steps(llm)
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+    hits = counter(llm, "vllm:prefix_cache_hits")
+    with both_outcomes(llm):
+        for _ in range(2):
+            assert_golden(cases, generate(llm, cases))
+    rows = [n for step in steps for n in [*step.passes, step.decoder_rows]]
+    assert 0 < max(rows) <= 16
+    assert counter(llm, "vllm:prefix_cache_hits") > hits
+
+
+@pytest.fixture(scope="module")
+def long_answers(make_llm: Any) -> Callable[[], list[Any]]:
+    """Answers over a block boundary, of an engine with room for all that guesses nothing."""
+
+    @cache
+    def answers() -> list[Any]:
+        cases = by_rule(MIXED[0][0])[MIXED[0][1]][:12]
+        return generate(start(make_llm, MIXED[0]), cases, max_tokens=LONG)
+
+    return answers
+
+
+@waves
+def test_preemption(make_llm: Any, long_answers: Any, wave: tuple[int, int]) -> None:
+    """For lack of blocks. Guesses take none then."""
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers()
+    blocks = 8 * 8 + 1
+    llm = speculating(
+        make_llm,
+        MIXED[0],
+        wave,
+        max_model_len=96,
+        num_gpu_blocks_override=blocks,
+        max_num_seqs=8,
+    )
+    admit_too_many(llm)
+    for _ in range(2):
+        with both_outcomes(llm):
+            outputs = generate(llm, cases, max_tokens=LONG)
+        for output, expected in zip(outputs, reference, strict=True):
+            assert output.token_ids == expected.token_ids
+            assert exit_depths(output) == exit_depths(expected)
+    assert counter(llm, "vllm:num_preemptions") > 0
+    assert pool(llm).get_num_free_blocks() == blocks - 1
+
+
+@waves
+def test_preemption_in_a_wave(make_llm: Any, long_answers: Any, wave: tuple[int, int]) -> None:
+    """Everything that runs is preempted now and then, guesses or not."""
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers()
+    llm = speculating(make_llm, MIXED[0], wave, max_num_seqs=8)
+    engine, stairs, cut = llm.llm_engine, runner_of(llm)._sequences.stairs, 0
+    answers: dict[str, Any] = {}
+    with both_outcomes(llm):
+        for number, case in enumerate(cases):
+            params = params_of(case, max_tokens=LONG)
+            engine.add_request(str(number), {"prompt_token_ids": case["prompt"]}, params)
+        for step in range(1, 1000):
+            for output in engine.step():
+                if output.finished:
+                    answers[output.request_id] = output.outputs[0]
+            if step % 9 == 0 and step < 60:
+                cut += int((stairs.ahead * stairs.present).sum())
+                assert engine.reset_prefix_cache(reset_running_requests=True)
+            if not engine.has_unfinished_requests():
+                break
+    assert cut > 0
+    for number, expected in enumerate(reference):
+        assert answers[str(number)].token_ids == expected.token_ids
+        assert exit_depths(answers[str(number)]) == exit_depths(expected)
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 1.0, "seed": 7},
+    {"temperature": 0.8, "top_p": 0.9, "seed": 3, "logprobs": 2},
+    {"repetition_penalty": 1.5, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"min_tokens": 5, "stop_token_ids": list(range(0, 512, 2))},
+    {"logprobs": 3, "prompt_logprobs": 2},
+    {"n": 3, "temperature": 0.3, "seed": 5},
+    {"logit_bias": {5: 3.0, 77: 4.0, 300: -10.0}},
+    {"allowed_token_ids": list(range(100, 200))},
+    {"max_tokens": 1},
+    {"max_tokens": 3},
+]
+
+
+@waves
+def test_seeds_penalties_scores_and_stops(make_llm: Any, wave: tuple[int, int]) -> None:
+    """As without guesses, each alone: the sampler never sees a guess."""
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]][: len(OPTIONS)]
+
+    def answers(llm: Any, which: list[int]) -> list[Any]:
+        return llm.generate(
+            [{"prompt_token_ids": cases[i]["prompt"]} for i in which],
+            [params_of(cases[i], **{"max_tokens": LONG, **OPTIONS[i]}) for i in which],
+            use_tqdm=False,
+        )
+
+    plain = start(make_llm, MIXED[0], enable_prefix_caching=False)
+    alone = [answers(plain, [index])[0] for index in range(len(cases))]
+    llm = speculating(make_llm, MIXED[0], wave, enable_prefix_caching=False)
+    every = [*range(len(cases))]
+    with both_outcomes(llm):
+        found = [(order, answers(llm, order)) for order in (every, every[::-1])]
+    for order, outputs in found:
+        for index, output in zip(order, outputs, strict=True):
+            for one, other in zip(output.outputs, alone[index].outputs, strict=True):
+                assert one.token_ids == other.token_ids and exit_depths(one) == exit_depths(other)
+                assert one.finish_reason == other.finish_reason
+                assert (one.logprobs is None) == (other.logprobs is None)
+                for mine, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
+                    assert mine.keys() == theirs.keys()
+                    for token in mine:
+                        assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
+
+
+def test_a_request_without_guesses(make_llm: Any) -> None:
+    llm = speculating(make_llm, MIXED[0], (1, 7))
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]][:4]
+    before = outcomes(llm)
+    outputs = llm.generate(
+        [{"prompt_token_ids": case["prompt"]} for case in cases],
+        [quiet(case) for case in cases],
+        use_tqdm=False,
+    )
+    assert_golden(cases, [output.outputs[0] for output in outputs])
+    assert outcomes(llm) == before and counter(llm, "vllm:loopus_guesses") == 0
+
+
+def quiet(case: dict[str, Any]) -> Any:
+    params = params_of(case)
+    params.extra_args["speculate"] = 0
+    return params
+
+
+def test_text_grammars_and_stop_strings(make_llm: Any) -> None:
+    """On a model that writes: a grammar in a wave, a stop string inside one."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    deep = {"exit_threshold": 1.0}
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=12, extra_args=deep),
+        SamplingParams(temperature=0, max_tokens=12, extra_args=deep, ignore_eos=True, stop=["1"]),
+        SamplingParams(
+            temperature=0,
+            max_tokens=6,
+            structured_outputs=StructuredOutputsParams(regex="[0-4]{3}"),
+        ),
+        SamplingParams(
+            temperature=0, max_tokens=10, structured_outputs=StructuredOutputsParams(json=schema)
+        ),
+        SamplingParams(temperature=1.0, seed=11, n=3, max_tokens=12, extra_args=deep),
+    ]
+    prompts = ["3+2*3=", "1+1=", "2*2=", "7-3=", "12+9="]
+
+    def answers(speculate: Any) -> Any:
+        llm = make_llm(
+            "loopus-tiny",
+            additional_config={"loopus": {"speculate": speculate}},
+            disable_log_stats=False,
+        )
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        return llm, [
+            (one.text, one.token_ids, exit_depths(one), one.finish_reason, one.stop_reason)
+            for output in outputs
+            for one in output.outputs
+        ]
+
+    _, expected = answers("off")
+    for draft_depth in (1, 2):
+        llm, found = answers({"draft_depth": draft_depth, "lookahead": 4})
+        assert found == expected
+        assert outcomes(llm)[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("speculate", "message"),
+    [
+        ("on", "speculate='on' must be 'off', 'auto' or a mapping"),
+        ({"draft_depth": 0}, "draft_depth'\\]=0 must be a whole number, 1 or more"),
+        ({"lookahead": 0}, "lookahead'\\]=0 must be a whole number, from 1 to"),
+        ({"depth": 1}, "speculate has no option 'depth'"),
+        ({"draft_depth": 99}, "draft_depth'\\]=99 must be below the served max_loops"),
+    ],
+)
+def test_refused(make_llm: Any, speculate: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(make_llm, MIXED[0], {"speculate": speculate})
+
+
+def test_refused_with_last_exited(make_llm: Any) -> None:
+    loopus = {"speculate": "auto", "kv_policy": "last_exited"}
+    with pytest.raises(ValueError, match="not possible with kv_policy='last_exited'"):
+        start(make_llm, MIXED[0], loopus)

@@ -30,10 +30,16 @@ def knobs_of(request: Request) -> RequestKnobs:
     return knobs
 
 
-def salt_with_knobs(request: Request) -> None:
-    """Separates the prefix caches of different knobs, because in `last_exited` K/V depends on
-    them."""
-    suffix = f"{KNOBS_IN_SALT}{knobs_of(request)}"
+def salt(request: Request, last_exited: bool) -> None:
+    """Separates the prefix caches of requests whose K/V is not that of their tokens alone: of
+    different knobs in `last_exited`, and of each request that replays `guesses`."""
+    knobs = knobs_of(request)
+    if knobs.guesses:
+        suffix = f"{KNOBS_IN_SALT}{request.request_id}"
+    elif last_exited:
+        suffix = f"{KNOBS_IN_SALT}{knobs}"
+    else:
+        return
     if (request.cache_salt or "").endswith(suffix):  # the next input of a session
         return
     request.cache_salt = f"{request.cache_salt or ''}{suffix}"

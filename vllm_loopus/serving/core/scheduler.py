@@ -11,7 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from vllm_loopus.serving.core.admission import knobs_of, parse_knobs, salt_with_knobs
+from vllm_loopus.serving.core.admission import knobs_of, parse_knobs, salt
 from vllm_loopus.serving.core.kv_manager import DepthKVCacheManager
 from vllm_loopus.serving.core.step_clock import StepClock
 from vllm_loopus.serving.knobs.engine import EngineOptions
@@ -99,8 +99,7 @@ class LoopUSScheduler(Scheduler):
 
     def _admit(self, request: "Request") -> None:
         reason = parse_knobs(request, self._config)
-        if self._options.last_exited:
-            salt_with_knobs(request)
+        salt(request, self._options.last_exited)
         if reason is not None:
             self._refused[request.request_id] = reason
             self._end_with_error(request.request_id, reason)

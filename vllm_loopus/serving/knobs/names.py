@@ -15,13 +15,14 @@ import difflib
 import re
 
 RETURN_EXIT_DEPTHS = "return_exit_depths"
-SPECULATE = "speculate"
+SPECULATE, GUESSES = "speculate", "guesses"
 REQUEST_KNOBS = (
     "max_loops",
     "min_loops",
     "exit_threshold",
     "exit_depths",
     SPECULATE,
+    GUESSES,
     RETURN_EXIT_DEPTHS,
 )
 RELEASED_NAMES = {"N": "max_loops", "q_threshold": "exit_threshold"}

@@ -13,7 +13,13 @@ from typing import Any, Protocol
 from vllm.exceptions import VLLMValidationError
 
 from vllm_loopus.config import is_finite_number, is_integer
-from vllm_loopus.serving.knobs.names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS, SPECULATE, objection
+from vllm_loopus.serving.knobs.names import (
+    GUESSES,
+    REQUEST_KNOBS,
+    RETURN_EXIT_DEPTHS,
+    SPECULATE,
+    objection,
+)
 
 
 class KnobError(VLLMValidationError, ValueError):
@@ -37,7 +43,8 @@ class RequestKnobs:
 
     `exit_depths` gives the exit depths of the first generated tokens. The exit rule decides for all
     tokens after them. `speculate`: whether positions may begin with guessed tokens, where the
-    engine does that.
+    engine does that. `guesses`: for the first generated tokens, whether the guess counts as right,
+    1 or 0, whatever the tokens: a replay for benchmarks, whose answers mean nothing.
     """
 
     max_loops: int
@@ -45,6 +52,7 @@ class RequestKnobs:
     exit_threshold: float
     exit_depths: tuple[int, ...] = ()
     speculate: bool = True
+    guesses: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None, defaults: LoopDefaults) -> "RequestKnobs":
@@ -93,12 +101,13 @@ def check_request(
     """
     given = extra_args or {}
     check_names(given, custom_processors)
-    depths = given.get("exit_depths")
     most = max_model_len if max_tokens is None else min(max_tokens, max_model_len)
-    if isinstance(depths, list | tuple) and len(depths) > most:
-        limit = "max_model_len" if most == max_model_len else "max_tokens"
-        message = f"has {len(depths)} entries, one for each generated token; {limit} is {most}"
-        raise KnobError(f"exit_depths {message}", parameter="exit_depths")
+    for name in ("exit_depths", GUESSES):
+        replayed = given.get(name)
+        if isinstance(replayed, list | tuple) and len(replayed) > most:
+            limit = "max_model_len" if most == max_model_len else "max_tokens"
+            message = f"has {len(replayed)} entries, one for each generated token; "
+            raise KnobError(f"{name} {message}{limit} is {most}", parameter=name)
     if given.get(RETURN_EXIT_DEPTHS) not in (None, 0, 1):
         raise _refusal(RETURN_EXIT_DEPTHS, given[RETURN_EXIT_DEPTHS], "must be 0, 1, true or false")
     RequestKnobs.of(given, defaults)

@@ -63,8 +63,12 @@ class StepRunner:
         # How many positions after the newest certain ones may begin [S].
         self.room_ahead: Callable[[Ints], Ints] = np.zeros_like
         self._decoding: tuple[Chunks, DecoderReading, list[Call]] | None = None
-        self._guessing = Chunks.none()  # in the decoder call that has not been read
-        self._guessed: list[Chunks] = []  # decoder calls for guesses, of this step
+        # Chunks whose guesses are on their way, with the life of their sequences: in the decoder
+        # call of the step, and in calls of their own.
+        self._guessing: tuple[Chunks, Ints] | None = None
+        self._guesses: list[tuple[tuple[Chunks, Ints], DecoderReading, list[Call]]] = []
+        self._decoded: list[Chunks] = []  # of calls for guesses, in this step
+        self._launched_ahead = False  # a pass, since the decoder call of the last step
         self.clock = DeviceClock(asynchronous)
         self._unread = UnreadPasses(
             stairs,
@@ -101,7 +105,6 @@ class StepRunner:
         self.clock.step()
         self._executor.trust(self._unread.oldest)
         self._waving = self.waves is not None and self.waves.guessing(active)
-        self._guessed = []
         self._foresees = foresees and self._late is not True and not self._waving
         self.quorum.begin_step(costs)
         self._costs = costs or self._costs
@@ -163,7 +166,11 @@ class StepRunner:
         report = self.report
         while self._late is not True and len(self._unread.pending) > 1:  # of a chain
             self._unread.read()
+        ahead, self._launched_ahead = self._launched_ahead, False
         while True:
+            if ahead and self._waving and not self._unread.pending and self._ends(active):
+                return
+            ahead = False
             if not self._unread.pending:
                 if not self._launch(active, most - len(report.passes)):
                     return
@@ -340,27 +347,32 @@ class StepRunner:
         self.clock.decoder()
         reading = self._executor.decode(chunks, guessing=chunks.newest)
         self._unread.complete()
-        self._guessing = chunks
         self.stairs.advance_decoder(chunks)
         self.report.guess_decoder_rows += chunks.rows
-        self._read_guesses(reading, self._unread.take_covered())
+        self._guesses.append((self._begun(chunks), reading, self._unread.take_covered()))
+        if not self.overlap:
+            self._read_guesses()
 
-    def _read_guesses(self, reading: DecoderReading, covers: list[Call]) -> None:
-        """Waits for a decoder call; positions begin with the guesses in it."""
-        with self.clock.waiting():
-            reading.wait()
-        self._unread.cover(covers)
-        chunks, self._guessing = self._guessing, Chunks.none()
-        if not len(chunks) or self.waves is None:
-            return
-        self._guessed.append(chunks)
-        stairs, index = self.stairs, chunks.sequence
-        there = stairs.done[index, 0] + stairs.ahead[index] == chunks.end
-        there &= ~stairs.failed[index]
-        self.waves.begin(index[there], reading.tokens()[there], chunks.depth[there])
+    def _begun(self, chunks: Chunks) -> tuple[Chunks, Ints]:
+        """Begins the positions after `chunks`, whose guesses are to be read. Returns `chunks`, and
+        the life of their sequences."""
+        assert self.waves is not None
+        self.waves.begin(chunks)
+        return chunks, self.stairs.life[chunks.sequence]
+
+    def _read_guesses(self) -> None:
+        """Reads the guesses of decoder calls of their own."""
+        guesses, self._guesses = self._guesses, []
+        for (chunks, life), reading, covers in guesses:
+            with self.clock.waiting():
+                reading.wait()
+            self._unread.cover(covers)
+            self._decoded.append(chunks)
+            assert self.waves is not None
+            self.waves.fill(chunks, life, reading.tokens())
 
     def confirm(self, sequences: Ints) -> None:
-        """The first guessed positions of `sequences` are certain."""
+        """The first guesses of `sequences` are right."""
         assert self.waves is not None
         self.waves.confirm(sequences)
         stairs = self.stairs
@@ -398,12 +410,14 @@ class StepRunner:
                 asked = np.arange(len(both)) >= len(batch)
                 reading, batch = self._executor.decode(both, guessing=asked), both
                 report.guess_decoder_rows += guessing.rows
-                self._guessing = guessing
+                self._guessing = self._begun(guessing)
             else:
                 reading = self._executor.decode(batch)
         self._unread.complete()
         self._decoder = self._next = None
-        report.decoder_rows = batch.rows - self._guessing.rows
+        report.decoder_rows = batch.rows
+        if self._guessing is not None:
+            report.decoder_rows -= self._guessing[0].rows
         stairs.advance_decoder(batch)
         report.emitted, report.exit_depths = ready, stairs.exit_depth[ready]
         self._decoding = batch, reading, self._unread.take_covered()
@@ -413,15 +427,20 @@ class StepRunner:
         """Reads whether what was decoded is finite: sequences for which it is not have failed and
         have no token. Returns the chunks of the others."""
         self._unread.complete()
-        decoded, self._guessed = self._guessed, []
+        self._read_guesses()
+        decoded, self._decoded = self._decoded, []
         if self._decoding is not None:
             (batch, reading, covers), self._decoding = self._decoding, None
-            self._read_guesses(reading, covers)
+            with self.clock.waiting():
+                reading.wait()
+            self._unread.cover(covers)
+            if self._guessing is not None and self.waves is not None:
+                self.waves.fill(*self._guessing, reading.tokens())
+            self._guessing = None
             failed = self.stairs.failed[self.report.emitted]
             self.report.emitted = self.report.emitted[~failed]
             self.report.exit_depths = self.report.exit_depths[~failed]
             decoded.append(batch)
-            self._guessed = []
         batch = Chunks.join(decoded)
         return batch[~self.stairs.failed[batch.sequence]]
 
@@ -445,6 +464,7 @@ class StepRunner:
         batch = None
         if rest is not None and len(begun) and begun.rows + rest.rows <= self._budget:
             batch = self._with_the_rest(active, begun, rest)
+        self._launched_ahead = True
         if batch is not None:
             self._launch_batch(batch, 1)
         elif not self._launch(active, most):

@@ -75,6 +75,7 @@ _ARRAYS = {
     "num_generated": ((), np.int64),
     "begun": ((), np.int64),  # the first position in flight
     "ahead": ((), np.int64),  # guessed positions in flight
+    "tentative": ((), bool),  # its newest position began with a guess that is not confirmed yet
     "lookahead": ((), np.int64),  # how many there may be
     "tries": ((), np.int64),  # how often guesses were forgotten
     "age": ((), np.int64),  # steps in flight
@@ -127,6 +128,7 @@ class Staircases:
     exit_depth: Ints = field(init=False)
     forced: Ints = field(init=False)
     ahead: Ints = field(init=False)
+    tentative: Bools = field(init=False)
     lookahead: Ints = field(init=False)
     tries: Ints = field(init=False)
     depths: Ints = field(init=False)  # [S, slots]
@@ -143,6 +145,7 @@ class Staircases:
     may_exit: Bools = field(init=False)
     _predetermined: NDArray[np.int8] = field(init=False)
     _given: Ints = field(init=False)  # [S, G]: exit depths given for the first tokens; 0: none
+    _right: Ints = field(init=False)  # [S, G]: whether a guess counts as right; `UNKNOWN`
 
     def __post_init__(self) -> None:
         for name, (shape, kind) in _ARRAYS.items():
@@ -151,7 +154,7 @@ class Staircases:
             setattr(self, name, np.zeros((0, self.num_depths + 1), dtype=kind))
         for name, kind in BY_SLOT.items():
             setattr(self, name, np.zeros((0, self.slots), dtype=kind))
-        self._given = np.zeros((0, 1), dtype=np.int64)
+        self._given = self._right = np.zeros((0, 1), dtype=np.int64)
         self.reserve(8)
 
     @property
@@ -163,7 +166,7 @@ class Staircases:
         """Makes room for as many sequences."""
         if (more := rows - self.capacity) <= 0:
             return
-        for name in [*_ARRAYS, *_BY_DEPTH, *BY_SLOT, "_given"]:
+        for name in [*_ARRAYS, *_BY_DEPTH, *BY_SLOT, "_given", "_right"]:
             old = getattr(self, name)
             new = np.zeros((more, *old.shape[1:]), dtype=old.dtype)
             setattr(self, name, np.concatenate([old, new]))
@@ -190,12 +193,8 @@ class Staircases:
         known = [UNKNOWN if exits is None else int(exits) for exits in start.predetermined]
         self._predetermined[index, 1 : depth + 1] = known[:depth]
         given = knobs.exit_depths  # stand for what the exit rule would decide
-        if len(given) >= self._given.shape[1]:
-            wider = np.zeros((self.capacity, 2 * len(given) + 1), dtype=np.int64)
-            wider[:, : self._given.shape[1]] = self._given
-            self._given = wider
-        self._given[index] = 0
-        self._given[index, : len(given)] = given
+        self._given = _with_row(self._given, index, given, 0)
+        self._right = _with_row(self._right, index, knobs.guesses, UNKNOWN)
         last = min(knobs.max_loops, depth)
         exits = self._predetermined[index, : last + 1] != 0
         if given:
@@ -233,6 +232,13 @@ class Staircases:
         number = np.minimum(self.num_generated[sequences] + slot, self._given.shape[1] - 1)
         return self._given[sequences, number]
 
+    def right_guess(self, sequences: Ints, equal: Bools) -> Bools:
+        """Whether the guess of the newest token of each sequence counts as right; `equal`: whether
+        it is."""
+        number = np.minimum(self.num_generated[sequences] - 1, self._right.shape[1] - 1)
+        replayed = self._right[sequences, number]
+        return np.where(replayed == UNKNOWN, equal, replayed).astype(bool)
+
     def slot_of(self, chunks: Chunks) -> Ints:
         """The slot of the newest position of each chunk; 0 if the chunk ends before."""
         return np.where(chunks.newest, chunks.end - self.done[chunks.sequence, 0], 0)
@@ -240,14 +246,24 @@ class Staircases:
     def fail_at(self, index: int, end: int, reason: str) -> bool:
         """What was computed of the position `end - 1` is useless. That fails the sequence, unless
         the position is a guess: then guesses are forgotten. Returns whether it has failed."""
-        if end > self.done[index, 0]:
+        if end > self.certain(np.array([index]))[0]:
+            self.lookahead[index] = 0
             self.forget(np.array([index]))
             return False
         self.fail(index, reason)
         return True
 
+    def certain(self, sequences: Ints) -> Ints:
+        """How many positions of each sequence began with tokens that are certain."""
+        return self.done[sequences, 0] - self.tentative[sequences]
+
     def forget(self, sequences: Ints) -> None:
         """No guessed position of `sequences` is in flight or computed any more."""
+        guessed = self.tentative[sequences]
+        self.done[sequences, 0] -= guessed
+        self.in_flight[sequences] &= ~guessed
+        self.tentative[sequences] = False
+        self.life[sequences] += guessed  # nothing certain of them is under way
         self.ahead[sequences] = 0
         self.tries[sequences] += 1
         known = self.done[sequences, :1]
@@ -418,6 +434,16 @@ class Staircases:
         """How many rows are positions before those in flight."""
         before = np.minimum(chunks.end, self.begun[chunks.sequence]) - chunks.start
         return int(np.maximum(before, 0).sum())
+
+
+def _with_row(table: Ints, index: int, given: Sequence[int], none: int) -> Ints:
+    """`table` [S, G] with the row `given`, followed by `none` in any case."""
+    if len(given) >= table.shape[1]:
+        more = 2 * len(given) + 1 - table.shape[1]
+        table = np.pad(table, ((0, 0), (0, more)), constant_values=none)
+    table[index] = none
+    table[index, : len(given)] = given
+    return table
 
 
 def _split(chunks: Chunks, split: Bools, at: Ints) -> Chunks:

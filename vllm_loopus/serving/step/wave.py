@@ -17,6 +17,8 @@ import numpy as np
 from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
 from vllm_loopus.serving.step.staircase import BY_SLOT, Staircases
 
+NOT_READ = -1  # a guess that is still on the device
+
 
 @dataclass
 class GuessCounts:
@@ -109,24 +111,49 @@ class Waves:
         start = np.minimum(stairs.decoded[index, depth], end - 1)
         return Chunks(index, depth, start, end, np.ones(len(index), dtype=bool))
 
-    def begin(self, sequences: Ints, tokens: Ints, depth: Ints) -> None:
-        """`sequences` guess `tokens` at `depth` after their newest positions: the next ones are in
-        flight."""
-        stairs = self._stairs
+    def begin(self, chunks: Chunks) -> Chunks:
+        """The newest positions of `chunks`, which are going through the decoder, give the tokens
+        that the next ones begin with: these are in flight. Returns the chunks that do so."""
+        stairs, index = self._stairs, chunks.sequence
+        may = stairs.done[index, 0] + stairs.ahead[index] == chunks.end
+        chunks = chunks[may & ~stairs.failed[index]]
+        sequences = chunks.sequence
         stairs.ahead[sequences] += 1
         slot = stairs.ahead[sequences]
         stairs.depths[sequences, slot] = stairs.exit_depths[sequences, slot] = 0
         stairs.targets[sequences, slot] = stairs.max_depth[sequences]
         stairs.forceds[sequences, slot] = stairs.given(sequences, slot)
-        stairs.guesses[sequences, slot] = tokens
-        stairs.guess_depths[sequences, slot] = depth
+        stairs.guesses[sequences, slot] = NOT_READ
+        stairs.guess_depths[sequences, slot] = chunks.depth
         self._counts.made += len(sequences)
+        return chunks
+
+    def fill(self, chunks: Chunks, life: Ints, tokens: Ints) -> None:
+        """The guesses after the newest positions of `chunks` are known on the host. `life` [C]:
+        of their sequences when they were made."""
+        stairs, index = self._stairs, chunks.sequence
+        slot = chunks.end + 1 - stairs.done[index, 0]
+        there = (life == stairs.life[index]) & (slot <= stairs.ahead[index])
+        there &= (slot > 0) | (stairs.tentative[index] & (slot == 0))
+        stairs.guesses[index[there], slot[there]] = tokens[there]
+
+    def go_on(self, sequences: Ints) -> None:
+        """The first guesses of `sequences` are taken for the tokens that are being sampled, until
+        these are known: then `confirm` or `reject`."""
+        self._advance(sequences)
+        self._stairs.tentative[sequences] = True
 
     def confirm(self, sequences: Ints) -> None:
         """The first guesses of `sequences` are the tokens that were sampled: the positions that
         began with them are the certain ones now."""
         stairs = self._stairs
-        self._counts.confirmed += stairs.guess_depths[sequences, 1].tolist()
+        self._advance(sequences[~stairs.tentative[sequences]])
+        stairs.tentative[sequences] = False
+        self._counts.confirmed += stairs.guess_depths[sequences, 0].tolist()
+
+    def _advance(self, sequences: Ints) -> None:
+        """The position in slot 1 is the newest certain one."""
+        stairs = self._stairs
         for name in BY_SLOT:
             array = getattr(stairs, name)
             array[sequences, :-1] = array[sequences, 1:]
@@ -141,9 +168,10 @@ class Waves:
     def reject(self, sequences: Ints) -> None:
         """Guessed positions of `sequences` are forgotten, and what is not read yet of them."""
         stairs = self._stairs
-        self._counts.rejected += stairs.guess_depths[sequences, 1].tolist()
+        first = np.where(stairs.tentative[sequences], 0, 1)  # slot of the wrong guess
+        self._counts.rejected += stairs.guess_depths[sequences, first].tolist()
         slots = np.arange(stairs.slots)
-        guessed = (slots > 0) & (slots <= stairs.ahead[sequences][:, None])
+        guessed = (slots >= first[:, None]) & (slots <= stairs.ahead[sequences][:, None])
         self._counts.wasted += int((stairs.depths[sequences] * guessed).sum())
         stairs.forget(sequences)
         stairs.life[sequences] += 1

@@ -19,6 +19,7 @@ from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 from vllm_loopus.serving.model.seam import LoopedModel
 from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
 from vllm_loopus.serving.step.staircase import Staircases
+from vllm_loopus.serving.step.wave import NOT_READ
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.exits import Exits, deeper_than
 from vllm_loopus.serving.worker.nonfinite import WatchedRows, cleanse
@@ -156,6 +157,7 @@ class PagedExecutor:
         )
         self._encoded: tuple[torch.Tensor, ...] = ()
         self._last_pass: _LastPass | None = None  # of this step
+        self._likely_ids = torch.zeros(0, dtype=torch.int32)  # the last guess of each sequence
         self.texts: Texts
         self.sampled: SampledTokens | None = None  # tokens that the next `encode` may need
         self.decoded = DecodedRows()
@@ -234,7 +236,12 @@ class PagedExecutor:
         sampled, self.sampled = self.sampled, None
         if sampled is not None and np.array_equal(sampled.sequences, chunks.sequence):
             return sampled.ids.to(torch.int32)
-        ids = self._tensor(self.texts.token_ids(chunks))
+        known = self.texts.token_ids(chunks)
+        ids = self._tensor(known)
+        if len(guessed := np.flatnonzero(known == NOT_READ)):
+            sequences = chunks.sequence[layout.spans.chunk[guessed]]
+            likely = self._likely_ids.index_select(0, self._tensor(sequences))
+            ids = ids.index_copy(0, self._tensor(guessed), likely)
         if sampled is None:
             return ids
         # Rows whose tokens the host does not know yet take them on the device.
@@ -472,7 +479,11 @@ class PagedExecutor:
         rows = self._tensor(layout.spans.last_rows[guessing])
         logits = self._model.compute_logits(hidden.index_select(0, rows))
         assert logits is not None
-        return logits.argmax(dim=-1).to(torch.int32)
+        likely = get_tp_group().broadcast(logits.argmax(dim=-1).to(torch.int32), src=0)
+        if len(self._likely_ids) < self._stairs.capacity:
+            self._likely_ids = likely.new_zeros(self._stairs.capacity)
+        self._likely_ids.index_copy_(0, self._tensor(chunks.sequence[guessing]), likely)
+        return likely
 
     def _other_exits(self, layout: RowLayout, chunks: Chunks) -> ExtraSlots | None:
         """The slots of newest rows that go to all depths at which a token may exit."""

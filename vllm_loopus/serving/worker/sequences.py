@@ -217,17 +217,20 @@ class RunningSequences:
     def _compare_guesses(self) -> None:
         """Where a token has been sampled since, the first guess is right, and its position goes on,
         or wrong, and all that followed from it is forgotten."""
-        stairs, runner = self.stairs, self.runner
+        stairs, runner, active = self.stairs, self.runner, self._active
         if runner.waves is None:
             return
-        index = self._active[~stairs.in_flight[self._active] & (stairs.ahead[self._active] > 0)]
-        index = index[self._known[index] == stairs.done[index, 0] + 1]
-        right = stairs.guesses[index, 1] == self._newest[index]
+        waits = ~stairs.in_flight[active] & (stairs.ahead[active] > 0)
+        index = active[stairs.tentative[active] | waits]
+        index = index[self._known[index] == stairs.certain(index) + 1]
+        slot = np.where(stairs.tentative[index], 0, 1)
+        equal = stairs.guesses[index, slot] == self._newest[index]
+        right = stairs.right_guess(index, equal)
         right &= self._known[index] < self._limit[index]
         runner.confirm(index[right])
         wrong = index[~right]
-        self._tables.forget(wrong, stairs.done[wrong, 0], stairs.slots)
         runner.waves.reject(wrong)
+        self._tables.forget(wrong, stairs.done[wrong, 0], stairs.slots)
 
     def _successors(self, sequences: Ints, known: Ints) -> Chunks:
         """The next positions, at depth 1, of those of `sequences` that generate, have not ended
@@ -285,6 +288,7 @@ class RunningSequences:
         """Launches the next pass: of what is in flight, and of the next positions after the tokens
         `token_ids` [n] of the decoded sequences, which are still on the device."""
         decoded, exited = self._executor.decoded.sequences, self.runner.resolve()
+        exited = self._go_on_guessing(exited)
         prepared = self.runner.may_begin()
         if prepared is None:
             begun = self._go_on(exited, self._known + 1)
@@ -300,6 +304,16 @@ class RunningSequences:
             token_ids = token_ids.index_select(0, to_device(place[going], token_ids.device))
         self._executor.sampled = SampledTokens(going, token_ids) if len(going) else None
         self.runner.go_on(self._active, begun)
+
+    def _go_on_guessing(self, exited: Ints) -> Ints:
+        """Those of `exited` that have guessed their tokens go on as if they were right. Returns the
+        others."""
+        if (waves := self.runner.waves) is None:
+            return exited
+        guessed = self.stairs.ahead[exited] > 0
+        goes_on = guessed & (self._known[exited] + 1 < self._limit[exited])
+        waves.go_on(exited[goes_on])
+        return exited[~guessed]
 
     def _settle(self) -> None:
         """Waits for the decoder: sequences whose states are not finite have failed."""
@@ -360,7 +374,7 @@ class RunningSequences:
     def _report_complete(self, active: Ints, progress: LoopProgress) -> None:
         """The sequences with blocks that are newly complete at some depth."""
         # A guess is never published.
-        settled = np.minimum(self.stairs.settled[active, 1:], self.stairs.done[active, :1])
+        settled = np.minimum(self.stairs.settled[active, 1:], self.stairs.certain(active)[:, None])
         blocks = settled // self._tables.block_size
         newly = (blocks > self._published[active]).any(axis=1)
         if newly.any():
@@ -394,7 +408,8 @@ class RunningSequences:
         sequences = chunks.sequence
         slot = chunks.end - self.stairs.done[sequences, 0]
         guess = self.stairs.guesses[sequences, np.maximum(slot, 0)]
-        known = np.where(slot > 0, guess, self._newest[sequences]).astype(np.int32)
+        guessed = (slot > 0) | ((slot == 0) & self.stairs.tentative[sequences])
+        known = np.where(guessed, guess, self._newest[sequences]).astype(np.int32)
         plain = (chunks.sizes == 1) & (chunks.end >= self._known[sequences])
         if plain.all():
             return known
