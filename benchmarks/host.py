@@ -29,6 +29,7 @@ from emulated import Device, Times, install, watch_parts  # beside this file
 from vllm_loopus.bench.models import ModelSize, write_config
 from vllm_loopus.bench.policy import Costs, Policy, best
 from vllm_loopus.bench.script import begin, finish, script_parser
+from vllm_loopus.bench.waves import simulate_waves
 from vllm_loopus.bench.workers.probe import PartTimer
 from vllm_loopus.bench.workloads import Generator
 
@@ -171,7 +172,7 @@ def measure(args: Namespace) -> dict[str, Any]:
         "of_device": round(device.busy / took, 3),
         "calls": device.calls,
         "syncs": device.syncs,
-        "simulated": round(simulated(args, depths), 1),
+        "simulated": round(simulated(args, depths, right), 1),
         "host_ms_per_call": round(1e3 * (took - device.waited) / device.calls, 3),
         **({"parts_ms": of_parts(parts, device.calls)} if args.parts else {}),
     }
@@ -183,9 +184,11 @@ def of_parts(parts: PartTimer, calls: int) -> dict[str, float]:
     return {part: round(1e3 * took / calls, 4) for part, took in longest}
 
 
-def simulated(args: Namespace, depths: list[list[int]]) -> float:
-    """Tokens a second of the best policy."""
+def simulated(args: Namespace, depths: list[list[int]], right: list[list[int]]) -> float:
+    """Tokens a second of the best policy; with guesses, of waves."""
     costs = Costs(args.pass_ms, args.row_us / 1e3, args.boundary_ms, 0.0, 0.0)
+    if args.speculate:
+        return simulate_waves(costs, depths, right, args.seqs, *args.speculate).rate
     kv = "exact" if args.policy == "off" else args.policy
     return best(costs, depths, PROMPT, Policy(kv, args.seqs, MAX_LOOPS, lazy=True))[0].rate
 

@@ -25,12 +25,12 @@ from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.messages.exit_depths import NAME
 from vllm_loopus.serving.messages.step_input import StepInput
 from vllm_loopus.serving.model.model_state import LoopedModelState
+from vllm_loopus.serving.runners.adapter import waves_of
 from vllm_loopus.serving.runners.v1 import V1Adapter
 from vllm_loopus.serving.runners.v2 import V2Adapter
 from vllm_loopus.serving.step.quorum import quorum_for
 from vllm_loopus.serving.step.run import StepRunner
 from vllm_loopus.serving.step.staircase import Staircases
-from vllm_loopus.serving.step.wave import Waves
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.sequences import RunningSequences
 
@@ -185,7 +185,7 @@ class FakeLoop:
             overlap,
             overlap,
             options.reads_late,
-            Waves(stairs, options.draft_depth) if options.speculates else None,
+            waves_of(options, stairs),
         )
         self._sequences = RunningSequences(
             self.executor, stairs, tables, runner, halting, budget, length, options

@@ -84,7 +84,19 @@ class RequestKnobs:
         if speculate not in (None, 0, 1):
             fix = "must be 0 (no guesses for this request) or 1, true or false"
             raise _refusal(SPECULATE, speculate, fix)
-        return cls(max_loops, min_loops, float(threshold), tuple(depths), speculate in (None, True))
+        guesses = given.get(GUESSES)
+        if guesses is None:
+            guesses = ()
+        elif not isinstance(guesses, list | tuple) or not all(one in (0, 1) for one in guesses):
+            raise _refusal(GUESSES, guesses, "must be a list of 0 and 1, one for each token")
+        return cls(
+            max_loops,
+            min_loops,
+            float(threshold),
+            tuple(depths),
+            speculate in (None, True),
+            tuple(map(int, guesses)),
+        )
 
 
 def check_request(

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_loopus.architectures import architecture_of
-from vllm_loopus.serving.knobs.engine import EngineOptions
+from vllm_loopus.serving.knobs.engine import AUTO, EngineOptions
 from vllm_loopus.serving.messages.progress import LoopProgress
 from vllm_loopus.serving.messages.step_input import LoopSchedule, StepInput
 from vllm_loopus.serving.runners.interface import LoopRunner
@@ -30,6 +30,7 @@ from vllm_loopus.serving.step.quorum import quorum_for
 from vllm_loopus.serving.step.run import StepRunner
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.step.wave import Waves
+from vllm_loopus.serving.step.wave_plan import AutoPlan, FixedPlan
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.decoded import Decoded
 from vllm_loopus.serving.worker.executor import PagedExecutor
@@ -226,13 +227,22 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
             asynchronous=executor.asynchronous,
             overlap=options.overlaps(executor.asynchronous),
             late=options.reads_late,
-            waves=Waves(stairs, options.draft_depth) if options.speculates else None,
+            waves=waves_of(options, stairs),
         ),
         rule,
         row_budget,
         vllm_config.model_config.max_model_len,
         options,
     )
+
+
+def waves_of(options: EngineOptions, stairs: Staircases) -> Waves | None:
+    """Guessed positions, as the options say; None without."""
+    if not options.speculates:
+        return None
+    if options.speculate == AUTO:
+        return Waves(stairs, AutoPlan(stairs.num_depths, options.lookahead))
+    return Waves(stairs, FixedPlan(options.draft_depth, options.lookahead))
 
 
 def adopt(runner: Any, adapter: type[LoopAdapter]) -> Any:

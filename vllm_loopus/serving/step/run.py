@@ -101,10 +101,14 @@ class StepRunner:
         `foresees`: if it is likely that the decoder follows the pass under way, it may be launched
         for all that may have exited, before their exits are read. `resolve` then reads them.
         """
+        exit_depths = self.report.exit_depths
         stairs, self.report = self.stairs, StepReport()
         self.clock.step()
         self._executor.trust(self._unread.oldest)
-        self._waving = self.waves is not None and self.waves.guessing(active)
+        if self.waves is not None:
+            wanting = active[stairs.in_flight[active] & stairs.wants_token[active]]
+            self.waves.plan.begin_step(wanting, exit_depths, costs)
+            self._waving = self.waves.guessing(active)
         self._foresees = foresees and self._late is not True and not self._waving
         self.quorum.begin_step(costs)
         self._costs = costs or self._costs

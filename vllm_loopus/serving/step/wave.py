@@ -16,6 +16,7 @@ import numpy as np
 
 from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
 from vllm_loopus.serving.step.staircase import BY_SLOT, Staircases
+from vllm_loopus.serving.step.wave_plan import WavePlan
 
 NOT_READ = -1  # a guess that is still on the device
 
@@ -38,13 +39,12 @@ class GuessCounts:
 class Waves:
     """The guessed positions of all sequences of `stairs`.
 
-    `draft_depth`: passes before a guess. How many positions of a sequence may be guessed at once is
-    in `stairs.lookahead`.
+    `plan`: when and how far they guess. `stairs.lookahead` is the limit of each sequence.
     """
 
-    def __init__(self, stairs: Staircases, draft_depth: int) -> None:
+    def __init__(self, stairs: Staircases, plan: WavePlan) -> None:
         self._stairs = stairs
-        self.draft_depth = draft_depth
+        self.plan = plan
         self._counts = GuessCounts()
 
     def counted(self) -> GuessCounts:
@@ -55,7 +55,8 @@ class Waves:
     def guessing(self, sequences: Ints) -> bool:
         """Whether one of `sequences` guesses, or has guessed positions."""
         stairs = self._stairs
-        return bool((stairs.lookahead[sequences] | stairs.ahead[sequences]).any())
+        may = (stairs.lookahead[sequences] > 0) & self.plan.allows(sequences)
+        return bool((may | stairs.tentative[sequences] | (stairs.ahead[sequences] > 0)).any())
 
     def next_chunks(self, sequences: Ints) -> Chunks:
         """What the next pass may compute of guessed positions of `sequences`, in order of slots.
@@ -102,10 +103,10 @@ class Waves:
         depth = stairs.depths[sequences, slot]
         exited = stairs.exit_depths[sequences, slot] > 0
         may = stairs.in_flight[sequences] & stairs.wants_token[sequences]
-        may &= (slot < np.minimum(stairs.lookahead[sequences], possible)) & (depth > 0)
+        limit = np.minimum(stairs.lookahead[sequences], self.plan.lookahead)
+        may &= (slot < np.minimum(limit, possible)) & (depth > 0) & self.plan.allows(sequences)
         # If the certain position has exited, its token comes from the sampler.
-        may &= np.where(slot > 0, exited | (depth >= self.draft_depth), ~exited)
-        may &= exited | (depth >= self.draft_depth)
+        may &= np.where(exited, slot > 0, depth >= self.plan.draft_depth)
         index, slot, depth = sequences[may], slot[may], depth[may]
         end = stairs.done[index, 0] + slot
         start = np.minimum(stairs.decoded[index, depth], end - 1)
@@ -149,7 +150,9 @@ class Waves:
         stairs = self._stairs
         self._advance(sequences[~stairs.tentative[sequences]])
         stairs.tentative[sequences] = False
-        self._counts.confirmed += stairs.guess_depths[sequences, 0].tolist()
+        depth = stairs.guess_depths[sequences, 0]
+        self._counts.confirmed += depth.tolist()
+        self.plan.observe(sequences, depth, True)
 
     def _advance(self, sequences: Ints) -> None:
         """The position in slot 1 is the newest certain one."""
@@ -169,7 +172,9 @@ class Waves:
         """Guessed positions of `sequences` are forgotten, and what is not read yet of them."""
         stairs = self._stairs
         first = np.where(stairs.tentative[sequences], 0, 1)  # slot of the wrong guess
-        self._counts.rejected += stairs.guess_depths[sequences, first].tolist()
+        depth = stairs.guess_depths[sequences, first]
+        self._counts.rejected += depth.tolist()
+        self.plan.observe(sequences, depth, False)
         slots = np.arange(stairs.slots)
         guessed = (slots >= first[:, None]) & (slots <= stairs.ahead[sequences][:, None])
         self._counts.wasted += int((stairs.depths[sequences] * guessed).sum())

@@ -107,6 +107,8 @@ class RunningSequences:
         # A prompt that is scored has its chunks in the decoder alone.
         guesses = new.knobs.speculate and not new.scores_prompt
         self.stairs.lookahead[index] = self.stairs.slots - 1 if guesses else 0
+        if self.runner.waves is not None:
+            self.runner.waves.plan.add(index)
         self._names[index], self._tokens[index] = new.request_id, list(new.tokens)
         self._known[index], self._newest[index] = len(new.tokens), new.tokens[-1]
         most = self._max_model_len if new.max_tokens is None else new.max_tokens
