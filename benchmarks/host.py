@@ -50,6 +50,7 @@ MODELS = {
     "qwen3-4b": ModelSize(36, 2560, 9728, 32, 8, 128, 151936),
     "qwen3-8b": ModelSize(36, 4096, 12288, 32, 8, 128, 151936),
 }
+WAVES = [(depth, ahead) for depth in (1, 2, 3) for ahead in (1, 2, 3, 5, 7)]  # of the simulation
 THIN = ModelSize(3, 64, 64, 1, 1, 64, 512, MAX_LOOPS)  # what computes is emulated
 LOOPED = 0.5  # of the layers; encoder and decoder have the others
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--waves", type=float, default=2, help="requests for each sequence slot")
     parser.add_argument("--overlap", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--late-verdicts", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--speculate", type=int, nargs=2, metavar=("DRAFT_DEPTH", "LOOKAHEAD"))
+    parser.add_argument("--speculate", default="off", help="auto, or DRAFT_DEPTH,LOOKAHEAD")
     parser.add_argument("--acceptance", type=float, default=0.9, help="of guesses, replayed")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--parts", action="store_true", help="host time by part")
@@ -121,9 +122,9 @@ def measure(args: Namespace) -> dict[str, Any]:
         "overlap": args.overlap,
         "late_verdicts": args.late_verdicts,
     }
-    if args.speculate:
-        names = "draft_depth", "lookahead"
-        loopus["speculate"] = dict(zip(names, args.speculate, strict=True))
+    wave = [int(part) for part in args.speculate.split(",")] if "," in args.speculate else None
+    names = "draft_depth", "lookahead"
+    loopus["speculate"] = dict(zip(names, wave, strict=True)) if wave else args.speculate
     count = round(args.waves * args.seqs)
     generator = Generator(THIN.vocabulary, MAX_LOOPS, MEAN if on else MAX_LOOPS)
     rng = np.random.default_rng(11)
@@ -150,7 +151,7 @@ def measure(args: Namespace) -> dict[str, Any]:
             detokenize=False,
             extra_args={
                 **({"exit_depths": one} if on else {}),
-                **({"guesses": guesses} if args.speculate else {}),
+                **({"guesses": guesses} if args.speculate != "off" else {}),
             },
         )
         for one, guesses in zip(depths, right, strict=True)
@@ -187,10 +188,13 @@ def of_parts(parts: PartTimer, calls: int) -> dict[str, float]:
 def simulated(args: Namespace, depths: list[list[int]], right: list[list[int]]) -> float:
     """Tokens a second of the best policy; with guesses, of waves."""
     costs = Costs(args.pass_ms, args.row_us / 1e3, args.boundary_ms, 0.0, 0.0)
-    if args.speculate:
-        return simulate_waves(costs, depths, right, args.seqs, *args.speculate).rate
     kv = "exact" if args.policy == "off" else args.policy
-    return best(costs, depths, PROMPT, Policy(kv, args.seqs, MAX_LOOPS, lazy=True))[0].rate
+    plain = best(costs, depths, PROMPT, Policy(kv, args.seqs, MAX_LOOPS, lazy=True))[0].rate
+    if args.speculate == "off":
+        return plain
+    waves = WAVES if args.speculate == "auto" else [tuple(map(int, args.speculate.split(",")))]
+    rates = [simulate_waves(costs, depths, right, args.seqs, *wave).rate for wave in waves]
+    return max(rates) if args.speculate != "auto" else max(plain, *rates)
 
 
 def table() -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """When guesses pay: the plan against costs and outcomes."""
 
 import numpy as np
-import pytest
 
 from vllm_loopus.serving.messages.costs import StepCosts
 from vllm_loopus.serving.step.wave_plan import AutoPlan
@@ -21,7 +20,8 @@ def planned(
         plan.add(index)
     for outcome in outcomes:
         plan.observe(ONE, np.array([1]), outcome == "+")
-    plan.begin_step(sequences, np.full(4, exits), costs)
+    for _ in range(10):
+        plan.begin_step(sequences, np.full(count, exits), costs, seconds=0.02)
     return plan
 
 
@@ -36,9 +36,27 @@ def test_not_where_rows_cost_as_much_as_they_save() -> None:
     assert not planned(ROWS, count=64).allows(np.arange(64)).any()
 
 
-@pytest.mark.parametrize("costs", [None, FAST])
-def test_not_before_anything_is_known(costs: StepCosts | None) -> None:
-    assert planned(costs, exits=8 if costs is None else 0).lookahead == 0
+def test_not_before_it_is_known_what_steps_take_without() -> None:
+    plan = AutoPlan(8, 7)
+    plan.add(0)
+    for _ in range(AutoPlan.FIRST):
+        plan.begin_step(ONE, np.array([8]), FAST, seconds=0.02)
+        assert not plan.lookahead
+    plan.begin_step(ONE, np.array([8]), FAST, seconds=0.02)
+    assert plan.lookahead
+
+
+def test_where_no_pass_can_be_timed() -> None:
+    assert planned(None).lookahead == 7
+
+
+def test_guesses_that_turn_out_slower_rest() -> None:
+    plan, guessed = planned(FAST), 0
+    for _ in range(1000):
+        slow = plan.lookahead > 0
+        guessed += slow
+        plan.begin_step(ONE, np.array([8]), FAST, seconds=0.03 if slow else 0.02)
+    assert AutoPlan.TRIAL <= guessed < 200
 
 
 def test_not_where_tokens_leave_at_once() -> None:
@@ -47,7 +65,7 @@ def test_not_where_tokens_leave_at_once() -> None:
 
 def test_guesses_that_are_wrong_come_later_or_not_at_all() -> None:
     plan = planned(FAST, outcomes="-" * 60)
-    assert plan.acceptance(1) < 0.2 < plan.acceptance(2)
+    assert plan._acceptance.at(1) < 0.2 < plan._acceptance.at(2)
     assert plan.draft_depth > 1
     for depth in range(1, 5):
         plan.observe(np.repeat(ONE, 60), np.full(60, depth), False)

@@ -126,6 +126,7 @@ class LoopUSScheduler(Scheduler):
         LoopSchedule(
             offer=self.kv_cache_manager.offer(),
             costs=self._clock.costs(),
+            seconds=self._clock.seconds,
             knobs=self._knobs_of_starting(output),
             everyone=everyone,
             dropped=dropped,

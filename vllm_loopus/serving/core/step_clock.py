@@ -65,11 +65,14 @@ class StepClock:
         self._started: float | None = None
         self._gap = self._host = 0.0
         self._last: tuple[float | None, int] | None = None  # in passes; rows
+        self.seconds: float | None = None  # of the last step; None if there was nothing to do
 
     def begin(self) -> None:
         """A step is about to be scheduled, right after the one before."""
         now = time.perf_counter()
+        self.seconds = None
         if self._started is not None and self._last is not None:
+            self.seconds = now - self._started
             in_passes, rows = self._last
             if rows and in_passes is not None:
                 self._boundaries.add(rows, max(now - self._started - in_passes, 0.0))

@@ -21,6 +21,7 @@ class LoopSchedule:
 
     - `offer`: free blocks for deeper planes.
     - `costs`: measured in the scheduler and sent, so that all ranks decide alike; None if unknown.
+    - `seconds`: that the last step took; None if there was nothing to do.
     - `knobs`: of the requests that start in this step, or start again after a preemption.
     - `everyone`: all running sequences go on, those that are scheduled and the others; otherwise
       only those that are scheduled.
@@ -29,6 +30,7 @@ class LoopSchedule:
 
     offer: BlockOffer = field(default_factory=BlockOffer)
     costs: StepCosts | None = None
+    seconds: float | None = None
     knobs: Mapping[str, RequestKnobs] = field(default_factory=dict)
     everyone: bool = False
     dropped: Sequence[str] = ()
@@ -78,6 +80,7 @@ class StepInput:
     everyone: bool = False
     offer: BlockOffer = field(default_factory=BlockOffer)
     costs: StepCosts | None = None
+    seconds: float | None = None
     finished: list[str] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     grown: dict[str, Sequence[int]] = field(default_factory=dict)

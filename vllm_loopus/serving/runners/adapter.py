@@ -142,6 +142,7 @@ class LoopAdapter(Runner):
             everyone=schedule.everyone,
             offer=schedule.offer,
             costs=schedule.costs,
+            seconds=schedule.seconds,
             finished=finished,
             grown={
                 request_id: blocks[0]

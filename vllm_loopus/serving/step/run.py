@@ -90,7 +90,11 @@ class StepRunner:
         self.report = StepReport()
 
     def run(
-        self, active: Ints, costs: StepCosts | None = None, foresees: bool = False
+        self,
+        active: Ints,
+        costs: StepCosts | None = None,
+        foresees: bool = False,
+        seconds: float | None = None,
     ) -> StepReport:
         """Refines the sequences `active` until the quorum ends the passes, then decodes.
 
@@ -100,6 +104,7 @@ class StepRunner:
 
         `foresees`: if it is likely that the decoder follows the pass under way, it may be launched
         for all that may have exited, before their exits are read. `resolve` then reads them.
+        `seconds`: what the last step took, if that is known.
         """
         exit_depths = self.report.exit_depths
         stairs, self.report = self.stairs, StepReport()
@@ -107,7 +112,7 @@ class StepRunner:
         self._executor.trust(self._unread.oldest)
         if self.waves is not None:
             wanting = active[stairs.in_flight[active] & stairs.wants_token[active]]
-            self.waves.plan.begin_step(wanting, exit_depths, costs)
+            self.waves.plan.begin_step(wanting, exit_depths, costs, seconds)
             self._waving = self.waves.guessing(active)
         self._foresees = foresees and self._late is not True and not self._waving
         self.quorum.begin_step(costs)

@@ -1,14 +1,16 @@
 """How far sequences may guess: as given, or by what passes cost and how often guesses are right.
 
-All ranks choose the same: costs come from the scheduler, and outcomes of guesses are those of the
-tokens.
+All ranks choose the same: costs and times come from the scheduler, and outcomes of guesses are
+those of the tokens.
 """
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from vllm_loopus.serving.messages.costs import StepCosts
+from vllm_loopus.serving.step.acceptance import Acceptance
 from vllm_loopus.serving.step.chunks import Bools, Ints
 
 
@@ -18,9 +20,15 @@ class WavePlan(Protocol):
     draft_depth: int
     lookahead: int
 
-    def begin_step(self, sequences: Ints, exit_depths: Ints, costs: StepCosts | None) -> None:
-        """A step with `sequences` begins. `exit_depths`: of the tokens of the last one. `costs`: as
-        measured so far, None while unknown."""
+    def begin_step(
+        self,
+        sequences: Ints,
+        exit_depths: Ints,
+        costs: StepCosts | None,
+        seconds: float | None = None,
+    ) -> None:
+        """A step with `sequences` begins. `exit_depths`: of the tokens of the last one, which took
+        `seconds`, if that is known. `costs`: as measured so far, None while unknown."""
         ...
 
     def allows(self, sequences: Ints) -> Bools:
@@ -42,7 +50,13 @@ class FixedPlan:
     def __init__(self, draft_depth: int, lookahead: int) -> None:
         self.draft_depth, self.lookahead = draft_depth, lookahead
 
-    def begin_step(self, sequences: Ints, exit_depths: Ints, costs: StepCosts | None) -> None:
+    def begin_step(
+        self,
+        sequences: Ints,
+        exit_depths: Ints,
+        costs: StepCosts | None,
+        seconds: float | None = None,
+    ) -> None:
         pass
 
     def allows(self, sequences: Ints) -> Bools:
@@ -55,106 +69,165 @@ class FixedPlan:
         pass
 
 
-class AutoPlan:
-    """Guesses where that is expected to be faster, as far ahead as is best.
+@dataclass(frozen=True)
+class Expected:
+    """What n sequences are expected to take, for costs of a pass and a boundary.
 
-    Without guesses, n sequences get a token each in D passes and a boundary; D is the mean exit
-    depth. With them, a sequence whose guesses are right with probability p gets 1 / (1 - p) tokens
-    before it has to start again: the first after D passes, each other one after `draft_depth`
-    more, or D / (lookahead + 1) if that is more. Each pass has the rows of all that is in flight.
-    Every `draft_depth` passes there is a boundary.
+    Without guesses, each gets a token in D passes and a boundary; D is the mean exit depth. With
+    them, a sequence whose guesses are right with probability p gets 1 / (1 - p) tokens before it
+    has to start again: the first after D passes, each other one after `draft_depth` more, or
+    D / (lookahead + 1) if that is more. Each pass has the rows of all that is in flight. Every
+    `draft_depth` passes there is a boundary.
     """
 
-    GAIN = 1.05  # how much faster guesses have to be expected
-    HOPE, DOUBT = 0.8, 6.0  # what acceptance is taken for before it is seen, and its weight
-    MEMORY = 0.99  # weight of the past after each outcome
-    FORGETS = 0.999  # and after each step without guesses, so that they are tried again
-    OWN = 8.0  # outcomes after which those of a sequence itself count as much as all others
-    RECENT = 0.95
+    costs: StepCosts
+    count: int
+    mean: float
 
-    def __init__(self, max_loops: int, lookahead: int) -> None:
-        """`lookahead`: the most positions of a sequence that may be guessed."""
-        self._depths = range(1, max(min(4, max_loops - 1), 1) + 1)
-        self._choices = sorted({min(ahead, lookahead) for ahead in (1, 2, 3, 5, 7, lookahead)})
-        self._right = np.zeros(max_loops + 1)
-        self._wrong = np.zeros(max_loops + 1)
-        self._own = np.zeros((2, 8))  # wrong and right, by row of the sequence
-        self._mean = 0.0  # exit depth; 0 before a token
-        self._needed = 1.0  # acceptance
-        self.draft_depth, self.lookahead = 1, 0
+    def plain(self) -> float:
+        """Without guesses: tokens of a sequence a second."""
+        one = self.costs.per_pass + self.costs.per_row * self.count
+        return 1 / (self.mean * one + self.costs.per_boundary)
 
-    def add(self, index: int) -> None:
-        if (more := index + 1 - self._own.shape[1]) > 0:
-            self._own = np.pad(self._own, ((0, 0), (0, more + index)))
-        self._own[:, index] = 0
-
-    def observe(self, sequences: Ints, depth: Ints, right: bool) -> None:
-        if not len(sequences):
-            return
-        counts = np.bincount(depth, minlength=len(self._right))
-        keep = self.MEMORY**counts
-        self._right, self._wrong = self._right * keep, self._wrong * keep
-        (self._right if right else self._wrong)[:] += counts
-        self._own[int(right), sequences] += 1
-
-    def acceptance(self, depth: int) -> float:
-        """How likely a guess at `depth` is right; at least as likely as a shallower one."""
-        best = 0.0
-        for at in range(1, depth + 1):
-            seen = self._right[at] + self._wrong[at]
-            hoped = max(self.HOPE, best)
-            best = max(best, (self._right[at] + self.DOUBT * hoped) / (seen + self.DOUBT))
-        return float(min(best, 0.99))
-
-    def begin_step(self, sequences: Ints, exit_depths: Ints, costs: StepCosts | None) -> None:
-        if len(exit_depths):
-            mean = float(exit_depths.mean())
-            self._mean += (1 - self.RECENT if self._mean else 1) * (mean - self._mean)
-        if not self.lookahead:
-            self._right, self._wrong = self._right * self.FORGETS, self._wrong * self.FORGETS
-        self.lookahead = 0
-        if costs is None or self._mean <= 1 or not (count := len(sequences)):
-            return
-        plain = 1 / self._time(costs, count)
-        best = self.GAIN * plain
-        for depth in self._depths:
-            acceptance = self.acceptance(depth)
-            for ahead in self._choices:
-                rate = self._rate(costs, count, depth, ahead, acceptance)
-                if rate > best:
-                    best, self.draft_depth, self.lookahead = rate, depth, ahead
-        if self.lookahead:
-            self._needed = self._break_even(costs, count, plain)
-
-    def _time(self, costs: StepCosts, count: int) -> float:
-        """Without guesses: seconds for a token of each of `count` sequences."""
-        return self._mean * (costs.per_pass + costs.per_row * count) + costs.per_boundary
-
-    def _rate(
-        self, costs: StepCosts, count: int, depth: int, ahead: int, acceptance: float
-    ) -> float:
+    def guessing(self, draft_depth: int, lookahead: int, acceptance: float) -> float:
         """With guesses: tokens of a sequence a second."""
         tokens = 1 / (1 - acceptance)
-        each = max(depth, self._mean / (ahead + 1))
-        passes = self._mean + (tokens - 1) * each
-        rows = count * max(self._mean / each, 1.0)
-        seconds = passes * (costs.per_pass + costs.per_row * rows)
-        return tokens / (seconds + passes / each * costs.per_boundary)
+        each = max(draft_depth, self.mean / (lookahead + 1))
+        passes = self.mean + (tokens - 1) * each
+        rows = self.count * max(self.mean / each, 1.0)
+        seconds = passes * (self.costs.per_pass + self.costs.per_row * rows)
+        return tokens / (seconds + passes / each * self.costs.per_boundary)
 
-    def _break_even(self, costs: StepCosts, count: int, plain: float) -> float:
+    def break_even(self, draft_depth: int, lookahead: int) -> float:
         """The acceptance from which on guesses are no slower."""
-        low, high = 0.0, 0.99
+        low, high = 0.0, Acceptance.MOST
         for _ in range(7):
             middle = (low + high) / 2
-            if self._rate(costs, count, self.draft_depth, self.lookahead, middle) < plain:
+            if self.guessing(draft_depth, lookahead, middle) < self.plain():
                 low = middle
             else:
                 high = middle
         return high
 
+
+@dataclass
+class _Rate:
+    """Tokens of a sequence a second, recent ones mostly."""
+
+    MEMORY = 0.97
+    tokens: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.tokens = self.MEMORY * self.tokens + tokens
+        self.seconds = self.MEMORY * self.seconds + seconds
+        self.steps += 1
+
+    @property
+    def value(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Measured:
+    """Of steps with about as many sequences: rates without and with guesses."""
+
+    off: _Rate = field(default_factory=_Rate)
+    on: _Rate = field(default_factory=_Rate)
+    rests: int = 0  # steps that are still to come without guesses
+    rest: int = 0  # how many there were last time
+
+
+class AutoPlan:
+    """Guesses where that is expected to be faster, as far ahead as is best (`Expected`), unless it
+    turns out to be slower: measured rates have the last word."""
+
+    GAIN = 1.05  # how much faster guesses have to be expected
+    FIRST, TRIAL = 8, 32  # steps without and with guesses before their rates are compared
+    REST, LONGEST = 256, 8192  # steps without guesses after they were slower; doubles
+    STALE = 4096  # steps with guesses after which the rate without is measured again
+    RECENT = 0.95
+    DEPTHS = 4
+
+    def __init__(self, max_loops: int, lookahead: int) -> None:
+        """`lookahead`: the most positions of a sequence that may be guessed."""
+        self._depths = range(1, max(min(self.DEPTHS, max_loops - 1), 1) + 1)
+        self._choices = sorted({min(ahead, lookahead) for ahead in (1, 2, 3, 5, 7, lookahead)})
+        self._acceptance = Acceptance(max_loops)
+        self._mean = 0.0  # exit depth; 0 before a token
+        self._needed = 1.0  # acceptance
+        self._measured: dict[int, _Measured] = {}  # by the power of two of the sequences
+        self._before = 0  # sequences in the last step
+        self.draft_depth, self.lookahead = 1, 0
+
+    def add(self, index: int) -> None:
+        self._acceptance.add(index)
+
+    def observe(self, sequences: Ints, depth: Ints, right: bool) -> None:
+        self._acceptance.observe(sequences, depth, right)
+
     def allows(self, sequences: Ints) -> Bools:
         if not self.lookahead:
             return np.zeros(len(sequences), dtype=bool)
-        wrong, right = self._own[:, sequences]
-        hoped = self.OWN * self.acceptance(self.draft_depth)
-        return (right + hoped) / (right + wrong + self.OWN) >= self._needed
+        return self._acceptance.of(sequences, self.draft_depth) >= self._needed
+
+    def begin_step(
+        self,
+        sequences: Ints,
+        exit_depths: Ints,
+        costs: StepCosts | None,
+        seconds: float | None = None,
+    ) -> None:
+        if len(exit_depths):
+            mean = float(exit_depths.mean())
+            self._mean += (1 - self.RECENT if self._mean else 1) * (mean - self._mean)
+        if not self.lookahead:
+            self._acceptance.forget()
+        before, self._before = self._before, len(sequences)
+        if before and seconds is not None and before == len(sequences):
+            measured = self._of(before)
+            rate = measured.on if self.lookahead else measured.off
+            rate.add(len(exit_depths) / before, seconds)
+        self.lookahead = 0
+        if self._mean <= 1 or not len(sequences):
+            return
+        measured = self._of(len(sequences))
+        if self._may(measured):
+            self._choose(costs or self._supposed(measured), len(sequences))
+
+    def _of(self, count: int) -> _Measured:
+        return self._measured.setdefault(count.bit_length(), _Measured())
+
+    def _may(self, measured: _Measured) -> bool:
+        """Whether guesses are not known to be slower now."""
+        if measured.off.steps < self.FIRST:
+            return False
+        if measured.rests:
+            measured.rests -= 1
+            return False
+        if measured.on.steps > self.STALE:
+            measured.on, measured.off = _Rate(), _Rate()
+            return False
+        if measured.on.steps >= self.TRIAL and measured.on.value < measured.off.value:
+            measured.rest = min(2 * measured.rest or self.REST, self.LONGEST)
+            measured.rests, measured.on = measured.rest, _Rate()
+            return False
+        return True
+
+    def _supposed(self, measured: _Measured) -> StepCosts:
+        """Costs where no pass could be timed: a boundary is taken to be a bit of a pass."""
+        each = 1 / (measured.off.value * (self._mean + 0.4)) if measured.off.value else 1.0
+        return StepCosts(per_pass=each, per_boundary=0.4 * each)
+
+    def _choose(self, costs: StepCosts, count: int) -> None:
+        expected = Expected(costs, count, self._mean)
+        best = self.GAIN * expected.plain()
+        for depth in self._depths:
+            acceptance = self._acceptance.at(depth)
+            for ahead in self._choices:
+                rate = expected.guessing(depth, ahead, acceptance)
+                if rate > best:
+                    best, self.draft_depth, self.lookahead = rate, depth, ahead
+        if self.lookahead:
+            self._needed = expected.break_even(self.draft_depth, self.lookahead)

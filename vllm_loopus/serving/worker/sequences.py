@@ -280,7 +280,7 @@ class RunningSequences:
         may have exited, and `go_on` finds out.
         """
         self._executor.begin_step()
-        self.runner.run(self._active, step.costs, foresees)
+        self.runner.run(self._active, step.costs, foresees, step.seconds)
         if waits:
             self._settle()
         decoded = self._executor.decoded
