@@ -16,7 +16,7 @@ from vllm_loopus.serving.step.chunks import Chunks
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.step.wave import NOT_READ
 from vllm_loopus.serving.worker.block_tables import BlockTables
-from vllm_loopus.serving.worker.executor import DecodedRows
+from vllm_loopus.serving.worker.decoded import DecodedRows
 
 BLOCK = 4
 VOCABULARY = 50

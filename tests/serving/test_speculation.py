@@ -214,7 +214,7 @@ def test_auto_and_overlap(make_llm: Any, overlap: str) -> None:
     cases = by_rule(MIXED[0][0])[MIXED[0][1]]
     options = {"overlap": overlap, "speculate": "auto"}
     llm = start(make_llm, MIXED[0], options, enable_prefix_caching=False, max_num_seqs=6)
-    waves = runner_of(llm)._sequences.runner.waves
+    waves = runner_of(llm)._sequences.runner.guesses.waves
     assert isinstance(waves.plan, AutoPlan)
     assert_golden(cases, generate(llm, cases))
     waves.plan = Restless()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_loopus.serving.knobs.engine import EngineOptions
+from vllm_loopus.serving.knobs.engine import AUTO, EngineOptions
 from vllm_loopus.serving.model.facts import ModelFacts
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.runners.selection import runner_in_use
@@ -29,6 +29,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
         *facts.rows(),
         (f"  of them at {layout.max_loops}", f"{items} (KiB, on one rank)"),
         ("K/V policy", policy),
+        ("guesses", _guesses(options)),
         ("K/V memory", f"{kv_cache_config.num_blocks} blocks of {block_size} tokens at one depth"),
         ("  fit", f"{', '.join(fit)} (sequences of {model.max_model_len} tokens, by depth)"),
         ("runner", runner_in_use(vllm_config.use_v2_model_runner)),
@@ -51,6 +52,13 @@ def switched_off(vllm_config: Any) -> list[tuple[str, str]]:
 def _served_as(model: Any) -> str:
     name = model.served_model_name
     return model.model if name == model.model else f"{name}, {model.model}"
+
+
+def _guesses(options: EngineOptions) -> str:
+    if not options.speculates:
+        return ""
+    where = AUTO if options.speculate == AUTO else f"after {options.draft_depth} passes"
+    return f"{where}, up to {options.lookahead} positions of a sequence ahead"
 
 
 def _efforts(mapping: Any) -> str:

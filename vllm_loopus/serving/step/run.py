@@ -16,12 +16,13 @@ from vllm_loopus.serving.messages.costs import StepCosts
 from vllm_loopus.serving.step.batches import next_batch, within
 from vllm_loopus.serving.step.chunks import Chunks, Ints
 from vllm_loopus.serving.step.clock import DeviceClock
+from vllm_loopus.serving.step.guess_calls import GuessCalls
 from vllm_loopus.serving.step.interface import DecoderReading, StepExecutor
 from vllm_loopus.serving.step.quorum import Quorum
 from vllm_loopus.serving.step.report import StepReport
 from vllm_loopus.serving.step.staircase import UNKNOWN, Staircases
 from vllm_loopus.serving.step.unread import Call, UnreadPasses
-from vllm_loopus.serving.step.wave import Waves, without
+from vllm_loopus.serving.step.wave import Waves
 
 
 class StepRunner:
@@ -51,7 +52,6 @@ class StepRunner:
         waves: Waves | None = None,
     ) -> None:
         self.stairs = stairs
-        self.waves = waves
         self.quorum = quorum
         self.overlap = overlap
         self._executor = executor
@@ -60,14 +60,7 @@ class StepRunner:
         # The next positions, at depth 1, of those of the given sequences that go on by themselves
         # once their tokens are known.
         self.successors: Callable[[Ints], Chunks] = lambda sequences: Chunks.none()
-        # How many positions after the newest certain ones may begin [S].
-        self.room_ahead: Callable[[Ints], Ints] = np.zeros_like
         self._decoding: tuple[Chunks, DecoderReading, list[Call]] | None = None
-        # Chunks whose guesses are on their way, with the life of their sequences: in the decoder
-        # call of the step, and in calls of their own.
-        self._guessing: tuple[Chunks, Ints] | None = None
-        self._guesses: list[tuple[tuple[Chunks, Ints], DecoderReading, list[Call]]] = []
-        self._decoded: list[Chunks] = []  # of calls for guesses, in this step
         self._launched_ahead = False  # a pass, since the decoder call of the last step
         self.clock = DeviceClock(asynchronous)
         self._unread = UnreadPasses(
@@ -76,13 +69,19 @@ class StepRunner:
             self.clock,
             lambda index, depth, exits: self.quorum.observe(stairs, index, depth, exits),
         )
+        self.guesses = (
+            None
+            if waves is None
+            else GuessCalls(
+                waves, stairs, executor, self._unread, self.clock, row_budget, not overlap
+            )
+        )
         self.thrifty = False  # blocks are scarce: none is taken for a pass that may not come
         self._next: Any = None  # pass that has been prepared
         self._decoder: Any = None  # decoder call that has been prepared
         self._ahead: Chunks | None = None  # decoded before their exits are read
         self._ahead_reading: DecoderReading
         self._wanting = 0
-        self._waving = False  # a sequence of this step may guess
         self._foresees = False
         self._encoder: Any = None  # encoder call that has been prepared
         self._rest: Chunks | None = None  # the next pass if nobody exits
@@ -110,11 +109,9 @@ class StepRunner:
         stairs, self.report = self.stairs, StepReport()
         self.clock.step()
         self._executor.trust(self._unread.oldest)
-        if self.waves is not None:
-            wanting = active[stairs.in_flight[active] & stairs.wants_token[active]]
-            self.waves.plan.begin_step(wanting, exit_depths, costs, seconds)
-            self._waving = self.waves.guessing(active)
-        self._foresees = foresees and self._late is not True and not self._waving
+        if self.guesses is not None:
+            self.guesses.begin_step(active, exit_depths, costs, seconds, self.thrifty)
+        self._foresees = foresees and self._late is not True and not self._guessing
         self.quorum.begin_step(costs)
         self._costs = costs or self._costs
         stairs.stalled[active] = False
@@ -126,6 +123,11 @@ class StepRunner:
         stairs.finish(finished)
         stairs.age[active] += 1
         return self.report
+
+    @property
+    def _guessing(self) -> bool:
+        """Whether a sequence of this step may guess."""
+        return self.guesses is not None and self.guesses.active
 
     def _decode_ahead(self, active: Ints) -> bool:
         """Launches the decoder for all that may exit in the pass under way, if this is likely to be
@@ -177,7 +179,7 @@ class StepRunner:
             self._unread.read()
         ahead, self._launched_ahead = self._launched_ahead, False
         while True:
-            if ahead and self._waving and not self._unread.pending and self._ends(active):
+            if ahead and self._guessing and not self._unread.pending and self._ends(active):
                 return
             ahead = False
             if not self._unread.pending:
@@ -193,7 +195,8 @@ class StepRunner:
                 self._unread.read()
             if self._ends(active):
                 return
-            self._guess(active)
+            if self.guesses is not None:
+                self.guesses.decode(active, self.report)
             if (batch := self._next) is not None:
                 # Those that have exited take part in it: rows are cheaper than another preparation.
                 self._launch_batch(batch.chunks, 1, batch)
@@ -204,7 +207,7 @@ class StepRunner:
         the decoder, for all that may have exited, and the next pass, in which nobody has."""
         stairs = self.stairs
         self._next = self._decoder = self._rest = self._encoder = None
-        if len(self._unread.pending) > 1 or self._waving:
+        if len(self._unread.pending) > 1 or self._guessing:
             return
         possible = self._unread.possible(active)
         if len(possible):
@@ -237,7 +240,7 @@ class StepRunner:
         That spares the host's way from reading to launching, and keeps those that have exited from
         the decoder for one more pass.
         """
-        if self.stairs.last_exited or self._waving:
+        if self.stairs.last_exited or self._guessing:
             return False
         if self._late is not None or self._costs is None or not self.overlap:
             return bool(self._late)  # by default only where it can gain anything
@@ -325,72 +328,9 @@ class StepRunner:
 
     def _next_batch(self, active: Ints) -> tuple[Chunks, bool]:
         batch, complete = next_batch(self.stairs, self._executor, active, self._budget, self.report)
-        if self.waves is None or not self._waving:
+        if self.guesses is None or not self.guesses.active:
             return batch, complete
-        return self._with_guesses(self.waves, active, batch), False
-
-    def _with_guesses(self, waves: Waves, active: Ints, batch: Chunks) -> Chunks:
-        """`batch`, and what it leaves rows and blocks for of guessed positions."""
-        chunks = waves.next_chunks(active)
-        if self.thrifty or not len(chunks):
-            return batch
-        chunks = chunks[np.cumsum(chunks.sizes) <= self._budget - batch.rows]
-        if not len(chunks):
-            return batch
-        chunks = chunks[self._executor.make_room(chunks) == chunks.sizes]
-        fresh, new = batch.depth == 1, chunks.depth == 1
-        return Chunks.join([batch[fresh], chunks[new], batch[~fresh], chunks[~new]])
-
-    def _to_guess(self, active: Ints, rows: int) -> Chunks:
-        """What the decoder computes for guesses, in at most so many `rows`."""
-        if self.waves is None or not self._waving or self.thrifty:
-            return Chunks.none()
-        chunks = self.waves.to_decode(active, self.room_ahead(active))
-        return chunks[np.cumsum(chunks.sizes) <= rows]
-
-    def _guess(self, active: Ints) -> None:
-        """Decodes positions that are deep enough for a guess; the next ones begin with it."""
-        chunks = self._to_guess(active, self._budget)
-        if not len(chunks):
-            return
-        self.clock.decoder()
-        reading = self._executor.decode(chunks, guessing=chunks.newest)
-        self._unread.complete()
-        self.stairs.advance_decoder(chunks)
-        self.report.guess_decoder_rows += chunks.rows
-        self._guesses.append((self._begun(chunks), reading, self._unread.take_covered()))
-        if not self.overlap:
-            self._read_guesses()
-
-    def _begun(self, chunks: Chunks) -> tuple[Chunks, Ints]:
-        """Begins the positions after `chunks`, whose guesses are to be read. Returns `chunks`, and
-        the life of their sequences."""
-        assert self.waves is not None
-        self.waves.begin(chunks)
-        return chunks, self.stairs.life[chunks.sequence]
-
-    def _read_guesses(self) -> None:
-        """Reads the guesses of decoder calls of their own."""
-        guesses, self._guesses = self._guesses, []
-        for (chunks, life), reading, covers in guesses:
-            with self.clock.waiting():
-                reading.wait()
-            self._unread.cover(covers)
-            self._decoded.append(chunks)
-            assert self.waves is not None
-            self.waves.fill(chunks, life, reading.tokens())
-
-    def confirm(self, sequences: Ints) -> None:
-        """The first guesses of `sequences` are right."""
-        assert self.waves is not None
-        self.waves.confirm(sequences)
-        stairs = self.stairs
-        for depth in range(1, int(stairs.depth[sequences].max(initial=0)) + 1):
-            at = np.full_like(sequences, depth)
-            asked = stairs.depth[sequences] >= depth
-            asked &= stairs.predetermined_at(sequences, at) == UNKNOWN
-            exits = stairs.exit_depth[sequences] == depth
-            self.quorum.observe(stairs, sequences[asked], at[asked], exits[asked])
+        return self.guesses.with_guesses(active, batch), False
 
     def _decode(self, active: Ints) -> None:
         """Decodes the sequences that have exited, as far as the row budget goes."""
@@ -412,21 +352,14 @@ class StepRunner:
         else:
             batch = within(self._eldest_first(stairs, ready), self._budget)
             ready = batch.sequence[batch.newest]
-            guessing = without(self._to_guess(active, self._budget - batch.rows), batch)
             self.clock.decoder()
-            if len(guessing):
-                both = Chunks.join([batch, guessing])
-                asked = np.arange(len(both)) >= len(batch)
-                reading, batch = self._executor.decode(both, guessing=asked), both
-                report.guess_decoder_rows += guessing.rows
-                self._guessing = self._begun(guessing)
-            else:
+            if self.guesses is None:
                 reading = self._executor.decode(batch)
+            else:
+                reading = self.guesses.decode_with(active, batch, report)
         self._unread.complete()
         self._decoder = self._next = None
         report.decoder_rows = batch.rows
-        if self._guessing is not None:
-            report.decoder_rows -= self._guessing[0].rows
         stairs.advance_decoder(batch)
         report.emitted, report.exit_depths = ready, stairs.exit_depth[ready]
         self._decoding = batch, reading, self._unread.take_covered()
@@ -436,20 +369,18 @@ class StepRunner:
         """Reads whether what was decoded is finite: sequences for which it is not have failed and
         have no token. Returns the chunks of the others."""
         self._unread.complete()
-        self._read_guesses()
-        decoded, self._decoded = self._decoded, []
+        decoded, reading = [], None
         if self._decoding is not None:
             (batch, reading, covers), self._decoding = self._decoding, None
             with self.clock.waiting():
                 reading.wait()
             self._unread.cover(covers)
-            if self._guessing is not None and self.waves is not None:
-                self.waves.fill(*self._guessing, reading.tokens())
-            self._guessing = None
             failed = self.stairs.failed[self.report.emitted]
             self.report.emitted = self.report.emitted[~failed]
             self.report.exit_depths = self.report.exit_depths[~failed]
             decoded.append(batch)
+        if self.guesses is not None:
+            decoded += self.guesses.read(reading)
         batch = Chunks.join(decoded)
         return batch[~self.stairs.failed[batch.sequence]]
 

@@ -1,4 +1,4 @@
-"""The decoder's output of a step, for model runners."""
+"""The decoder's output of a step, and what model runners get of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vllm_loopus.serving.step.chunks import Ints
 from vllm_loopus.serving.worker.transfer import to_device
+
+
+@dataclass
+class DecodedRows:
+    """The decoder's output of a step: hidden states of newest positions, and whose they are."""
+
+    hidden: torch.Tensor | None = None  # [len(sequences), H]
+    sequences: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass

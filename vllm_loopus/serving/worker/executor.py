@@ -4,7 +4,7 @@ It is given the model, block tables and a metadata builder, and knows no model r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.step.wave import NOT_READ
 from vllm_loopus.serving.worker.block_tables import BlockTables
+from vllm_loopus.serving.worker.decoded import DecodedRows
+from vllm_loopus.serving.worker.device_tokens import LikelyTokens, SampledTokens
 from vllm_loopus.serving.worker.exits import Exits, deeper_than
 from vllm_loopus.serving.worker.nonfinite import WatchedRows, cleanse
 from vllm_loopus.serving.worker.regions import PreparedCall, Ran, Regions
@@ -40,22 +42,6 @@ class PromptScorer(Protocol):
     def score(self, request_id: str, start: int, hidden: torch.Tensor) -> None:
         """`hidden` [n, H]: of the prompt's positions from `start` on. Parts come in order."""
         ...
-
-
-@dataclass
-class DecodedRows:
-    """The decoder's output of a step: hidden states of newest positions, and whose they are."""
-
-    hidden: torch.Tensor | None = None  # [len(sequences), H]
-    sequences: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class SampledTokens:
-    """Tokens that are still on the device: `ids` [n] of `sequences` [n]."""
-
-    sequences: Ints
-    ids: torch.Tensor
 
 
 class Texts(Protocol):
@@ -157,7 +143,7 @@ class PagedExecutor:
         )
         self._encoded: tuple[torch.Tensor, ...] = ()
         self._last_pass: _LastPass | None = None  # of this step
-        self._likely_ids = torch.zeros(0, dtype=torch.int32)  # the last guess of each sequence
+        self._likely = LikelyTokens(model, get_tp_group(), stairs)
         self.texts: Texts
         self.sampled: SampledTokens | None = None  # tokens that the next `encode` may need
         self.decoded = DecodedRows()
@@ -239,8 +225,7 @@ class PagedExecutor:
         known = self.texts.token_ids(chunks)
         ids = self._tensor(known)
         if len(guessed := np.flatnonzero(known == NOT_READ)):
-            sequences = chunks.sequence[layout.spans.chunk[guessed]]
-            likely = self._likely_ids.index_select(0, self._tensor(sequences))
+            likely = self._likely.of(chunks.sequence[layout.spans.chunk[guessed]])
             ids = ids.index_copy(0, self._tensor(guessed), likely)
         if sampled is None:
             return ids
@@ -458,7 +443,8 @@ class PagedExecutor:
             self._scorer.score(request_id, int(chunks.start[index]), part)
         chosen = chunks.newest if used is None else chunks.newest & used
         if guessing is not None:
-            likely = self._likely(hidden, layout, chunks, guessing)
+            rows = self._tensor(layout.spans.last_rows[guessing])
+            likely = self._likely.guess(chunks.sequence[guessing], hidden.index_select(0, rows))
             if (chosen := chosen & ~guessing).any():
                 self._take(hidden, layout, chunks, chosen)
             return self._verdicts.queue(likely)
@@ -471,19 +457,6 @@ class PagedExecutor:
         if len(newest) < len(layout.spans):
             hidden = hidden.index_select(0, self._tensor(layout.spans.last_rows[newest]))
         self.decoded = DecodedRows(hidden, chunks.sequence[newest])
-
-    def _likely(
-        self, hidden: torch.Tensor, layout: RowLayout, chunks: Chunks, guessing: Bools
-    ) -> torch.Tensor:
-        """The most likely tokens after the newest positions of the chunks `guessing`."""
-        rows = self._tensor(layout.spans.last_rows[guessing])
-        logits = self._model.compute_logits(hidden.index_select(0, rows))
-        assert logits is not None
-        likely = get_tp_group().broadcast(logits.argmax(dim=-1).to(torch.int32), src=0)
-        if len(self._likely_ids) < self._stairs.capacity:
-            self._likely_ids = likely.new_zeros(self._stairs.capacity)
-        self._likely_ids.index_copy_(0, self._tensor(chunks.sequence[guessing]), likely)
-        return likely
 
     def _other_exits(self, layout: RowLayout, chunks: Chunks) -> ExtraSlots | None:
         """The slots of newest rows that go to all depths at which a token may exit."""

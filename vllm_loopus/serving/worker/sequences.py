@@ -17,8 +17,9 @@ from vllm_loopus.serving.step.chunks import Chunks, Ints
 from vllm_loopus.serving.step.run import StepRunner
 from vllm_loopus.serving.step.staircase import Staircases, Start
 from vllm_loopus.serving.worker.block_tables import BlockTables
-from vllm_loopus.serving.worker.decoded import Decoded
-from vllm_loopus.serving.worker.executor import DecodedRows, PagedExecutor, SampledTokens
+from vllm_loopus.serving.worker.decoded import Decoded, DecodedRows
+from vllm_loopus.serving.worker.device_tokens import SampledTokens
+from vllm_loopus.serving.worker.executor import PagedExecutor
 from vllm_loopus.serving.worker.transfer import to_device
 
 
@@ -63,7 +64,8 @@ class RunningSequences:
         self._stalled = 0  # sequences that could not begin, for lack of blocks
         executor.texts = self
         runner.successors = lambda sequences: self._successors(sequences, self._known + 1)
-        runner.room_ahead = self._room_ahead
+        if runner.guesses is not None:
+            runner.guesses.room_ahead = self._room_ahead
 
     def __len__(self) -> int:
         return len(self._index)
@@ -107,8 +109,8 @@ class RunningSequences:
         # A prompt that is scored has its chunks in the decoder alone.
         guesses = new.knobs.speculate and not new.scores_prompt
         self.stairs.lookahead[index] = self.stairs.slots - 1 if guesses else 0
-        if self.runner.waves is not None:
-            self.runner.waves.plan.add(index)
+        if self.runner.guesses is not None:
+            self.runner.guesses.waves.plan.add(index)
         self._names[index], self._tokens[index] = new.request_id, list(new.tokens)
         self._known[index], self._newest[index] = len(new.tokens), new.tokens[-1]
         most = self._max_model_len if new.max_tokens is None else new.max_tokens
@@ -219,8 +221,8 @@ class RunningSequences:
     def _compare_guesses(self) -> None:
         """Where a token has been sampled since, the first guess is right, and its position goes on,
         or wrong, and all that followed from it is forgotten."""
-        stairs, runner, active = self.stairs, self.runner, self._active
-        if runner.waves is None:
+        stairs, active, guesses = self.stairs, self._active, self.runner.guesses
+        if guesses is None:
             return
         waits = ~stairs.in_flight[active] & (stairs.ahead[active] > 0)
         index = active[stairs.tentative[active] | waits]
@@ -229,9 +231,9 @@ class RunningSequences:
         equal = stairs.guesses[index, slot] == self._newest[index]
         right = stairs.right_guess(index, equal)
         right &= self._known[index] < self._limit[index]
-        runner.confirm(index[right])
+        guesses.confirm(index[right], self.runner.quorum)
         wrong = index[~right]
-        runner.waves.reject(wrong)
+        guesses.waves.reject(wrong)
         self._tables.forget(wrong, stairs.done[wrong, 0], stairs.slots)
 
     def _successors(self, sequences: Ints, known: Ints) -> Chunks:
@@ -310,11 +312,11 @@ class RunningSequences:
     def _go_on_guessing(self, exited: Ints) -> Ints:
         """Those of `exited` that have guessed their tokens go on as if they were right. Returns the
         others."""
-        if (waves := self.runner.waves) is None:
+        if (guesses := self.runner.guesses) is None:
             return exited
         guessed = self.stairs.ahead[exited] > 0
         goes_on = guessed & (self._known[exited] + 1 < self._limit[exited])
-        waves.go_on(exited[goes_on])
+        guesses.waves.go_on(exited[goes_on])
         return exited[~guessed]
 
     def _settle(self) -> None:
@@ -366,8 +368,8 @@ class RunningSequences:
 
     def _stats(self) -> LoopStats:
         stats = self.runner.report.stats()
-        if (waves := self.runner.waves) is not None:
-            counts = waves.counted()
+        if self.runner.guesses is not None:
+            counts = self.runner.guesses.waves.counted()
             stats.guesses, stats.wasted_rows = counts.made, counts.wasted
             stats.confirmed_guesses = counts.confirmed
             stats.rejected_guesses = counts.rejected

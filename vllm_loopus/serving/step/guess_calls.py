@@ -1,0 +1,148 @@
+"""Guesses of a step: rows of passes for guessed positions, and decoder calls that guess."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vllm_loopus.serving.messages.costs import StepCosts
+from vllm_loopus.serving.step.chunks import Chunks, Ints
+from vllm_loopus.serving.step.clock import DeviceClock
+from vllm_loopus.serving.step.interface import DecoderReading, StepExecutor
+from vllm_loopus.serving.step.quorum import Quorum
+from vllm_loopus.serving.step.report import StepReport
+from vllm_loopus.serving.step.staircase import UNKNOWN, Staircases
+from vllm_loopus.serving.step.unread import Call, UnreadPasses
+from vllm_loopus.serving.step.wave import Waves, without
+
+
+class GuessCalls:
+    """What `StepRunner` does for guessed positions.
+
+    - `waiting`: guesses are read at once, because calls compute before they return.
+    - `active`: whether a sequence of this step may guess.
+    """
+
+    def __init__(
+        self,
+        waves: Waves,
+        stairs: Staircases,
+        executor: StepExecutor,
+        unread: UnreadPasses,
+        clock: DeviceClock,
+        row_budget: int,
+        waiting: bool,
+    ) -> None:
+        self.waves = waves
+        self.active = False
+        # How many positions after the newest certain ones may begin [S].
+        self.room_ahead: Callable[[Ints], Ints] = np.zeros_like
+        self._stairs = stairs
+        self._executor = executor
+        self._unread = unread
+        self._clock = clock
+        self._budget = row_budget
+        self._waiting = waiting
+        self._thrifty = False
+        # Chunks whose guesses are on their way, with the life of their sequences: in the decoder
+        # call of the step, and in calls of their own.
+        self._with_tokens: tuple[Chunks, Ints] | None = None
+        self._alone: list[tuple[tuple[Chunks, Ints], DecoderReading, list[Call]]] = []
+        self._decoded: list[Chunks] = []  # read since `take_decoded`, of calls of their own
+
+    def begin_step(
+        self,
+        sequences: Ints,
+        exit_depths: Ints,
+        costs: StepCosts | None,
+        seconds: float | None,
+        thrifty: bool,
+    ) -> None:
+        """See `WavePlan.begin_step`. `thrifty`: blocks are scarce, so that guesses take none."""
+        stairs, self._thrifty = self._stairs, thrifty
+        wanting = sequences[stairs.in_flight[sequences] & stairs.wants_token[sequences]]
+        self.waves.plan.begin_step(wanting, exit_depths, costs, seconds)
+        self.active = self.waves.guessing(sequences)
+
+    def with_guesses(self, active: Ints, batch: Chunks) -> Chunks:
+        """`batch`, and what it leaves rows and blocks for of guessed positions."""
+        chunks = self.waves.next_chunks(active)
+        if self._thrifty or not len(chunks):
+            return batch
+        chunks = chunks[np.cumsum(chunks.sizes) <= self._budget - batch.rows]
+        if not len(chunks):
+            return batch
+        chunks = chunks[self._executor.make_room(chunks) == chunks.sizes]
+        fresh, new = batch.depth == 1, chunks.depth == 1
+        return Chunks.join([batch[fresh], chunks[new], batch[~fresh], chunks[~new]])
+
+    def _to_decode(self, active: Ints, rows: int) -> Chunks:
+        """What the decoder computes for guesses, in at most so many `rows`."""
+        if not self.active or self._thrifty:
+            return Chunks.none()
+        chunks = self.waves.to_decode(active, self.room_ahead(active))
+        return chunks[np.cumsum(chunks.sizes) <= rows]
+
+    def decode(self, active: Ints, report: StepReport) -> None:
+        """Decodes positions that are deep enough for a guess; the next ones begin with it."""
+        chunks = self._to_decode(active, self._budget)
+        if not len(chunks):
+            return
+        self._clock.decoder()
+        reading = self._executor.decode(chunks, guessing=chunks.newest)
+        self._unread.complete()
+        self._stairs.advance_decoder(chunks)
+        report.guess_decoder_rows += chunks.rows
+        self._alone.append((self._begun(chunks), reading, self._unread.take_covered()))
+        if self._waiting:
+            self._read_alone()
+
+    def decode_with(self, active: Ints, batch: Chunks, report: StepReport) -> DecoderReading:
+        """Decodes `batch`, whose tokens are to be sampled, and what guesses now."""
+        chunks = without(self._to_decode(active, self._budget - batch.rows), batch)
+        if not len(chunks):
+            return self._executor.decode(batch)
+        both = Chunks.join([batch, chunks])
+        reading = self._executor.decode(both, guessing=np.arange(len(both)) >= len(batch))
+        self._stairs.advance_decoder(chunks)
+        report.guess_decoder_rows += chunks.rows
+        self._with_tokens = self._begun(chunks)
+        return reading
+
+    def _begun(self, chunks: Chunks) -> tuple[Chunks, Ints]:
+        """Begins the positions after `chunks`, whose guesses are to be read. Returns `chunks`, and
+        the life of their sequences."""
+        self.waves.begin(chunks)
+        return chunks, self._stairs.life[chunks.sequence]
+
+    def _read_alone(self) -> None:
+        """Reads the guesses of decoder calls of their own."""
+        guesses, self._alone = self._alone, []
+        for (chunks, life), reading, covers in guesses:
+            with self._clock.waiting():
+                reading.wait()
+            self._unread.cover(covers)
+            self._decoded.append(chunks)
+            self.waves.fill(chunks, life, reading.tokens())
+
+    def read(self, reading: DecoderReading | None) -> list[Chunks]:
+        """Reads what has not been read; `reading`: the decoder call of the step, for which the host
+        has waited. Returns the chunks that were decoded for guesses."""
+        self._read_alone()
+        decoded, self._decoded = self._decoded, []
+        if reading is not None and self._with_tokens is not None:
+            self.waves.fill(*self._with_tokens, reading.tokens())
+            decoded.append(self._with_tokens[0])
+            self._with_tokens = None
+        return decoded
+
+    def confirm(self, sequences: Ints, quorum: Quorum) -> None:
+        """The first guesses of `sequences` are right. `quorum` learns what the exit rule said of
+        them before."""
+        self.waves.confirm(sequences)
+        stairs = self._stairs
+        for depth in range(1, int(stairs.depth[sequences].max(initial=0)) + 1):
+            at = np.full_like(sequences, depth)
+            asked = stairs.depth[sequences] >= depth
+            asked &= stairs.predetermined_at(sequences, at) == UNKNOWN
+            exits = stairs.exit_depth[sequences] == depth
+            quorum.observe(stairs, sequences[asked], at[asked], exits[asked])
