@@ -20,7 +20,8 @@ class SampledTokens:
 
 
 class LikelyTokens:
-    """The last guess of each sequence: what the decoder takes for most likely. A position may begin with it before the host has read it."""
+    """The last guess of each sequence: what the decoder takes for most likely. A position may begin
+    with it before the host has read it."""
 
     def __init__(self, model: LoopedModel, group: GroupCoordinator, stairs: Staircases) -> None:
         """`group`: the tensor-parallel one; the guess of its first rank counts."""
