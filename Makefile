@@ -9,7 +9,7 @@ TOGETHER := -n 2 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: demo test test-fast test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host train-tiny eval-tiny lock clean
+.PHONY: demo test test-fast test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host rehearse-device train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -81,6 +81,12 @@ bench-early-exit: .venv
 # What the host leaves of a fast device, emulated: the table of docs/gpu.md, in five minutes.
 bench-host: .venv
 	$(BIN)/python benchmarks/host.py
+
+# What is to run on a borrowed GPU, as far as a CPU goes: benchmarks/device/README.md. TRITON=FOLDER has Triton.
+REHEARSAL ?= runs/rehearsal
+rehearse-device: .venv
+	rm -rf $(REHEARSAL)
+	$(BIN)/python benchmarks/device/rehearse.py --out $(REHEARSAL) $(if $(TRITON),--triton $(TRITON))
 
 # loopus-tiny from nothing, with its control and report; about 40 minutes on two cores.
 train-tiny: .venv
