@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -72,7 +73,7 @@ class Archive:
         return entry
 
 
-def pack(out: Path, wheels: Path) -> dict[str, object]:
+def pack(out: Path, wheels: Path) -> dict[str, Any]:
     """Writes the archive, its hash and `run.sh` to `out`; what is in it. `wheels`: a folder of
     them, possibly empty.
 
@@ -193,9 +194,7 @@ def main() -> None:
         if given.wheels is None:
             download(Path(folder), given.python)
         packed = pack(given.out, given.wheels or Path(folder))
-    parts = ", ".join(
-        f"{name} {size / 2**20:.0f}" for name, size in dict(packed["unpacked"]).items()
-    )
+    parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in packed["unpacked"].items())
     print(f"{given.out}: {packed['bytes'] / 2**20:.1f} MiB, unpacked (MiB): {parts}")
     print(f"there: bash {given.out.name}/run.sh, with {given.out.name} carried along")
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ class Rehearsal:
         yield "imports", self.imports
         yield "stand-ins", self.stand_ins
         yield "engine", self.engine
+        rows = "1,2,4,8,16,32,64"
+        yield "padded", partial(self.engine, "llama", padded=True, VLLM_LOOPUS_PADDED_ROWS=rows)
+        yield "V2 runner", partial(self.engine, runner="V2Adapter", VLLM_USE_V2_MODEL_RUNNER="1")
         yield "dry run", self.dry_run
         yield "second call", self.second_call
 
@@ -101,15 +105,26 @@ class Rehearsal:
         }
         return {"compared": len(lines), "worst": worst}
 
-    def engine(self) -> Line:
+    def engine(
+        self,
+        backbone: str = "qwen3",
+        runner: str = "V1Adapter",
+        padded: bool = False,
+        **variables: str,
+    ) -> Line:
+        """Golden answers under the pretended GPU, from the engine that `variables` of the
+        environment ask for."""
         self._triton_path()
-        lines = self._pretended("engine.py", with_triton=True, fails=True)
+        lines = self._pretended("engine.py", True, backbone, fails=True, **variables)
         reached = [line["reached"] for line in lines if "reached" in line]
         if "answers" not in reached:
             raise StepError(f"{reached}, then {lines[-1:]}")
         answers = lines[-1]
         if not answers["cases"] == answers["equal_tokens"] == answers["equal_depths"]:
             raise StepError(f"the golden answers are others: {answers}")
+        expected = {"attention": "TRITON_ATTN", "runner": runner, "padded": padded}
+        if not expected.items() <= answers.items():
+            raise StepError(f"this is another engine than {expected}: {answers}")
         return {**answers, "reached": reached}
 
     def dry_run(self) -> Line:
@@ -137,22 +152,35 @@ class Rehearsal:
     def _triton_path(self) -> list[str]:
         if self._triton is not None:
             return [str(self._triton)]
-        if find_spec("triton") is None:
+        spec = find_spec("triton")
+        if spec is None or spec.origin is None:
             raise NotCheckedError("needs Triton: install it, or give --triton FOLDER")
-        return []
+        return [str(Path(spec.origin).parents[1])]
 
-    def _pretended(self, program: str, with_triton: bool, fails: bool = False) -> list[Line]:
+    def _pretended(
+        self,
+        program: str,
+        with_triton: bool,
+        backbone: str = "qwen3",
+        fails: bool = False,
+        **variables: str,
+    ) -> list[Line]:
         """The lines of a program of `pretend/`, on what was unpacked."""
         device = self._work / "repository" / "benchmarks" / "device"
         paths = [device / "pretend", self._work / "vllm", self._work / "repository", device]
         triton = self._triton_path() if with_triton else []
         done = self._run(
-            [sys.executable, str(device / "pretend" / program), str(self._work / "golden/qwen3")],
+            [
+                sys.executable,
+                str(device / "pretend" / program),
+                str(self._work / "golden" / backbone),
+            ],
             expected=None if fails else 0,
             PYTHONPATH=os.pathsep.join([*map(str, paths), *triton]),
             PRETEND_CUDA="1",
             PRETEND_PACKAGES=f"{device / 'there.txt'}:{device / 'wheels.txt'}",
             **({"TRITON_INTERPRET": "1"} if with_triton else {}),
+            **variables,
         )
         if lines := lines_of(done.stdout):
             return lines

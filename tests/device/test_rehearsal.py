@@ -9,6 +9,7 @@ import os
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pack
 import pytest
@@ -96,7 +97,7 @@ def test_an_engine_on_a_pretended_gpu_gives_golden_answers(rehearsal: rehearse.R
 def test_the_rehearsal_says_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(self: rehearse.Rehearsal) -> None:
+    def fails(self: rehearse.Rehearsal, *_: Any, **__: Any) -> None:
         self._run([sys.executable, "-c", "print('a word'); raise SystemExit(3)"])
 
     def not_here(self: rehearse.Rehearsal) -> None:

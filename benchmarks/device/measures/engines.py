@@ -116,9 +116,15 @@ def runner_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def backend_of(llm: Any) -> str:
-    """The name of the attention backend."""
-    return str(runner_of(llm).attn_groups[0][0].backend.get_name())
+def about(llm: Any) -> dict[str, Any]:
+    """The attention backend, our adapter to vLLM's runner, and whether rows are padded: for graphs,
+    or on a CPU in their stead."""
+    runner = runner_of(llm)
+    return {
+        "attention": str(runner.attn_groups[0][0].backend.get_name()),
+        "runner": type(runner).__mro__[1].__name__,
+        "padded": runner._sequences._executor._regions.reasoning.padded,
+    }
 
 
 def answer(llm: Any, requests: Sequence[Request], at_once: int) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from measures.engines import GIB, backend_of, build, golden_folder, runner_of
+from measures.engines import GIB, about, build, golden_folder
 from measures.program import end, parser, saying
+
+RUNNERS = {False: "V1Adapter", True: "V2Adapter"}
 
 
 def cases(backbone: str, number: int | None) -> list[dict[str, Any]]:
@@ -71,17 +73,18 @@ def main() -> None:
         for number, (case, output) in enumerate(pairs)
         if not (tokens[number] and depths[number])
     ]
+    engine = about(llm)
     saying(given)(
         backbone=given.backbone,
         graphs=given.graphs,
         cases=len(pairs),
         equal_tokens=sum(tokens),
         equal_depths=sum(depths),
-        attention=backend_of(llm),
-        runner=type(runner_of(llm)).__name__,
         first_wrong=wrong[:2],
+        **engine,
     )
-    end(bool(pairs) and all(tokens) and all(depths))
+    as_asked = engine["padded"] == given.graphs and engine["runner"] == RUNNERS[given.v2]
+    end(bool(pairs) and all(tokens) and all(depths) and as_asked)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from measures.engines import SHAPES, backend_of, build_shape, runner_of
+from measures.engines import SHAPES, about, build_shape, runner_of
 from measures.machine import copy_bandwidth, median_seconds
 from measures.one_pass import OnePass, difference
 from measures.program import end, parser, saying
@@ -38,7 +38,7 @@ def main() -> None:
         size=size,
         floor_ms=1e3 * floor,
         copy_bytes_s=bandwidth,
-        attention=backend_of(llm),
+        **about(llm),
     )
     same = True
     for count in rows:

