@@ -168,7 +168,7 @@ class FakeLoop:
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         options = EngineOptions.of(vllm_config.additional_config)
-        slots = 1 + options.lookahead
+        slots = options.positions_in_flight
         stairs = Staircases(depth, options.last_exited, options.full_prefill, slots)
         tables = BlockTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
         self.executor = FakeExecutor(stairs, tables, budget, exit_interval)

@@ -22,27 +22,32 @@ class _Wave:
     right: Sequence[int]
     token: int = 0
     flight: list[int] = field(default_factory=lambda: [0])
+    done: list[int] = field(default_factory=list)  # positions computed, by depth
+
+    def __post_init__(self) -> None:
+        self.done = [0] * (max(self.exits) + 1)
 
     def exit_of(self, place: int) -> int:
         return self.exits[min(self.token + place, len(self.exits) - 1)]
 
     def deepen(self) -> int:
         """One pass: the rows that it takes, those of positions that come along included."""
-        rows, limit = 0, max(self.exits)
+        rows, limit = 0, len(self.done)
         for place, depth in enumerate(self.flight):
-            if depth < self.exit_of(place) and depth < limit:
+            if depth >= self.exit_of(place):
+                continue
+            if depth < limit:
                 self.flight[place] = depth + 1
-                behind = [d for d in self.flight[:place] if d <= depth]
-                rows += 1 + len(behind)
-                limit = min(limit, depth)
-            elif depth < self.exit_of(place):
-                limit = min(limit, depth)
+                rows += self.token + place + 1 - self.done[depth + 1]
+                self.done[depth + 1] = self.token + place + 1
+            limit = min(limit, depth)
         return rows
 
     def guess(self, draft_depth: int, lookahead: int) -> bool:
         """Whether the newest position guesses after this pass; then the next one begins."""
         place = len(self.flight) - 1
-        if place >= lookahead or self.token + place + 1 >= len(self.exits):
+        leaves = self.flight[0] >= self.exit_of(0)
+        if place >= lookahead + leaves or self.token + place + 1 >= len(self.exits):
             return False
         exited = self.flight[-1] >= self.exit_of(place)
         if (self.flight[-1] < draft_depth and not exited) or (exited and place == 0):
@@ -58,6 +63,7 @@ class _Wave:
             self.flight.pop(0)
         else:
             self.flight = [0]
+            self.done = [min(computed, self.token + 1) for computed in self.done]
         self.token += 1
         return True
 

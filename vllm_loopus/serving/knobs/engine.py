@@ -138,6 +138,12 @@ class EngineOptions:
         chosen = {} if isinstance(self.speculate, str) else self.speculate
         return chosen.get("lookahead", LOOKAHEAD)
 
+    @property
+    def positions_in_flight(self) -> int:
+        """The most positions of a sequence in flight: the certain one, guessed ones, and one that
+        begins while the certain one leaves."""
+        return self.lookahead + 2 if self.speculates else 1
+
     def check(self, config: LoopDefaults) -> None:
         """Raises `ValueError` for an option that does not fit the model."""
         if self.speculates and config.max_loops > 1 and self.draft_depth >= config.max_loops:

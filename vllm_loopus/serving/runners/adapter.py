@@ -203,7 +203,7 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
     options = EngineOptions.of(vllm_config.additional_config)
     if options.last_exited:
         model.planes.allow_extra_slots()
-    slots = 1 + options.lookahead
+    slots = options.positions_in_flight
     stairs = Staircases(len(groups), options.last_exited, options.full_prefill, slots)
     row_budget = vllm_config.scheduler_config.max_num_batched_tokens
     executor = PagedExecutor(

@@ -75,11 +75,15 @@ class GuessCalls:
         fresh, new = batch.depth == 1, chunks.depth == 1
         return Chunks.join([batch[fresh], chunks[new], batch[~fresh], chunks[~new]])
 
-    def _to_decode(self, active: Ints, rows: int) -> Chunks:
-        """What the decoder computes for guesses, in at most so many `rows`."""
+    def _to_decode(self, active: Ints, rows: int, leaving: Ints | None = None) -> Chunks:
+        """What the decoder computes for guesses, in at most so many `rows`. `leaving`: sequences
+        whose tokens are decoded in the same call."""
         if not self.active or self._thrifty:
             return Chunks.none()
-        chunks = self.waves.to_decode(active, self.room_ahead(active))
+        leaves = np.zeros(self._stairs.capacity, dtype=bool)
+        if leaving is not None:
+            leaves[leaving] = True
+        chunks = self.waves.to_decode(active, self.room_ahead(active), leaves[active])
         return chunks[np.cumsum(chunks.sizes) <= rows]
 
     def decode(self, active: Ints, report: StepReport) -> None:
@@ -98,7 +102,8 @@ class GuessCalls:
 
     def decode_with(self, active: Ints, batch: Chunks, report: StepReport) -> DecoderReading:
         """Decodes `batch`, whose tokens are to be sampled, and what guesses now."""
-        chunks = without(self._to_decode(active, self._budget - batch.rows), batch)
+        leaving = batch.sequence[batch.newest]
+        chunks = without(self._to_decode(active, self._budget - batch.rows, leaving), batch)
         if not len(chunks):
             return self._executor.decode(batch)
         both = Chunks.join([batch, chunks])

@@ -94,16 +94,17 @@ class Waves:
         exited = (stairs.exit_depths[sequences, slot] > 0) & (depth >= target)
         return np.where(exited, stairs.num_depths, depth)
 
-    def to_decode(self, sequences: Ints, possible: Ints) -> Chunks:
+    def to_decode(self, sequences: Ints, possible: Ints, leaving: Bools) -> Chunks:
         """What the decoder computes for the next guesses of `sequences`: the newest positions in
-        flight that are deep enough, where another one may begin. `possible` [S]: whether it has a
-        block and is within the limits of its request, by slot."""
+        flight that are deep enough, where another one may begin. `possible` [S]: how many may have
+        begun, for blocks and the limits of requests. `leaving` [S]: whose certain position leaves
+        in the same call."""
         stairs = self._stairs
         slot = stairs.ahead[sequences]
         depth = stairs.depths[sequences, slot]
         exited = stairs.exit_depths[sequences, slot] > 0
         may = stairs.in_flight[sequences] & stairs.wants_token[sequences]
-        limit = np.minimum(stairs.lookahead[sequences], self.plan.lookahead)
+        limit = np.minimum(stairs.lookahead[sequences], self.plan.lookahead) + leaving
         may &= (slot < np.minimum(limit, possible)) & (depth > 0) & self.plan.allows(sequences)
         # If the certain position has exited, its token comes from the sampler.
         may &= np.where(exited, slot > 0, depth >= self.plan.draft_depth)

@@ -108,7 +108,7 @@ class RunningSequences:
         self._executor.add(index, new.knobs)
         # A prompt that is scored has its chunks in the decoder alone.
         guesses = new.knobs.speculate and not new.scores_prompt
-        self.stairs.lookahead[index] = self.stairs.slots - 1 if guesses else 0
+        self.stairs.lookahead[index] = self._options.lookahead if guesses else 0
         if self.runner.guesses is not None:
             self.runner.guesses.waves.plan.add(index)
         self._names[index], self._tokens[index] = new.request_id, list(new.tokens)
