@@ -26,6 +26,13 @@ ARGUMENTS = (
 )
 
 
+def scale_out() -> tuple[str, ...]:
+    """The flag for rendering and for token ids in and out, which vLLM 0.29 serves without one."""
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    return ("--enable-scale-out",) if hasattr(FrontendArgs, "enable_scale_out") else ()
+
+
 @pytest.fixture(scope="session")
 def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("server") / "log"
@@ -44,7 +51,9 @@ def address(server_log: Path) -> Iterator[str]:
     environment.pop("HF_HUB_OFFLINE", None)  # a user has not set it, and nothing may be fetched
     with server_log.open("w") as output:
         try:
-            with running_server(*ARGUMENTS, environment=environment, output=output) as address:
+            with running_server(
+                *ARGUMENTS, *scale_out(), environment=environment, output=output
+            ) as address:
                 yield address
         except RuntimeError as error:
             raise RuntimeError(server_log.read_text()[-3000:]) from error

@@ -2,22 +2,23 @@
 exit depths if the request asks for them.
 
 vLLM builds its handlers in `init_generate_state`; `adopt_handlers` changes their classes to ones
-mixed here. The body of a request is checked as well as the parsed request, because parsing turns
-`true` into 1 and drops unknown fields.
+mixed here. They see parsed requests, also those that come from a batch file or through Ray Serve.
+`bodies.py` has checked the body before, if it came to a route of vLLM's.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_loopus.serving.frontend.answers import DepthRecorder, FailureReason, mark
+from vllm_loopus.serving.frontend.bodies import (
+    NO_DEPTHS,
+    XARGS,
+    put_into_xargs,
+    refuse_misplaced,
+)
 from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.knobs.names import REQUEST_KNOBS, RETURN_EXIT_DEPTHS, TOKEN_LIMITS
-from vllm_loopus.serving.knobs.request import (
-    KnobError,
-    LoopDefaults,
-    check_names,
-    check_request,
-)
+from vllm_loopus.serving.knobs.request import KnobError, LoopDefaults, check_request
 from vllm_loopus.serving.messages.exit_depths import exit_depths
 
 if TYPE_CHECKING:
@@ -38,27 +39,19 @@ class LoopedHandler(GenerateBaseServing):
         self._loop_defaults = defaults
         self._efforts = options.reasoning_effort
 
-    async def admit(self, request: Any, raw_request: "Request | None", effort: Any = None) -> None:
+    def admit(self, request: Any, effort: Any = None) -> None:
         """Checks the knobs of a parsed request and applies `reasoning_effort`.
 
         Raises `KnobError` (HTTP 400), for a stream before its first byte.
         """
         custom_processors = bool(self.model_config.logits_processors)
-        body = await _body_of(raw_request)
-        known = type(request).model_fields
-        if body is None:
-            body = {**(request.model_extra or {}), "vllm_xargs": request.vllm_xargs}
-        if not isinstance(body, Mapping):
-            return
-        _refuse_top_level([name for name in body if name not in known], custom_processors)
-        given = request.vllm_xargs or {}
-        sent = body.get("vllm_xargs")
-        # Parsing has turned `true` into 1: check the knobs as they were sent.
-        knobs = {n: sent[n] for n in REQUEST_KNOBS if n in sent} if isinstance(sent, dict) else {}
-        if effort in self._efforts and "max_loops" not in given:
-            knobs["max_loops"] = self._efforts[effort]
+        extra = [name for name in request.model_extra or () if name != XARGS]
+        refuse_misplaced(extra, put_into_xargs, custom_processors)
+        # A batch of chats has no such field, but hands it on to each chat.
+        given = getattr(request, XARGS, None) or {}
+        if isinstance(effort, str) and effort in self._efforts and "max_loops" not in given:
+            given = {**given, "max_loops": self._efforts[effort]}
         limits = (getattr(request, name, None) for name in TOKEN_LIMITS)
-        given = {**given, **knobs}
         check_request(
             given,
             self._loop_defaults,
@@ -89,18 +82,14 @@ class LoopedHandler(GenerateBaseServing):
                 f"{knobs[0]} has no effect with use_beam_search; remove one", parameter=knobs[0]
             )
         if given.get(RETURN_EXIT_DEPTHS) and not self.answers_with_depths:
-            raise KnobError(
-                f"{RETURN_EXIT_DEPTHS} is only supported by /v1/completions, /v1/chat/completions "
-                "and /v1/responses",
-                parameter=RETURN_EXIT_DEPTHS,
-            )
+            raise KnobError(NO_DEPTHS, parameter=RETURN_EXIT_DEPTHS)
 
 
 class LoopedCompletion(LoopedHandler):
     """`/v1/completions`: answers with `exit_depths` and `mean_exit_depth` of each choice."""
 
     async def create_completion(self, request: Any, raw_request: "Request | None" = None) -> Any:
-        await self.admit(request, raw_request)
+        self.admit(request)
         return await super().create_completion(request, raw_request)
 
     def request_output_to_completion_response(
@@ -140,7 +129,7 @@ class LoopedChat(LoopedHandler):
     async def create_chat_completion(
         self, request: Any, raw_request: "Request | None" = None
     ) -> Any:
-        await self.admit(request, raw_request, getattr(request, "reasoning_effort", None))
+        self.admit(request, getattr(request, "reasoning_effort", None))
         return await super().create_chat_completion(request, raw_request)
 
     async def chat_completion_full_generator(
@@ -193,7 +182,7 @@ class LoopedChatBatch(LoopedOtherChat):
     async def create_batch_chat_completion(
         self, request: Any, raw_request: "Request | None" = None
     ) -> Any:
-        await self.admit(request, raw_request, getattr(request, "reasoning_effort", None))
+        self.admit(request, getattr(request, "reasoning_effort", None))
         return await super().create_batch_chat_completion(request, raw_request)
 
 
@@ -203,7 +192,7 @@ class LoopedResponses(LoopedHandler):
 
     async def create_responses(self, request: Any, raw_request: "Request | None" = None) -> Any:
         effort = getattr(request.reasoning, "effort", None)
-        await self.admit(request, raw_request, effort)
+        self.admit(request, effort)
         return await super().create_responses(request, raw_request)
 
     def _generate_with_builtin_tools(
@@ -255,30 +244,6 @@ def adopt_handlers(vllm_config: Any, state: Any) -> None:
             kind = type(handler)
             handler.__class__ = type(f"LoopUS{kind.__name__}", (mixed_in, kind), {})
             handler._init_loop(config, options)
-
-
-async def _body_of(raw_request: "Request | None") -> Any:
-    """The body that was sent; None if only the parsed request is known: from a batch file, or
-    through Ray Serve, which only passes the headers."""
-    if raw_request is None:
-        return None
-    try:
-        return await raw_request.json()
-    except RuntimeError:  # Starlette: no receive channel
-        return None
-
-
-def _refuse_top_level(names: Iterable[str], custom_processors: bool) -> None:
-    """Refuses knobs among the fields that vLLM does not know: it would ignore them."""
-    for name in names:
-        if name in REQUEST_KNOBS:
-            raise KnobError(
-                f"{name} is not a field of the request itself and would be ignored; put it into "
-                f'vllm_xargs: {{"vllm_xargs": {{"{name}": ...}}}}',
-                parameter=name,
-            )
-        if name != "vllm_xargs":
-            check_names([name], custom_processors)
 
 
 def _wants_depths(request: Any) -> bool:

@@ -163,6 +163,16 @@ def _handlers_adopted(original: Callable[..., Any]) -> Callable[..., Any]:
     return init_generate_state
 
 
+def _bodies_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    def register_vllm_serve_api_routers(app: Any) -> None:
+        from vllm_loopus.serving.frontend.bodies import check_bodies
+
+        check_bodies(app)  # before the first route; it leaves requests to other models alone
+        original(app)
+
+    return register_vllm_serve_api_routers
+
+
 def _there(module: str, name: str) -> bool:
     """Whether a module has an attribute (`Class.name` for one of a class)."""
     target: Any = importlib.import_module(module)
@@ -247,6 +257,14 @@ PATCHES = (
         parameters=("engine_client", "state", "..."),
         wrap=_handlers_adopted,
         obsolete=_model_config_has("adapt_serving_handlers"),
+    ),
+    Patch(
+        key="bodies-checked-at-every-route",
+        module="vllm.entrypoints.serve",
+        name="register_vllm_serve_api_routers",
+        parameters=("app",),
+        wrap=_bodies_checked,
+        obsolete=_model_config_has("adapt_api_app"),
     ),
 )
 
