@@ -44,6 +44,7 @@ class LoopUSScheduler(Scheduler):
     a share of the rows, the longest waiting first (`step/run.py`), so none starves.
     """
 
+    knows_loops = True  # asked of a scheduler that the user chose
     kv_cache_manager: DepthKVCacheManager
     running: "list[Request]"
 

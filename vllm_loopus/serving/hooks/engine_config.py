@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.loopus")
 
+SCHEDULER = "vllm_loopus.serving.core.scheduler.LoopUSScheduler"
+WORKER = "vllm_loopus.serving.runners.worker.LoopUSWorker"
+
 
 class LoopedVllmConfig(VerifyAndUpdateConfig):
     """Checks and defaults for models of our architectures."""
@@ -41,6 +44,12 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
                 f"looped model, but architectures={config.architectures} asks for one ({names}); "
                 "recast the model first or correct architectures"
             )
+        _refuse(
+            model_config.runner_type != "generate",
+            f"runner={model_config.runner_type!r} (convert={model_config.convert_type!r})",
+            "it generates text, and which of its depths would embed or classify one is not "
+            "defined; leave --runner and --convert out, and embed with a model made for it",
+        )
         config.check()  # again: hf_overrides were applied after the config was built
         _check_valid_dtype(config.get_text_config().model_type, model_config.dtype)
         context = config.exact_context
@@ -98,6 +107,13 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
 
         adopt_handlers(vllm_config, state)
 
+    @staticmethod
+    def adapt_api_app(app: Any) -> None:
+        """Makes the API server refuse knobs where a route would ignore them."""
+        from vllm_loopus.serving.frontend.bodies import check_bodies
+
+        check_bodies(app)
+
 
 def _refuse_impossible(vllm_config: "VllmConfig") -> None:
     parallel = vllm_config.parallel_config
@@ -143,6 +159,23 @@ def _refuse_impossible(vllm_config: "VllmConfig") -> None:
         "enable_prompt_embeds=True",
         "prompts are token ids; leave it off",
     )
+    _refuse(
+        vllm_config.lora_config is not None,
+        "enable_lora=True",
+        "vLLM tells adapters of the rows that are sampled, not of those of a pass at many depths; "
+        "merge the adapter into the checkpoint (merge_and_unload of peft) and serve the result",
+    )
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    _refuse(
+        parallel.worker_cls == "auto" and scheduler is not None and not _is_ours(vllm_config),
+        f"scheduler_cls={scheduler!r}",
+        f"the worker of a loop needs {SCHEDULER} or a subclass; leave it out",
+    )
+
+
+def _is_ours(vllm_config: "VllmConfig") -> bool:
+    """Whether the scheduler that the user chose knows of loops."""
+    return getattr(vllm_config.scheduler_config.get_scheduler_cls(), "knows_loops", False)
 
 
 def _use_our_classes(vllm_config: "VllmConfig") -> None:
@@ -154,9 +187,9 @@ def _use_our_classes(vllm_config: "VllmConfig") -> None:
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     scheduler.async_scheduling = False
     if scheduler.scheduler_cls is None:
-        scheduler.scheduler_cls = "vllm_loopus.serving.core.scheduler.LoopUSScheduler"
+        scheduler.scheduler_cls = SCHEDULER
     if parallel.worker_cls == "auto":
-        parallel.worker_cls = "vllm_loopus.serving.runners.worker.LoopUSWorker"
+        parallel.worker_cls = WORKER
     if parallel.distributed_executor_backend == "ray" and current_platform.is_cpu():
         # vLLM has checked that ray is there.
         from vllm_loopus.serving.runners.ray_cpu import RayCPUExecutor
