@@ -262,6 +262,11 @@ class DepthKVCacheManager(KVCacheManager):
             for plane, positions in zip(self._planes, complete, strict=False):
                 plane.cache_blocks(request, positions, **NO_REPLAY)
 
+    def take_events(self) -> list[Any]:
+        """As in vLLM, of depth 1 alone: the hash of a block is the same at every depth, so whoever
+        follows the events would count a block once a depth, and lose it with its deepest plane."""
+        return [event for event in super().take_events() if not getattr(event, "group_idx", 0)]
+
     def free(self, request: Request) -> None:
         """As in vLLM. Deep planes are evicted first, since they are useless without the shallower
         ones."""
