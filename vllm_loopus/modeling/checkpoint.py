@@ -85,11 +85,11 @@ class CheckpointCheck:
             return None
         return f"holds a value that is NaN, infinite or outside the range of {self.dtype}"
 
-    def raise_if_wrong(self, source: str) -> None:
-        """Raises `ValueError` that lists the wrong tensors of `source`, if any."""
-        raise_if_wrong(
-            source, sorted(set(self.expected) - self.seen), self.unexpected, self.misshapen
-        )
+    def raise_if_wrong(self, source: str, partial: bool = False) -> None:
+        """Raises `ValueError` that lists the wrong tensors of `source`, if any. `partial`: others
+        come later, or stay as they are."""
+        missing = [] if partial else sorted(set(self.expected) - self.seen)
+        raise_if_wrong(source, missing, self.unexpected, self.misshapen)
         if self.unusable:
             raise ValueError(
                 f"the weights of {source} cannot be served: {_shortened(self.unusable)}. The "

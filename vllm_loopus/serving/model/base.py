@@ -20,6 +20,7 @@ class LoopedModelBase(nn.Module):
     planes: Planes
     max_loops: int
     reads_depth = False
+    is_served = False  # from the start of the engine on; trainers then send weights in parts
 
     @abstractmethod
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,7 @@ class LoopAdapter(Runner):
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._sequences = build_sequences(self)
+        self.get_model().is_served = True
         if is_global_first_rank():
             layout = self.get_model().planes.layout
             logger.info(start_up_summary(self.vllm_config, layout, kv_cache_config))
