@@ -138,7 +138,8 @@ def _refuse_impossible(vllm_config: "VllmConfig") -> None:
         f"decode_context_parallel_size={parallel.decode_context_parallel_size}",
         "planes by depth are not sharded by position; set it to 1",
     )
-    cache_dtype = vllm_config.cache_config.cache_dtype
+    cache = vllm_config.cache_config
+    cache_dtype = cache.cache_dtype
     _refuse(
         cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
         f"kv_cache_dtype={cache_dtype!r}",
@@ -148,6 +149,16 @@ def _refuse_impossible(vllm_config: "VllmConfig") -> None:
         vllm_config.kv_transfer_config is not None,
         "kv_transfer_config",
         "KV connectors do not know planes by depth; remove it",
+    )
+    _refuse(
+        cache.kv_offloading_size is not None,
+        f"kv_offloading_size={cache.kv_offloading_size}",
+        "offloading does not know planes by depth; remove it",
+    )
+    _refuse(
+        cache.kv_sharing_fast_prefill,
+        "kv_sharing_fast_prefill=True",
+        "every layer has K/V of its own; leave it off",
     )
     _refuse(
         bool(vllm_config.scheduler_config.async_scheduling),
@@ -170,6 +181,11 @@ def _refuse_impossible(vllm_config: "VllmConfig") -> None:
         parallel.worker_cls == "auto" and scheduler is not None and not _is_ours(vllm_config),
         f"scheduler_cls={scheduler!r}",
         f"the worker of a loop needs {SCHEDULER} or a subclass; leave it out",
+    )
+    _refuse(
+        parallel.worker_cls.startswith("vllm.") and scheduler is None,
+        f"worker_cls={parallel.worker_cls!r}",
+        f"the scheduler of a loop needs {WORKER} or a subclass; leave it out",
     )
 
 
