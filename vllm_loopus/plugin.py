@@ -54,6 +54,7 @@ def register() -> None:
     from vllm_loopus.aliases import AliasError, install_redirects
     from vllm_loopus.architectures import ARCHITECTURES
     from vllm_loopus.serving.hooks.engine_config import LoopedVllmConfig
+    from vllm_loopus.serving.hooks.log import filter_log
     from vllm_loopus.serving.hooks.patches import alias_target, apply_patches
     from vllm_loopus.serving.model.cpu_kernels import register_c_norms
 
@@ -62,6 +63,7 @@ def register() -> None:
         if architecture.name not in ModelRegistry.models:
             ModelRegistry.register_model(architecture.name, architecture.model)
     apply_patches()
+    filter_log()
     register_c_norms()
     # A hook that we proposed to vLLM: a check of model names before they are looked up.
     checks = getattr(utils, "model_name_checks", None)

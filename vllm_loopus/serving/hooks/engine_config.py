@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm_loopus.architectures import ARCHITECTURES, LoopedConfig, architecture_of
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.hooks.cpu_memory import size_cpu_cache
+from vllm_loopus.serving.hooks.log import note_looped_model
 from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.knobs.request import check_request
 from vllm_loopus.serving.model.cpu_kernels import prefer_c_norms
@@ -66,6 +67,7 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Raises `ValueError` that names the option, its value and the fix for what cannot
         work."""
+        note_looped_model()
         _refuse_impossible(vllm_config)
         EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
         select_runner(vllm_config)
