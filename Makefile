@@ -8,6 +8,9 @@ SERVING := requirements/serving.lock
 TOGETHER := -n 2 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
+# pip says only what is wrong, not that there is a newer pip or that it runs as root.
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export PIP_ROOT_USER_ACTION ?= ignore
 
 .PHONY: demo test test-fast test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host rehearse-device train-tiny eval-tiny lock clean
 
@@ -18,8 +21,8 @@ export VLLM_NO_USAGE_STATS ?= 1
 .venv-serving/.complete: $(SERVING) pyproject.toml
 .venv/.complete .venv-lowest/.complete .venv-serving/.complete:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --no-deps -r $<
-	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-metadata -e .
+	$(@D)/bin/python -m pip install -qq --no-deps -r $<
+	$(@D)/bin/python -m pip install -qq --no-deps --no-build-isolation ./requirements/vllm-metadata -e .
 	touch $@
 
 demo: .venv

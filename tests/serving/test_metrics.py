@@ -1,6 +1,7 @@
 """Metrics of the loop: what they count, that Prometheus reads and the dashboard finds them."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from tests.serving.conftest import MAX_LOOPS, SERVED, get, samples, wait_until
 from tests.serving.fakes import Engine
 from vllm_loopus import exit_depths
 from vllm_loopus.serving.frontend.metrics import LoopTotals
+from vllm_loopus.serving.hooks.log import LEFT_OUT, SERVED_VARIABLE, filter_log
 from vllm_loopus.serving.messages.stats import LoopStats
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +114,23 @@ def test_log_line_and_start_up_summary(server_log: Path, address: str, client: O
         "asynchronous scheduling (which sequences get a token",
     ):
         assert text in log, text
+    # Torch's line is logged when the parent of the forks is imported, before the plugin is loaded.
+    vllms = [beginning for name, beginning in LEFT_OUT if name.startswith("vllm.")]
+    assert len(vllms) == 5 and not [beginning for beginning in vllms if beginning in log]
+
+
+def test_other_models_keep_their_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    filter_log()
+    for served in (False, True):
+        monkeypatch.delenv(SERVED_VARIABLE, raising=False)
+        if served:
+            monkeypatch.setenv(SERVED_VARIABLE, "1")
+        for name, beginning in LEFT_OUT:
+            logger = logging.getLogger(name)
+            for text in (beginning + " by %s", "something else, and " + beginning):
+                record = logger.makeRecord(name, logging.WARNING, "", 0, text, ("us",), None)
+                left_out = served and text.startswith(beginning)
+                assert bool(logger.filter(record)) != left_out, text
 
 
 def test_capacity(address: str, client: OpenAI) -> None:
