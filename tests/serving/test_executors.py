@@ -121,7 +121,7 @@ def test_two_ranks_that_run_ahead(make_llm: Any, forked_processes: None) -> None
     cases = by_rule(MIXED[0][0])[MIXED[0][1]]
     llm.collective_rpc(record)
     llm.collective_rpc(disturb)
-    for mode in ((None, 0), (True, 0), (False, 0), (None, 1), (None, 3)):
+    for mode in ((True, 0), (False, 0), (None, 3)):
         llm.collective_rpc(run_ahead, args=mode)
         llm.reset_prefix_cache()
         assert_golden(cases, generate(llm, cases))
@@ -141,13 +141,10 @@ def test_two_ranks_that_guess(make_llm: Any, forked_processes: None) -> None:
     )
     cases = by_rule(MIXED[0][0])[MIXED[0][1]]
     llm.collective_rpc(record)
-    for disturbed in (False, True):
-        if disturbed:
-            llm.collective_rpc(disturb)
-            llm.reset_prefix_cache()
-        assert_golden(cases, generate(llm, cases))
-        first, second = llm.collective_rpc(recorded)
-        assert len(first) > 20 and first == second
+    llm.collective_rpc(disturb)
+    assert_golden(cases, generate(llm, cases))
+    first, second = llm.collective_rpc(recorded)
+    assert len(first) > 20 and first == second
     assert counter(llm, "vllm:loopus_confirmed_guesses") > 0
     assert counter(llm, "vllm:loopus_rejected_guesses") > 0
 

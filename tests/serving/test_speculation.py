@@ -77,12 +77,9 @@ def test_alone_and_in_one_batch(make_llm: Any, setting: Any) -> None:
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
-@waves
 @pytest.mark.parametrize("quorum", [0.05, "auto"])
-def test_random_order_arrival_and_aborts(
-    make_llm: Any, wave: tuple[int, int], quorum: float | str
-) -> None:
-    llm = speculating(make_llm, MIXED[0], wave, loopus={"exit_quorum": quorum}, max_num_seqs=12)
+def test_random_order_arrival_and_aborts(make_llm: Any, quorum: float | str) -> None:
+    llm = speculating(make_llm, MIXED[0], (1, 3), loopus={"exit_quorum": quorum}, max_num_seqs=12)
     with both_outcomes(llm):
         assert_golden_in_any_order(llm, by_rule(MIXED[0][0])[MIXED[0][1]])
 
@@ -178,7 +175,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@waves
+@pytest.mark.parametrize("wave", [(2, 5)])
 def test_seeds_penalties_scores_and_stops(make_llm: Any, wave: tuple[int, int]) -> None:
     """As without guesses, each alone: the sampler never sees a guess."""
     cases = by_rule(MIXED[0][0])[MIXED[0][1]][: len(OPTIONS)]
@@ -234,7 +231,7 @@ class Restless(FixedPlan):
         self.draft_depth = 1 + self.lookahead % 3
 
 
-@waves
+@pytest.mark.parametrize("wave", [(1, 6)])
 def test_overlap(make_llm: Any, wave: tuple[int, int]) -> None:
     cases = by_rule(MIXED[0][0])[MIXED[0][1]]
     options = {"loopus": {"overlap": "on"}, "max_num_batched_tokens": 20, "max_num_seqs": 4}

@@ -1,0 +1,170 @@
+"""How much faster are answers at full depth with guessed positions, on this machine?
+
+For whoever wonders whether to set `speculate`; docs/early-exit.md says what it does.
+
+    python benchmarks/guesses.py                                  # a 6-layer random model, replayed
+    python benchmarks/guesses.py --model loopus-tiny --seqs 1     # what the model guesses itself
+
+Engines with different settings answer the same requests in turn; the ratios are to the engine
+without guesses. A random model knows nothing, so whether its guesses are right is replayed
+(`--acceptance`). With `--model` guesses are the model's own, after prompts of loopus-tiny's
+tasks, every token at full depth: then the answers have to be the same, which is checked.
+"""
+
+import os
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from vllm_loopus.bench.models import SIZES, write_config
+from vllm_loopus.bench.script import begin, finish, script_parser
+from vllm_loopus.bench.workloads import Generator
+from vllm_loopus.tiny.tasks import evaluation_set
+
+OFF = "off"
+
+
+def main() -> None:
+    parser = script_parser(__doc__)
+    parser.add_argument("--model", help="a folder or an alias; default: random weights")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the random model")
+    parser.add_argument("--seqs", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--mean", type=float, default=8.0, help="mean exit depth, replayed")
+    parser.add_argument("--acceptance", type=float, default=0.9, help="replayed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settings", nargs="+", default=["1,7", "1,3", "2,3", "auto"],
+                        help="auto, or DRAFT_DEPTH,LOOKAHEAD")  # fmt: skip
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    report = begin()
+    report["rows"] = measure(args)
+    finish(report, args.write)
+
+
+def measure(args: Namespace) -> list[dict[str, Any]]:
+    """Prints a table, and returns its rows."""
+    from vllm import LLM
+
+    rows: list[dict[str, Any]] = []
+    print("| sequences | speculate | tokens/s over off | accepted | passes a token |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or str(write_config(SIZES[args.size].config(), Path(folder) / "model"))
+        for seqs in args.seqs:
+            engines: dict[str, Any] = {
+                setting: LLM(
+                    model,
+                    dtype=args.dtype,
+                    max_num_seqs=seqs,
+                    max_model_len=512,
+                    enforce_eager=True,
+                    enable_prefix_caching=False,
+                    kv_cache_memory_bytes=1 << 30,
+                    disable_log_stats=False,
+                    additional_config={"loopus": {"speculate": option(setting)}},
+                    **({} if args.model else {"load_format": "dummy", "skip_tokenizer_init": True}),
+                )
+                for setting in [OFF, *args.settings]
+            }
+            work = requests(args, seqs)
+            answers = {name: run(llm, *work)[0] for name, llm in engines.items()}  # warm up
+            if args.model:
+                assert all(found == answers[OFF] for found in answers.values())
+            before = {name: counts(llm) for name, llm in engines.items()}
+            taken: dict[str, list[float]] = {name: [] for name in engines}
+            for _ in range(args.rounds):
+                for name, llm in engines.items():
+                    taken[name].append(run(llm, *work)[1])
+            for name, llm in engines.items():
+                ratios = [off / own for off, own in zip(taken[OFF], taken[name], strict=True)]
+                rows.append(row(name, seqs, median(ratios), before[name], counts(llm)))
+                print(
+                    "| {sequences} | {speculate} | {over_off:.2f} | {accepted:.2f} "
+                    "| {passes_a_token:.2f} |".format(**rows[-1]),
+                    flush=True,
+                )
+            for llm in engines.values():
+                llm.llm_engine.engine_core.shutdown()
+    return rows
+
+
+def option(setting: str) -> Any:
+    """The engine option for a setting of the command line."""
+    if "," not in setting:
+        return setting
+    draft_depth, lookahead = map(int, setting.split(","))
+    return {"draft_depth": draft_depth, "lookahead": lookahead}
+
+
+def requests(args: Namespace, seqs: int) -> tuple[list[Any], list[Any]]:
+    """Prompts and sampling parameters of two requests for each sequence."""
+    from vllm import SamplingParams
+
+    common: dict[str, Any] = {"temperature": 0, "max_tokens": args.tokens, "ignore_eos": True}
+    if args.model:
+        items = evaluation_set(0, 2)
+        prompts = [{"prompt": items[at % len(items)].question} for at in range(2 * seqs)]
+        return prompts, [
+            SamplingParams(**common, extra_args={"exit_threshold": 1.0}) for _ in prompts
+        ]
+    rng, size = np.random.default_rng(5), SIZES[args.size]
+    generator = Generator(size.vocabulary, size.max_loops, args.mean)
+    sampling = []
+    for _ in range(2 * seqs):
+        knobs: dict[str, Any] = {
+            "guesses": (rng.random(args.tokens) < args.acceptance).astype(int).tolist()
+        }
+        if args.mean < size.max_loops:
+            knobs["exit_depths"] = generator.independent_exits(rng, args.tokens)
+        sampling.append(SamplingParams(**common, detokenize=False, extra_args=knobs))
+    return [{"prompt_token_ids": generator.prompt(rng, 8)} for _ in sampling], sampling
+
+
+def run(llm: Any, prompts: list[Any], sampling: list[Any]) -> tuple[list[list[int]], float]:
+    """Answers, and the seconds that they took."""
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    taken = time.perf_counter() - began
+    return [list(output.outputs[0].token_ids) for output in outputs], taken
+
+
+def counts(llm: Any) -> dict[str, float]:
+    """Metrics of the loop and the tokens so far."""
+    names = "confirmed_guesses", "rejected_guesses"
+    found = dict.fromkeys([*names, "passes", "tokens"], 0.0)
+    for metric in llm.get_metrics():
+        for name in names:
+            if metric.name == f"vllm:loopus_{name}":
+                found[name] += metric.value
+        if metric.name == "vllm:loopus_pass_rows":
+            found["passes"] += metric.count
+        if metric.name == "vllm:generation_tokens":
+            found["tokens"] += metric.value
+    return found
+
+
+def row(
+    setting: str, seqs: int, ratio: float, before: dict[str, float], after: dict[str, float]
+) -> dict[str, Any]:
+    """A row of the table."""
+    more = {name: after[name] - before[name] for name in after}
+    guesses = more["confirmed_guesses"] + more["rejected_guesses"]
+    return {
+        "sequences": seqs,
+        "speculate": setting,
+        "over_off": ratio,
+        "accepted": more["confirmed_guesses"] / guesses if guesses else 0.0,
+        "passes_a_token": more["passes"] / more["tokens"],
+    }
+
+
+if __name__ == "__main__":
+    main()
