@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from vllm_loopus.bench.models import SIZES, write_config
 from vllm_loopus.bench.script import begin, finish, script_parser
 from vllm_loopus.bench.workloads import Generator
+from vllm_loopus.serving.messages.stats import LoopStats
 from vllm_loopus.tiny.tasks import evaluation_set
 
 OFF = "off"
@@ -68,7 +70,6 @@ def measure(args: Namespace) -> list[dict[str, Any]]:
                     enforce_eager=True,
                     enable_prefix_caching=False,
                     kv_cache_memory_bytes=1 << 30,
-                    disable_log_stats=False,
                     additional_config={"loopus": {"speculate": option(setting)}},
                     **({} if args.model else {"load_format": "dummy", "skip_tokenizer_init": True}),
                 )
@@ -78,14 +79,14 @@ def measure(args: Namespace) -> list[dict[str, Any]]:
             answers = {name: run(llm, *work)[0] for name, llm in engines.items()}  # warm up
             if args.model:
                 assert all(found == answers[OFF] for found in answers.values())
-            before = {name: counts(llm) for name, llm in engines.items()}
+            stats = {name: watch(llm) for name, llm in engines.items()}
             taken: dict[str, list[float]] = {name: [] for name in engines}
             for _ in range(args.rounds):
                 for name, llm in engines.items():
                     taken[name].append(run(llm, *work)[1])
-            for name, llm in engines.items():
+            for name in engines:
                 ratios = [off / own for off, own in zip(taken[OFF], taken[name], strict=True)]
-                rows.append(row(name, seqs, median(ratios), before[name], counts(llm)))
+                rows.append(row(name, seqs, median(ratios), stats[name]))
                 print(
                     "| {sequences} | {speculate} | {over_off:.2f} | {accepted:.2f} "
                     "| {passes_a_token:.2f} |".format(**rows[-1]),
@@ -136,33 +137,31 @@ def run(llm: Any, prompts: list[Any], sampling: list[Any]) -> tuple[list[list[in
     return [list(output.outputs[0].token_ids) for output in outputs], taken
 
 
-def counts(llm: Any) -> dict[str, float]:
-    """Metrics of the loop and the tokens so far."""
-    names = "confirmed_guesses", "rejected_guesses"
-    found = dict.fromkeys([*names, "passes", "tokens"], 0.0)
-    for metric in llm.get_metrics():
-        for name in names:
-            if metric.name == f"vllm:loopus_{name}":
-                found[name] += metric.value
-        if metric.name == "vllm:loopus_pass_rows":
-            found["passes"] += metric.count
-        if metric.name == "vllm:generation_tokens":
-            found["tokens"] += metric.value
-    return found
+def watch(llm: Any) -> LoopStats:
+    """What the loop of an engine does from now on; several engines here share one registry of
+    metrics."""
+    total, core = LoopStats(), llm.llm_engine.engine_core.engine_core
+    sequences = core.model_executor.driver_worker.worker.model_runner._sequences
+    finish = sequences.finish
+
+    def watched() -> Any:
+        progress = finish()
+        total.add(replace(progress.stats, exit_depths=list(progress.exit_depths.values())))
+        return progress
+
+    sequences.finish = watched
+    return total
 
 
-def row(
-    setting: str, seqs: int, ratio: float, before: dict[str, float], after: dict[str, float]
-) -> dict[str, Any]:
+def row(setting: str, seqs: int, ratio: float, stats: LoopStats) -> dict[str, Any]:
     """A row of the table."""
-    more = {name: after[name] - before[name] for name in after}
-    guesses = more["confirmed_guesses"] + more["rejected_guesses"]
+    right, wrong = len(stats.confirmed_guesses), len(stats.rejected_guesses)
     return {
         "sequences": seqs,
         "speculate": setting,
         "over_off": ratio,
-        "accepted": more["confirmed_guesses"] / guesses if guesses else 0.0,
-        "passes_a_token": more["passes"] / more["tokens"],
+        "accepted": right / (right + wrong) if right + wrong else 0.0,
+        "passes_a_token": len(stats.passes) / len(stats.exit_depths),
     }
 
 

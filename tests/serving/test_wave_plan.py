@@ -86,7 +86,7 @@ def test_they_are_tried_again_after_a_while() -> None:
 
 def test_sequences_that_guess_badly_do_not_guess() -> None:
     plan = planned(FAST, count=3)
-    for _ in range(40):
+    for _ in range(200):
         plan.observe(np.array([0, 2]), np.array([1, 1]), True)
         plan.observe(np.array([1]), np.array([1]), False)
     plan.begin_step(np.arange(3), NONE, FAST)

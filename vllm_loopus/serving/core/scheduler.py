@@ -191,7 +191,7 @@ class LoopUSScheduler(Scheduler):
         outputs = super().update_from_output(visible, model_runner_output)
         if not self.log_stats:  # statistics are not logged
             self._stats = LoopStats()
-        self._clock.end(progress, idle=not self.has_requests())
+        self._clock.end(progress, idle=not self.has_unfinished_requests())
         for of_client in outputs.values():
             for output in of_client.outputs:
                 self._complete(output, progress)

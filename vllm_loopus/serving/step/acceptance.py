@@ -8,9 +8,11 @@ from vllm_loopus.serving.step.chunks import Ints
 class Acceptance:
     """Learns from outcomes; recent ones count more. What has not been seen is hoped for."""
 
-    HOPE, DOUBT = 0.8, 6.0  # what acceptance is taken for before it is seen, and its weight
+    HOPE, DOUBT = 0.92, 6.0  # what acceptance is taken for before it is seen, and its weight
     MEMORY = 0.99  # weight of the past after each outcome
-    FORGETS = 0.999  # and after each step without guesses, so that they are tried again
+    # And after each step without guesses, or with guesses at another depth, so that they are tried
+    # again.
+    RESTING, UNUSED = 0.999, 0.99
     OWN = 8.0  # outcomes after which those of a sequence itself count as much as all others
     MOST = 0.99
 
@@ -35,9 +37,12 @@ class Acceptance:
         (self._right if right else self._wrong)[:] += counts
         self._own[int(right), sequences] += 1
 
-    def forget(self) -> None:
-        """A step without guesses."""
-        self._right, self._wrong = self._right * self.FORGETS, self._wrong * self.FORGETS
+    def forget(self, used: int | None) -> None:
+        """A step is over in which guesses were made at the depth `used`, or none."""
+        keep = np.full(len(self._right), self.RESTING if used is None else self.UNUSED)
+        if used is not None:
+            keep[used] = 1.0
+        self._right, self._wrong = self._right * keep, self._wrong * keep
 
     def at(self, depth: int) -> float:
         """How likely a guess at `depth` is right; at least as likely as a shallower one."""

@@ -76,9 +76,11 @@ class Expected:
     Without guesses, each gets a token in D passes and a boundary; D is the mean exit depth. With
     them, a sequence whose guesses are right with probability p gets 1 / (1 - p) tokens before it
     has to start again: the first after D passes, each other one after `draft_depth` more, or
-    D / (lookahead + 1) if that is more. Each pass has the rows of all that is in flight. Every
-    `draft_depth` passes there is a boundary.
+    D / (lookahead + 1) if that is more. Each pass has the rows of all that is in flight. There is
+    a boundary for each token; before the first one, guesses are decoded alone.
     """
+
+    ALONE = 0.5  # of a boundary: a decoder call without sampling and scheduling
 
     costs: StepCosts
     count: int
@@ -96,7 +98,8 @@ class Expected:
         passes = self.mean + (tokens - 1) * each
         rows = self.count * max(self.mean / each, 1.0)
         seconds = passes * (self.costs.per_pass + self.costs.per_row * rows)
-        return tokens / (seconds + passes / each * self.costs.per_boundary)
+        boundaries = tokens + self.ALONE * (self.mean / each - 1)
+        return tokens / (seconds + boundaries * self.costs.per_boundary)
 
     def break_even(self, draft_depth: int, lookahead: int) -> float:
         """The acceptance from which on guesses are no slower."""
@@ -182,8 +185,7 @@ class AutoPlan:
         if len(exit_depths):
             mean = float(exit_depths.mean())
             self._mean += (1 - self.RECENT if self._mean else 1) * (mean - self._mean)
-        if not self.lookahead:
-            self._acceptance.forget()
+        self._acceptance.forget(self.draft_depth if self.lookahead else None)
         before, self._before = self._before, len(sequences)
         if before and seconds is not None and before == len(sequences):
             measured = self._of(before)
