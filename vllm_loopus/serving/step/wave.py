@@ -180,6 +180,11 @@ class Waves:
         guessed = (slots >= first[:, None]) & (slots <= stairs.ahead[sequences][:, None])
         self._counts.wasted += int((stairs.depths[sequences] * guessed).sum())
         stairs.forget(sequences)
+        # What nobody will read is computed again, positions that came along included.
+        known = stairs.settled[sequences, 1:]
+        stairs.done[sequences, 1:] = np.minimum(stairs.done[sequences, 1:], known)
+        decoded, done = stairs.decoded[sequences, 1:], stairs.done[sequences, 1:]
+        stairs.decoded[sequences, 1:] = np.minimum(decoded, done)
         stairs.life[sequences] += 1
 
 

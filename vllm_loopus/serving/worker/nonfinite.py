@@ -50,7 +50,9 @@ class WatchedRows:
             if stairs.life[sequence] != self.life[index]:
                 left += [layout.block_table[index] for layout in self.layouts]
                 continue
-            depth, end = self.layouts[-1].depth[index], int(spans.ends[index])
+            depth = self.layouts[-1].depth[index]
+            # The first such row: positions before a guess may come along in its chunk.
+            end = int(spans.positions[(spans.chunk == index) & ~finite][0]) + 1
             reason = f"NaN or infinite hidden states {self.place}at depth {depth}"
             if not stairs.fail_at(sequence, end, reason):
                 left += [layout.block_table[index] for layout in self.layouts]
