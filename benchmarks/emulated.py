@@ -82,7 +82,10 @@ def install(device: Device) -> None:
     def compute_logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(hidden), self.config.vocab_size)  # in the boundary's time, too
 
-    for method in (encode, refine, decode, compute_logits):
+    def get_top_tokens(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(hidden), dtype=torch.int64)
+
+    for method in (encode, refine, decode, compute_logits, get_top_tokens):
         setattr(LoopUSForCausalLM, method.__name__, method)
     begin, wait = transfer.HostCopy.__init__, transfer.HostCopy.wait
 

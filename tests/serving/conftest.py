@@ -5,6 +5,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ def scale_out() -> tuple[str, ...]:
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
     return ("--enable-scale-out",) if hasattr(FrontendArgs, "enable_scale_out") else ()
+
+
+@pytest.fixture(scope="module")
+def long_answers(make_llm: Any) -> Callable[[Any], list[Any]]:
+    """For a setting: answers over a block boundary, of an engine with room for all that neither
+    runs ahead nor guesses."""
+    from tests.serving.test_early_exit import LONG, by_rule, generate, start
+
+    @cache
+    def answers(setting: Any) -> list[Any]:
+        cases = by_rule(setting[0])[setting[1]][:12]
+        return generate(start(make_llm, setting), cases, max_tokens=LONG)
+
+    return answers
 
 
 @pytest.fixture(scope="session")

@@ -208,6 +208,9 @@ class SecondLoopForCausalLM(LoopedModelBase):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         padded = ((name, with_padded_heads(name, tensor)) for name, tensor in weights)
         return AutoWeightsLoader(self).load_weights(padded, mapper=LlamaModel.hf_to_vllm_mapper)

@@ -1,8 +1,7 @@
 """Early exit in vLLM against the original's uncached forward: tokens and depths, in float32."""
 
 import random
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -29,6 +28,8 @@ def by_rule(backbone: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
 
 
 LONG = 40  # tokens, so that every sequence grows over a block boundary
+# A pool that has no room for that.
+SCARCE = {"max_model_len": 96, "num_gpu_blocks_override": 8 * 8 + 1, "max_num_seqs": 8}
 SETTINGS = [(backbone, rule) for backbone in BACKBONES for rule in by_rule(backbone)]
 MIXED = [setting for setting in SETTINGS if setting[1][:2] == ("threshold", 1)]
 
@@ -73,6 +74,37 @@ def assert_golden(cases: list[dict[str, Any]], outputs: Iterable[Any]) -> None:
     for case, output in zip(cases, outputs, strict=True):
         assert list(output.token_ids) == case["tokens"]
         assert exit_depths(output) == case["depths"]
+
+
+def assert_same(outputs: Iterable[Any], expected: Iterable[Any]) -> None:
+    """Completions are equal in tokens and exit depths."""
+    for output, other in zip(outputs, expected, strict=True):
+        assert output.token_ids == other.token_ids
+        assert exit_depths(output) == exit_depths(other)
+
+
+def assert_same_scores(outputs: Iterable[Any], expected: Iterable[Any]) -> None:
+    """As `assert_same`, with reasons and log-probabilities, which are equal up to rounding."""
+    for output, other in zip(outputs, expected, strict=True):
+        assert_same([output], [other])
+        assert output.finish_reason == other.finish_reason
+        assert (output.logprobs is None) == (other.logprobs is None)
+        for mine, theirs in zip(output.logprobs or (), other.logprobs or (), strict=True):
+            assert mine.keys() == theirs.keys()
+            for token in mine:
+                assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
+
+
+def assert_chunks_and_hits(llm: Any, budget: int) -> None:
+    """Golden answers twice, the second time from the prefix cache; no call has more rows."""
+    steps = spy_on_steps(llm)
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
+    hits = counter(llm, "vllm:prefix_cache_hits")
+    for _ in range(2):
+        assert_golden(cases, generate(llm, cases))
+    rows = [n for step in steps for n in [*step.passes, step.decoder_rows]]
+    assert 0 < max(rows) <= budget
+    assert counter(llm, "vllm:prefix_cache_hits") > hits
 
 
 def pool(llm: Any) -> Any:
@@ -176,39 +208,18 @@ def test_prefix_hits_between_knobs(make_llm: Any, setting: Any) -> None:
     assert counter(llm, "vllm:prefix_cache_hits") >= 32 * len(long)
 
 
-@pytest.fixture(scope="module")
-def long_answers(make_llm: Any) -> Callable[[Any], list[Any]]:
-    """Answers over a block boundary, of an engine with room for all."""
-
-    @cache
-    def answers(setting: Any) -> list[Any]:
-        cases = by_rule(setting[0])[setting[1]][:12]
-        return generate(start(make_llm, setting), cases, max_tokens=LONG)
-
-    return answers
-
-
 @pytest.mark.parametrize("setting", MIXED, ids=name_of)
 @pytest.mark.parametrize("quorum", [0.05, 1.0])
 def test_preemption(make_llm: Any, long_answers: Any, setting: Any, quorum: float) -> None:
     """Sequences grow over a block boundary in a pool that has no room for it."""
     cases = by_rule(setting[0])[setting[1]][:12]
     reference = long_answers(setting)
-    blocks = 8 * 8 + 1
-    llm = start(
-        make_llm,
-        setting,
-        {"exit_quorum": quorum},
-        max_model_len=96,
-        num_gpu_blocks_override=blocks,
-        max_num_seqs=8,
-    )
+    llm = start(make_llm, setting, {"exit_quorum": quorum}, **SCARCE)
     admit_too_many(llm)
     outputs = generate(llm, cases, max_tokens=LONG)
     assert counter(llm, "vllm:num_preemptions") > 0 and kv_manager(llm).short_of_planes > 0
-    for case, output, expected in zip(cases, outputs, reference, strict=True):
+    for case, output in zip(cases, outputs, strict=True):
         assert list(output.token_ids[:20]) == case["tokens"]
         assert exit_depths(output)[:20] == case["depths"]
-        assert output.token_ids == expected.token_ids
-        assert exit_depths(output) == exit_depths(expected)
-    assert pool(llm).get_num_free_blocks() == blocks - 1
+    assert_same(outputs, reference)
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1

@@ -107,44 +107,42 @@ def run_ahead(worker: Any, late: bool | None, passes: int) -> None:
         runner.quorum = EagerQuorum(runner.quorum, passes)
 
 
-def test_two_ranks_that_run_ahead(make_llm: Any, forked_processes: None) -> None:
-    """As above, with each way of running ahead forced."""
+def two_that_disagree(make_llm: Any, loopus: dict[str, Any], max_num_seqs: int) -> Any:
+    """Two ranks whose steps are noted; one would decide otherwise."""
     llm = start(
         make_llm,
         MIXED[0],
-        {"overlap": "on"},
+        loopus,
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         max_num_batched_tokens=24,
-        max_num_seqs=24,
+        max_num_seqs=max_num_seqs,
     )
-    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
     llm.collective_rpc(record)
     llm.collective_rpc(disturb)
-    for mode in ((True, 0), (False, 0), (None, 3)):
-        llm.collective_rpc(run_ahead, args=mode)
-        llm.reset_prefix_cache()
-        assert_golden(cases, generate(llm, cases))
-        first, second = llm.collective_rpc(recorded)
-        assert len(first) > 20 and first == second
+    return llm
 
 
-def test_two_ranks_that_guess(make_llm: Any, forked_processes: None) -> None:
-    llm = start(
-        make_llm,
-        MIXED[0],
-        {"speculate": {"draft_depth": 2, "lookahead": 4}},
-        tensor_parallel_size=2,
-        distributed_executor_backend="mp",
-        max_num_batched_tokens=24,
-        max_num_seqs=4,
-    )
+def assert_golden_and_alike(llm: Any) -> None:
     cases = by_rule(MIXED[0][0])[MIXED[0][1]]
-    llm.collective_rpc(record)
-    llm.collective_rpc(disturb)
     assert_golden(cases, generate(llm, cases))
     first, second = llm.collective_rpc(recorded)
     assert len(first) > 20 and first == second
+
+
+def test_two_ranks_that_run_ahead(make_llm: Any, forked_processes: None) -> None:
+    """As above, with each way of running ahead forced."""
+    llm = two_that_disagree(make_llm, {"overlap": "on"}, max_num_seqs=24)
+    for mode in ((True, 0), (False, 0), (None, 3)):
+        llm.collective_rpc(run_ahead, args=mode)
+        llm.reset_prefix_cache()
+        assert_golden_and_alike(llm)
+
+
+def test_two_ranks_that_guess(make_llm: Any, forked_processes: None) -> None:
+    loopus = {"speculate": {"draft_depth": 2, "lookahead": 4}}
+    llm = two_that_disagree(make_llm, loopus, max_num_seqs=4)
+    assert_golden_and_alike(llm)
     assert counter(llm, "vllm:loopus_confirmed_guesses") > 0
     assert counter(llm, "vllm:loopus_rejected_guesses") > 0
 

@@ -4,8 +4,6 @@ Each mode forces what `auto` would do on a fast device: the next pass before the
 verdicts one pass late, the decoder before the exits are read, passes in chains.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,15 +14,18 @@ from tests.conftest import (
     counter,
     golden_cases,
     runner_of,
-    spy_on_steps,
 )
 from tests.serving.fake_executor import EagerQuorum
 from tests.serving.test_early_exit import (
     LONG,
     MIXED,
+    SCARCE,
     SETTINGS,
+    assert_chunks_and_hits,
     assert_golden,
     assert_golden_in_any_order,
+    assert_same,
+    assert_same_scores,
     by_rule,
     generate,
     name_of,
@@ -88,47 +89,17 @@ def test_random_order_arrival_and_aborts(make_llm: Any, mode: Mode, quorum: floa
 @modes
 def test_chunks_and_prefix_hits(make_llm: Any, mode: Mode) -> None:
     llm = running(make_llm, MIXED[0], mode, max_num_batched_tokens=16, max_num_seqs=16)
-    steps = spy_on_steps(llm)
-    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
-    hits = counter(llm, "vllm:prefix_cache_hits")
-    for _ in range(2):
-        assert_golden(cases, generate(llm, cases))
-    rows = [n for step in steps for n in [*step.passes, step.decoder_rows]]
-    assert 0 < max(rows) <= 16
-    assert counter(llm, "vllm:prefix_cache_hits") > hits
-
-
-@pytest.fixture(scope="module")
-def long_answers(make_llm: Any) -> Callable[[], list[Any]]:
-    """Answers over a block boundary, of an engine with room for all and without overlap."""
-
-    @cache
-    def answers() -> list[Any]:
-        cases = by_rule(MIXED[0][0])[MIXED[0][1]][:12]
-        return generate(start(make_llm, MIXED[0]), cases, max_tokens=LONG)
-
-    return answers
+    assert_chunks_and_hits(llm, 16)
 
 
 @modes
 def test_preemption(make_llm: Any, long_answers: Any, mode: Mode) -> None:
-    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers()
-    blocks = 8 * 8 + 1
-    llm = running(
-        make_llm,
-        MIXED[0],
-        mode,
-        max_model_len=96,
-        num_gpu_blocks_override=blocks,
-        max_num_seqs=8,
-    )
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers(MIXED[0])
+    llm = running(make_llm, MIXED[0], mode, **SCARCE)
     admit_too_many(llm)
-    outputs = generate(llm, cases, max_tokens=LONG)
+    assert_same(generate(llm, cases, max_tokens=LONG), reference)
     assert counter(llm, "vllm:num_preemptions") > 0
-    for output, expected in zip(outputs, reference, strict=True):
-        assert output.token_ids == expected.token_ids
-        assert exit_depths(output) == exit_depths(expected)
-    assert pool(llm).get_num_free_blocks() == blocks - 1
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
 @modes
@@ -159,14 +130,7 @@ def test_seeds_penalties_scores_and_stops(make_llm: Any, mode: Mode) -> None:
     llm = running(make_llm, MIXED[0], mode, enable_prefix_caching=False)
     for order in ([*range(8)], [*range(8)][::-1], [2, 3, 4, 6, 7]):  # the last without seeds
         for index, output in zip(order, answers(llm, order), strict=True):
-            for one, other in zip(output.outputs, alone[index].outputs, strict=True):
-                assert one.token_ids == other.token_ids and exit_depths(one) == exit_depths(other)
-                assert one.finish_reason == other.finish_reason
-                assert (one.logprobs is None) == (other.logprobs is None)
-                for mine, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
-                    assert mine.keys() == theirs.keys()
-                    for token in mine:
-                        assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
+            assert_same_scores(output.outputs, alone[index].outputs)
             scores = output.prompt_logprobs, alone[index].prompt_logprobs
             assert (scores[0] is None) == (scores[1] is None)
             for mine, theirs in zip(*((score or ())[1:] for score in scores), strict=True):
@@ -208,9 +172,7 @@ def test_last_exited_does_not_depend_on_what_runs_ahead(make_llm: Any, passes: i
     plain = running(make_llm, MIXED[0], Mode("off", "off"), loopus=loopus)
     expected = generate(plain, cases, max_tokens=LONG)
     llm = running(make_llm, MIXED[0], Mode(passes=passes), loopus=loopus)
-    for output, other in zip(generate(llm, cases, max_tokens=LONG), expected, strict=True):
-        assert output.token_ids == other.token_ids
-        assert exit_depths(output) == exit_depths(other)
+    assert_same(generate(llm, cases, max_tokens=LONG), expected)
 
 
 def test_grammars(make_llm: Any) -> None:

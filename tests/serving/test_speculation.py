@@ -3,20 +3,23 @@
 In each run some guesses were right and some wrong.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
 
-from tests.conftest import admit_too_many, counter, runner_of, spy_on_steps
+from tests.conftest import admit_too_many, counter, runner_of
 from tests.serving.test_early_exit import (
     LONG,
     MIXED,
+    SCARCE,
     SETTINGS,
+    assert_chunks_and_hits,
     assert_golden,
     assert_golden_in_any_order,
+    assert_same,
+    assert_same_scores,
     by_rule,
     generate,
     name_of,
@@ -25,7 +28,7 @@ from tests.serving.test_early_exit import (
     start,
 )
 from vllm_loopus import exit_depths
-from vllm_loopus.serving.step.wave_plan import AutoPlan, FixedPlan
+from vllm_loopus.serving.step.wave_plan import AutoPlan, WavePlan
 
 # Draft depth and lookahead.
 waves = pytest.mark.parametrize("wave", [(1, 7), (2, 3)], ids=lambda wave: "{}-{}".format(*wave))
@@ -87,57 +90,28 @@ def test_random_order_arrival_and_aborts(make_llm: Any, quorum: float | str) -> 
 @waves
 def test_chunks_and_prefix_hits(make_llm: Any, wave: tuple[int, int]) -> None:
     llm = speculating(make_llm, MIXED[0], wave, max_num_batched_tokens=16, max_num_seqs=3)
-    steps = spy_on_steps(llm)
-    cases = by_rule(MIXED[0][0])[MIXED[0][1]]
-    hits = counter(llm, "vllm:prefix_cache_hits")
     with both_outcomes(llm):
-        for _ in range(2):
-            assert_golden(cases, generate(llm, cases))
-    rows = [n for step in steps for n in [*step.passes, step.decoder_rows]]
-    assert 0 < max(rows) <= 16
-    assert counter(llm, "vllm:prefix_cache_hits") > hits
-
-
-@pytest.fixture(scope="module")
-def long_answers(make_llm: Any) -> Callable[[], list[Any]]:
-    """Answers over a block boundary, of an engine with room for all that guesses nothing."""
-
-    @cache
-    def answers() -> list[Any]:
-        cases = by_rule(MIXED[0][0])[MIXED[0][1]][:12]
-        return generate(start(make_llm, MIXED[0]), cases, max_tokens=LONG)
-
-    return answers
+        assert_chunks_and_hits(llm, 16)
 
 
 @waves
 def test_preemption(make_llm: Any, long_answers: Any, wave: tuple[int, int]) -> None:
     """For lack of blocks. Guesses take none then."""
-    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers()
-    blocks = 8 * 8 + 1
-    llm = speculating(
-        make_llm,
-        MIXED[0],
-        wave,
-        max_model_len=96,
-        num_gpu_blocks_override=blocks,
-        max_num_seqs=8,
-    )
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers(MIXED[0])
+    llm = speculating(make_llm, MIXED[0], wave, **SCARCE)
     admit_too_many(llm)
     for _ in range(2):
         with both_outcomes(llm):
             outputs = generate(llm, cases, max_tokens=LONG)
-        for output, expected in zip(outputs, reference, strict=True):
-            assert output.token_ids == expected.token_ids
-            assert exit_depths(output) == exit_depths(expected)
+        assert_same(outputs, reference)
     assert counter(llm, "vllm:num_preemptions") > 0
-    assert pool(llm).get_num_free_blocks() == blocks - 1
+    assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
 @waves
 def test_preemption_in_a_wave(make_llm: Any, long_answers: Any, wave: tuple[int, int]) -> None:
     """Everything that runs is preempted now and then, guesses or not."""
-    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers()
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers(MIXED[0])
     llm = speculating(make_llm, MIXED[0], wave, max_num_seqs=8)
     engine, stairs, cut = llm.llm_engine, runner_of(llm)._sequences.stairs, 0
     answers: dict[str, Any] = {}
@@ -155,9 +129,8 @@ def test_preemption_in_a_wave(make_llm: Any, long_answers: Any, wave: tuple[int,
             if not engine.has_unfinished_requests():
                 break
     assert cut > 0
-    for number, expected in enumerate(reference):
-        assert answers[str(number)].token_ids == expected.token_ids
-        assert exit_depths(answers[str(number)]) == exit_depths(expected)
+    found = [answers[str(number)] for number in range(len(cases))]
+    assert_same(found, reference)
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
@@ -195,14 +168,7 @@ def test_seeds_penalties_scores_and_stops(make_llm: Any, wave: tuple[int, int]) 
         found = [(order, answers(llm, order)) for order in (every, every[::-1])]
     for order, outputs in found:
         for index, output in zip(order, outputs, strict=True):
-            for one, other in zip(output.outputs, alone[index].outputs, strict=True):
-                assert one.token_ids == other.token_ids and exit_depths(one) == exit_depths(other)
-                assert one.finish_reason == other.finish_reason
-                assert (one.logprobs is None) == (other.logprobs is None)
-                for mine, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
-                    assert mine.keys() == theirs.keys()
-                    for token in mine:
-                        assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
+            assert_same_scores(output.outputs, alone[index].outputs)
 
 
 @pytest.mark.parametrize("overlap", ["on", "off"])
@@ -220,7 +186,7 @@ def test_auto_and_overlap(make_llm: Any, overlap: str) -> None:
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
 
 
-class Restless(FixedPlan):
+class Restless(WavePlan):
     """Another plan in each step, none at all in some."""
 
     def __init__(self) -> None:

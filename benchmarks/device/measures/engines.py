@@ -1,6 +1,8 @@
 """The engines that are measured: in this process, with dummy weights or a golden checkpoint."""
 
 import os
+import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_loopus.bench.models import SIZES, ModelSize, write_config
-from vllm_loopus.bench.workloads import Request
+from vllm_loopus.bench.workloads import Generator, Request
 
 HERE = Path(__file__).resolve()
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -109,6 +111,30 @@ def build_shape(size: str, folder: Path, graphs: bool, **options: Any) -> Any:
         "max_model_len": 128,
     }
     return build(model, graphs, **{**defaults, **options})
+
+
+def options_of_policy(options: ArgumentParser, sequences: Sequence[int]) -> None:
+    """The options of a measure over an engine of a size and a K/V policy."""
+    options.add_argument("--size", choices=SHAPES, default="4b")
+    options.add_argument("--policy", choices=("exact", "last_exited"), default="exact")
+    options.add_argument("--sequences", type=int, nargs="+", default=sequences)
+    options.add_argument("--graphs", action="store_true")
+
+
+def build_policy(given: Namespace) -> tuple[str, list[int], Any, Generator]:
+    """For these options: the size, the numbers of sequences, the engine, and what draws its
+    requests."""
+    size, sequences = ("tiny", [2]) if given.tiny else (given.size, given.sequences)
+    base = SHAPES[size].base
+    with tempfile.TemporaryDirectory() as folder:
+        llm = build_shape(
+            size,
+            Path(folder),
+            given.graphs,
+            max_num_seqs=max(sequences),
+            additional_config={"loopus": {"kv_policy": given.policy}},
+        )
+    return size, sequences, llm, Generator(base.vocabulary, base.max_loops, MEAN)
 
 
 def runner_of(llm: Any) -> Any:

@@ -8,19 +8,16 @@ What else runs between the calls (sampler, exit rule, copies) is in the gaps.
 """
 
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from measures.engines import MEAN, SHAPES, answer, build_shape, runner_of
+from measures.engines import answer, build_policy, options_of_policy, runner_of
 from measures.program import end, parser, saying
-from vllm_loopus.bench.workloads import Generator
 
 PROMPT, TOKENS, WAVES = 4, 32, 2
 
@@ -107,22 +104,10 @@ def of_calls(calls: list[Call]) -> dict[str, float]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--size", choices=SHAPES, default="4b")
-    options.add_argument("--policy", choices=("exact", "last_exited"), default="exact")
-    options.add_argument("--sequences", type=int, nargs="+", default=[64, 16, 1])
-    options.add_argument("--graphs", action="store_true")
+    options_of_policy(options, [64, 16, 1])
     given = options.parse_args()
-    size, sequences = ("tiny", [2]) if given.tiny else (given.size, given.sequences)
-    shape, say = SHAPES[size], saying(given)
-    with tempfile.TemporaryDirectory() as folder:
-        llm = build_shape(
-            size,
-            Path(folder),
-            given.graphs,
-            max_num_seqs=max(sequences),
-            additional_config={"loopus": {"kv_policy": given.policy}},
-        )
-    generator = Generator(shape.base.vocabulary, shape.base.max_loops, MEAN)
+    say = saying(given)
+    size, sequences, llm, generator = build_policy(given)
     calls = watch(runner_of(llm))
     for count in sequences:
         answer(llm, generator.decode(1, count, PROMPT, 3).requests, count)

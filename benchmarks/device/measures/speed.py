@@ -6,37 +6,24 @@ Off and on take turns over the same requests; on exits at a mean depth of 3 of 8
 seeded law. `ideal` is the ratio of the weights that are read.
 """
 
-import tempfile
 import time
-from pathlib import Path
 
-from measures.engines import MEAN, SHAPES, answer, build_shape, wait
+from measures.engines import MEAN, SHAPES, answer, build_policy, options_of_policy, wait
 from measures.program import end, parser, saying
-from vllm_loopus.bench.workloads import Generator, Workload
+from vllm_loopus.bench.workloads import Workload
 
 PROMPT, TOKENS, WAVES, ROUNDS = 4, 32, 2, 2
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--size", choices=SHAPES, default="4b")
-    options.add_argument("--policy", choices=("exact", "last_exited"), default="exact")
-    options.add_argument("--sequences", type=int, nargs="+", default=[64, 16, 1, 256])
-    options.add_argument("--graphs", action="store_true")
+    options_of_policy(options, [64, 16, 1, 256])
     given = options.parse_args()
-    size, sequences = ("tiny", [2]) if given.tiny else (given.size, given.sequences)
+    say = saying(given)
+    size, sequences, llm, generator = build_policy(given)
     tokens = 4 if given.tiny else TOKENS
-    shape, say = SHAPES[size], saying(given)
+    shape = SHAPES[size]
     loops = shape.base.max_loops
-    with tempfile.TemporaryDirectory() as folder:
-        llm = build_shape(
-            size,
-            Path(folder),
-            given.graphs,
-            max_num_seqs=max(sequences),
-            additional_config={"loopus": {"kv_policy": given.policy}},
-        )
-    generator = Generator(shape.base.vocabulary, loops, MEAN)
 
     def rate(work: Workload, count: int) -> float:
         wait()

@@ -52,6 +52,9 @@ class LoopedModelBase(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Hidden states [M, H] -> logits [M, V]; part of vLLM's model interface."""
 
+    @abstractmethod
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor: ...
+
     def forward(
         self,
         input_ids: torch.Tensor,

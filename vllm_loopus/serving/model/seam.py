@@ -54,6 +54,7 @@ class LoopedModel(Protocol):
         used; None for all."""
         ...
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Hidden states [M, H] -> logits [M, V], on all ranks."""
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [M, H] -> the most likely tokens [M] (as vLLM calls it in models that are
+        drafted with)."""
         ...

@@ -30,7 +30,7 @@ from vllm_loopus.serving.step.quorum import quorum_for
 from vllm_loopus.serving.step.run import StepRunner
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.step.wave import Waves
-from vllm_loopus.serving.step.wave_plan import AutoPlan, FixedPlan
+from vllm_loopus.serving.step.wave_plan import AutoPlan, WavePlan
 from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.decoded import Decoded
 from vllm_loopus.serving.worker.executor import PagedExecutor
@@ -244,7 +244,7 @@ def waves_of(options: EngineOptions, stairs: Staircases) -> Waves | None:
         return None
     if options.speculate == AUTO:
         return Waves(stairs, AutoPlan(stairs.num_depths, options.lookahead))
-    return Waves(stairs, FixedPlan(options.draft_depth, options.lookahead))
+    return Waves(stairs, WavePlan(options.draft_depth, options.lookahead))
 
 
 def adopt(runner: Any, adapter: type[LoopAdapter]) -> Any:

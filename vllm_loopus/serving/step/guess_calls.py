@@ -149,5 +149,6 @@ class GuessCalls:
             at = np.full_like(sequences, depth)
             asked = stairs.depth[sequences] >= depth
             asked &= stairs.predetermined_at(sequences, at) == UNKNOWN
+            asked &= stairs.settled[sequences, depth] >= stairs.done[sequences, 0]  # not unread
             exits = stairs.exit_depth[sequences] == depth
             quorum.observe(stairs, sequences[asked], at[asked], exits[asked])

@@ -76,8 +76,9 @@ _ARRAYS = {
     "begun": ((), np.int64),  # the first position in flight
     "ahead": ((), np.int64),  # guessed positions in flight
     "tentative": ((), bool),  # its newest position began with a guess that is not confirmed yet
+    "spoiled": ((), bool),  # guesses were forgotten because of their states
     "lookahead": ((), np.int64),  # how many there may be
-    "tries": ((), np.int64),  # how often guesses were forgotten
+    "begins": ((), np.int64),  # how often positions have begun, guessed ones included
     "age": ((), np.int64),  # steps in flight
     "life": ((), np.int64),  # how many sequences have had this row
 }
@@ -85,7 +86,8 @@ BY_SLOT = {
     "depths": np.int64,  # that a position in flight has reached
     "targets": np.int64,  # that it goes to, as far as is known
     "exit_depths": np.int64,  # 0: not known yet
-    "forceds": np.int64,  # the exit depth given for its token; 0: none
+    "given_depths": np.int64,  # the exit depth given for its token; 0: none
+    "numbers": np.int64,  # its beginning, among those of the sequence, from 1
     "guesses": np.int64,  # the token it begins with, if that is a guess
     "guess_depths": np.int64,  # and the depth at which it was guessed
 }
@@ -129,12 +131,14 @@ class Staircases:
     forced: Ints = field(init=False)
     ahead: Ints = field(init=False)
     tentative: Bools = field(init=False)
+    spoiled: Bools = field(init=False)
     lookahead: Ints = field(init=False)
-    tries: Ints = field(init=False)
+    begins: Ints = field(init=False)
     depths: Ints = field(init=False)  # [S, slots]
     targets: Ints = field(init=False)
     exit_depths: Ints = field(init=False)
-    forceds: Ints = field(init=False)
+    given_depths: Ints = field(init=False)
+    numbers: Ints = field(init=False)
     guesses: Ints = field(init=False)
     guess_depths: Ints = field(init=False)
     age: Ints = field(init=False)
@@ -171,12 +175,12 @@ class Staircases:
             new = np.zeros((more, *old.shape[1:]), dtype=old.dtype)
             setattr(self, name, np.concatenate([old, new]))
         self.depth, self.target = self.depths[:, 0], self.targets[:, 0]
-        self.exit_depth, self.forced = self.exit_depths[:, 0], self.forceds[:, 0]
+        self.exit_depth, self.forced = self.exit_depths[:, 0], self.given_depths[:, 0]
 
     def add(self, index: int, start: Start) -> None:
         """A sequence gets the row `index`."""
         depth, knobs = start.max_depth, start.knobs
-        for name in [*_ARRAYS.keys() - {"life", "tries"}, *_BY_DEPTH, *BY_SLOT]:
+        for name in [*_ARRAYS.keys() - {"life"}, *_BY_DEPTH, *BY_SLOT]:
             getattr(self, name)[index] = 0
         self.reasons.pop(index, None)
         self.life[index] += 1
@@ -224,6 +228,7 @@ class Staircases:
             target = np.where(self.prefilling(sequences), self.max_depth[sequences], target)
         self.target[sequences] = target
         self.forced[sequences] = self.given(sequences, 0)
+        self.number(sequences, 0)
         depth = np.zeros_like(first)
         return Chunks(sequences, depth, first, end, np.ones(len(sequences), dtype=bool))
 
@@ -231,6 +236,11 @@ class Staircases:
         """The exit depths given for the tokens of the positions in `slot`; 0 for none."""
         number = np.minimum(self.num_generated[sequences] + slot, self._given.shape[1] - 1)
         return self._given[sequences, number]
+
+    def number(self, sequences: Ints, slot: Ints | int) -> None:
+        """Numbers the positions in `slot`, which begin."""
+        self.begins[sequences] += 1
+        self.numbers[sequences, slot] = self.begins[sequences]
 
     def right_guess(self, sequences: Ints, equal: Bools) -> Bools:
         """Whether the guess of the newest token of each sequence counts as right; `equal`: whether
@@ -247,7 +257,7 @@ class Staircases:
         """What was computed of the position `end - 1` is useless. That fails the sequence, unless
         the position is a guess: then guesses are forgotten. Returns whether it has failed."""
         if end > self.certain(np.array([index]))[0]:
-            self.lookahead[index] = 0
+            self.lookahead[index], self.spoiled[index] = 0, True
             self.forget(np.array([index]))
             return False
         self.fail(index, reason)
@@ -265,7 +275,6 @@ class Staircases:
         self.tentative[sequences] = False
         self.life[sequences] += guessed  # nothing certain of them is under way
         self.ahead[sequences] = 0
-        self.tries[sequences] += 1
         known = self.done[sequences, :1]
         for array in (self.done, self.settled, self.decoded):
             array[sequences] = np.minimum(array[sequences], known)
@@ -366,7 +375,7 @@ class Staircases:
         any depth from `min_loops` on.
         """
         known = self._predetermined[sequences, depth]
-        forced = self.forceds[sequences, slot]
+        forced = self.given_depths[sequences, slot]
         if not forced.any():
             return known
         open_ = (depth >= self.min_loops[sequences]) | (depth == forced)
@@ -377,7 +386,7 @@ class Staircases:
         """The positions of `sequences` in `slot`, undecided so far, have reached `depth`; `exits`
         is what the exit rule decided. Returns which of them exit there."""
         slot = np.zeros_like(sequences) if slot is None else slot
-        forced = self.forceds[sequences, slot]
+        forced = self.given_depths[sequences, slot]
         leaving = np.where(forced > 0, depth == forced, exits)
         index, depth, slot = sequences[leaving], depth[leaving], slot[leaving]
         self.exit_depths[index, slot] = depth

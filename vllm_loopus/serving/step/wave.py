@@ -124,7 +124,8 @@ class Waves:
         slot = stairs.ahead[sequences]
         stairs.depths[sequences, slot] = stairs.exit_depths[sequences, slot] = 0
         stairs.targets[sequences, slot] = stairs.max_depth[sequences]
-        stairs.forceds[sequences, slot] = stairs.given(sequences, slot)
+        stairs.given_depths[sequences, slot] = stairs.given(sequences, slot)
+        stairs.number(sequences, slot)
         stairs.guesses[sequences, slot] = NOT_READ
         stairs.guess_depths[sequences, slot] = chunks.depth
         self._counts.made += len(sequences)

@@ -5,7 +5,6 @@ those of the tokens.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -14,38 +13,11 @@ from vllm_loopus.serving.step.acceptance import Acceptance
 from vllm_loopus.serving.step.chunks import Bools, Ints
 
 
-class WavePlan(Protocol):
-    """- `draft_depth`: passes before a guess. `lookahead`: guessed positions of a sequence."""
+class WavePlan:
+    """As the engine option says.
 
-    draft_depth: int
-    lookahead: int
-
-    def begin_step(
-        self,
-        sequences: Ints,
-        exit_depths: Ints,
-        costs: StepCosts | None,
-        seconds: float | None = None,
-    ) -> None:
-        """A step with `sequences` begins. `exit_depths`: of the tokens of the last one, which took
-        `seconds`, if that is known. `costs`: as measured so far, None while unknown."""
-        ...
-
-    def allows(self, sequences: Ints) -> Bools:
-        """Which of `sequences` may guess."""
-        ...
-
-    def observe(self, sequences: Ints, depth: Ints, right: bool) -> None:
-        """Guesses of `sequences` at `depth` were all right, or all wrong."""
-        ...
-
-    def add(self, index: int) -> None:
-        """A sequence gets the row `index`."""
-        ...
-
-
-class FixedPlan:
-    """As the engine option says."""
+    - `draft_depth`: passes before a guess. `lookahead`: guessed positions of a sequence.
+    """
 
     def __init__(self, draft_depth: int, lookahead: int) -> None:
         self.draft_depth, self.lookahead = draft_depth, lookahead
@@ -57,16 +29,18 @@ class FixedPlan:
         costs: StepCosts | None,
         seconds: float | None = None,
     ) -> None:
-        pass
+        """A step with `sequences` begins. `exit_depths`: of the tokens of the last one, which took
+        `seconds`, if that is known. `costs`: as measured so far, None while unknown."""
 
     def allows(self, sequences: Ints) -> Bools:
+        """Which of `sequences` may guess."""
         return np.ones(len(sequences), dtype=bool)
 
     def observe(self, sequences: Ints, depth: Ints, right: bool) -> None:
-        pass
+        """Guesses of `sequences` at `depth` were all right, or all wrong."""
 
     def add(self, index: int) -> None:
-        pass
+        """A sequence gets the row `index`."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +116,7 @@ class _Measured:
     rest: int = 0  # how many there were last time
 
 
-class AutoPlan:
+class AutoPlan(WavePlan):
     """Guesses where that is expected to be faster, as far ahead as is best (`Expected`), unless it
     turns out to be slower: measured rates have the last word."""
 
@@ -155,6 +129,7 @@ class AutoPlan:
 
     def __init__(self, max_loops: int, lookahead: int) -> None:
         """`lookahead`: the most positions of a sequence that may be guessed."""
+        super().__init__(1, 0)
         self._depths = range(1, max(min(self.DEPTHS, max_loops - 1), 1) + 1)
         self._choices = sorted({min(ahead, lookahead) for ahead in (1, 2, 3, 5, 7, lookahead)})
         self._acceptance = Acceptance(max_loops)
@@ -162,7 +137,6 @@ class AutoPlan:
         self._needed = 1.0  # acceptance
         self._measured: dict[int, _Measured] = {}  # by the power of two of the sequences
         self._before = 0  # sequences in the last step
-        self.draft_depth, self.lookahead = 1, 0
 
     def add(self, index: int) -> None:
         self._acceptance.add(index)

@@ -30,9 +30,8 @@ class LikelyTokens:
 
     def guess(self, sequences: Ints, hidden: torch.Tensor) -> torch.Tensor:
         """The tokens [n] for the decoder's hidden states [n, H] of `sequences` [n]."""
-        logits = self._model.compute_logits(hidden)
-        assert logits is not None, "the LM head gathers on all ranks"
-        ids: torch.Tensor = self._group.broadcast(logits.argmax(dim=-1).to(torch.int32), src=0)
+        likely = self._model.get_top_tokens(hidden).to(torch.int32)
+        ids: torch.Tensor = self._group.broadcast(likely, src=0)
         if len(self._ids) < self._stairs.capacity:
             grown = ids.new_zeros(self._stairs.capacity)
             grown[: len(self._ids)] = self._ids

@@ -292,7 +292,7 @@ class PagedExecutor:
             return None
         # An exit depth that was given stands for what the rule would say.
         slot = self._stairs.slot_of(chunks)[deciding]
-        asked = self._stairs.forceds[chunks.sequence[deciding], slot] == 0
+        asked = self._stairs.given_depths[chunks.sequence[deciding], slot] == 0
         reading = _Exits(self, self._ask(chunks, deciding[asked], layout, observed), asked)
         if writes is not None:
             reading.then = _Deferred(chunks, layout, deciding, may_exit, refined, writes)
@@ -308,7 +308,7 @@ class PagedExecutor:
         exits = self._exits.after(
             chunks.sequence[deciding],
             chunks.end[deciding],
-            self._stairs.tries[chunks.sequence[deciding]],
+            self._stairs.numbers[chunks.sequence[deciding], self._stairs.slot_of(chunks)[deciding]],
             chunks.depth[deciding],
             None if every else layout.spans.last_rows[deciding],
             observed,

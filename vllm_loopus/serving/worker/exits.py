@@ -31,7 +31,7 @@ class Exits:
         self._carry = torch.zeros(0, len(rule.first_carry), device=device)
         self._knobs = np.zeros((3, 8), dtype=np.float32)  # threshold, min_loops, max_loops
         self._slots = slots
-        self._asked = np.zeros((8, slots), dtype=np.int64)  # what was asked about last
+        self._asked = np.zeros((8, slots), dtype=np.int64)  # number of what was asked about last
         self._with_knobs: tuple[Ints, ExitRule] | None = None  # for these sequences
 
     def add(self, index: int, knobs: RequestKnobs) -> None:
@@ -48,20 +48,21 @@ class Exits:
         self,
         sequences: Ints,
         position: Ints,
-        tries: Ints,
+        numbers: Ints,
         depth: Ints,
         rows: Ints | None,
         observed: torch.Tensor,
     ) -> torch.Tensor:
         """What the rule decides for the positions `position` [S] of `sequences` [S] at `depth`
-        [S]: a mask [S] on the device. `tries` [S]: tells apart guesses of the same position.
+        [S]: a mask [S] on the device. `numbers` [S]: of their beginnings, which tell apart guesses
+        of the same position.
 
         `observed` [T, E]: what the pass gave to look at; `rows` [S] those of the newest positions,
         None for all, in order.
         """
-        place, about = position % self._slots, position + (tries << 32)
-        first = self._asked[sequences, place] != about
-        self._asked[sequences, place] = about
+        place = position % self._slots
+        first = self._asked[sequences, place] != numbers
+        self._asked[sequences, place] = numbers
         known = self._with_knobs
         fresh_knobs = known is None or not np.array_equal(known[0], sequences)
         sent: list[NDArray[np.generic]] = [depth, *([] if rows is None else [rows])]

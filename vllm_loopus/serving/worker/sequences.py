@@ -321,7 +321,11 @@ class RunningSequences:
 
     def _settle(self) -> None:
         """Waits for the decoder: sequences whose states are not finite have failed."""
+        stairs = self.stairs
         self._tables.mark_decoded(self.runner.settle_decoder())
+        if len(spoiled := np.flatnonzero(stairs.spoiled)):
+            self._tables.forget(spoiled, stairs.done[spoiled, 0], stairs.slots)
+            stairs.spoiled[spoiled] = False
         decoded = self._executor.decoded
         if (failed := self.stairs.failed[decoded.sequences]).any():
             assert decoded.hidden is not None
