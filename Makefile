@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_ROOT_USER_ACTION ?= ignore
 
-.PHONY: demo test test-fast test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host rehearse-device train-tiny eval-tiny lock clean
+.PHONY: demo test test-fast test-long test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host rehearse-device train-tiny eval-tiny lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -36,7 +36,11 @@ test: .venv
 
 # Without an engine and what is slow, for the inner loop.
 test-fast: .venv
-	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not slow and not faults and not ray"
+	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not slow and not faults and not ray and not long"
+
+# Broad sweeps over checkpoints and settings, and long runs. CI runs them after `make test`.
+test-long: .venv
+	$(BIN)/python -m pytest tests $(TOGETHER) -m long
 
 # Slow runs with injected faults: killed batches and training, clients that hang up, a soak.
 test-faults: .venv
