@@ -1,8 +1,10 @@
 """The looped architectures that can be served, with one `Architecture` record each.
 
-To add one, write a config class, a vLLM model that implements `serving/model/seam.py` and a
-reference model, and add a module here with its record, listed in `ARCHITECTURES`. Nothing else in
-`serving/` depends on the architecture of a model.
+Each has a folder here: `config.py`, `reference.py` (for transformers), `vllm_model.py` (implements
+`serving/model/seam.py`; imported when a model is served, by the name in the record) and
+`record.py`, listed in `ARCHITECTURES`. Nothing else depends on the architecture of a model. LoopUS,
+which recasting and training are about, has its parts in `config.py`, `modeling/` and
+`serving/model/loopus.py` of the package.
 """
 
 from pkgutil import resolve_name
