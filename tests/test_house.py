@@ -25,12 +25,13 @@ SERVING_RULES = {
     "hooks": {"knobs", "messages", "model", "runners", "frontend"},
 }
 # The same for the package: `serving` stands on the transformers side, tools stand on both.
-BASE = {"extras", "files", "backbones", "base_attention", "config", "aliases"}
+BASE = {"extras", "files", "backbones", "base_attention", "base_config", "config", "aliases"}
 PACKAGE_RULES = {
     "files": set(),
     "backbones": set(),
     "base_attention": {"backbones"},
-    "config": {"backbones", "base_attention"},
+    "base_config": {"backbones", "base_attention"},
+    "config": {"base_config", "backbones", "base_attention"},
     "aliases": {"files"},
     "modeling": BASE,
     "architectures": {"config", "modeling"},

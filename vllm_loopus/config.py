@@ -4,27 +4,23 @@ It reads two formats, ours (`model_type: "loopus"`) and the released one (`model
 `N`, `q_threshold`, `q_eval_interval` and `base_config_dict`), and always writes ours.
 """
 
-import copy
-import math
 from typing import Any, ClassVar
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
-from vllm_loopus.backbones import BACKBONES, Backbone
-from vllm_loopus.base_attention import BaseAttention
+from vllm_loopus.base_config import (
+    MAX_RECURSION_DEPTH,
+    ConfigWithBase,
+    check_choice,
+    check_integer,
+)
 
 ARCHITECTURE = "LoopUSForCausalLM"
 HALTING_STRATEGIES = ("threshold", "cdf", "convergence")
 CONFIDENCE_INPUTS = ("state", "update")
-MISSING_BASE = (
-    "base_config is missing; give the base model's complete config (`base_config_dict` in the "
-    "released format)"
-)
-MAX_RECURSION_DEPTH = 256  # a larger value is certainly a mistake
 
 
-class LoopUSConfig(PreTrainedConfig):
+class LoopUSConfig(ConfigWithBase):
     """A base model split into encoder, reasoning block and decoder.
 
     Fields (names of the released format in brackets; both are accepted everywhere, including in
@@ -46,7 +42,8 @@ class LoopUSConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "loopus"
-    sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
+    integers: ClassVar[tuple[str, ...]] = ("max_loops", "min_loops", "exit_interval")
+    numbers: ClassVar[tuple[str, ...]] = ("exit_threshold", "convergence_epsilon")
     attribute_map: ClassVar[dict[str, str]] = {
         "N": "max_loops",
         "q_threshold": "exit_threshold",
@@ -54,8 +51,6 @@ class LoopUSConfig(PreTrainedConfig):
         "base_config_dict": "base_config",
     }
 
-    base_config: dict[str, Any] | PreTrainedConfig | None = None
-    base_model_name_or_path: str | None = None
     encoder_layer_indices: list[int] | tuple[int, ...] = ()
     reasoning_layer_indices: list[int] | tuple[int, ...] = ()
     decoder_layer_indices: list[int] | tuple[int, ...] = ()
@@ -72,75 +67,11 @@ class LoopUSConfig(PreTrainedConfig):
         for released_name, name in self.attribute_map.items():
             if released_name in kwargs:
                 setattr(self, name, kwargs.pop(released_name))
-        for derived in ("hidden_size", "vocab_size"):
-            kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
         self.architectures: list[str] = self.architectures or [ARCHITECTURE]
         # transformers builds a config without arguments to find the defaults; do not check that.
         if self.base_config is not None:
             self.check()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers. Raises `ValueError` if the checkpoint has no base config."""
-        if not any(config_dict.get(name) for name in ("base_config", "base_config_dict")):
-            raise ValueError(MISSING_BASE)
-        return super().from_dict(config_dict, **kwargs)
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        name = self.attribute_map.get(key, key)
-        if name == "base_config" and isinstance(value, dict):
-            value = _base_config_from_dict(value)
-        elif name == "base_config" and getattr(value, "tie_word_embeddings", False):
-            value = copy.deepcopy(value)
-            value.tie_word_embeddings = False  # see `_base_config_from_dict`
-        if name in _INTEGERS:
-            _check_integer(name, value)
-        elif name in _NUMBERS:
-            _check_number(name, value)
-        try:
-            super().__setattr__(key, value)
-        except StrictDataclassError as error:
-            raise ValueError(f"{name}={value!r} does not have the right type: {error}") from error
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The base model's config, which contains the sizes that vLLM and transformers read."""
-        return self if self.base_config is None else self.base
-
-    @property
-    def base(self) -> PreTrainedConfig:
-        """`base_config` as a config. Raises `ValueError` if it is missing."""
-        if not isinstance(self.base_config, PreTrainedConfig):
-            raise ValueError(MISSING_BASE)
-        return self.base_config
-
-    @property
-    def backbone(self) -> Backbone:
-        """The entry of `BACKBONES` for the base model. Raises `ValueError` if there is none."""
-        return _backbone_of(self.base.model_type)
-
-    @property
-    def attention(self) -> BaseAttention:
-        """The attention settings of the base model."""
-        return BaseAttention(self.base, self.backbone)
-
-    @property
-    def exact_context(self) -> int | None:
-        """The longest sequence whose K/V does not depend on its length; None for no limit."""
-        return self.attention.exact_context
-
-    @property
-    def logit_softcap(self) -> float | None:
-        """The cap on logits of the base model; None if there is none."""
-        return self.backbone.value(self.base, "logit_softcap")
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.get_text_config().hidden_size) if self.base_config is not None else 0
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.get_text_config().vocab_size) if self.base_config is not None else 0
 
     def check(self) -> None:
         """Raises `ValueError` with field, value and fix if the fields are inconsistent."""
@@ -159,8 +90,8 @@ class LoopUSConfig(PreTrainedConfig):
             )
         if self.exit_interval < 1:
             raise ValueError(f"exit_interval={self.exit_interval} must be 1 or more")
-        _check_choice("halting_strategy", self.halting_strategy, HALTING_STRATEGIES)
-        _check_choice("confidence_input", self.confidence_input, CONFIDENCE_INPUTS)
+        check_choice("halting_strategy", self.halting_strategy, HALTING_STRATEGIES)
+        check_choice("confidence_input", self.confidence_input, CONFIDENCE_INPUTS)
         if self.exit_threshold < 0:
             raise ValueError(
                 f"exit_threshold={self.exit_threshold} must be 0 or more (1.0 or more: no early "
@@ -183,7 +114,7 @@ class LoopUSConfig(PreTrainedConfig):
         }
         for name, run in runs.items():
             for index in run:
-                _check_integer(name, index)
+                check_integer(name, index)
                 if not 0 <= index < num_layers:
                     raise ValueError(
                         f"{name}={list(run)} contains layer {index}, but the base model has layers "
@@ -225,58 +156,3 @@ class ReleasedLoopUSConfig(LoopUSConfig):
 def register_released_format() -> None:
     """Registers the released checkpoints' format with `AutoConfig`. May be called repeatedly."""
     AutoConfig.register(ReleasedLoopUSConfig.model_type, ReleasedLoopUSConfig, exist_ok=True)
-
-
-_INTEGERS = ("max_loops", "min_loops", "exit_interval")
-_NUMBERS = ("exit_threshold", "convergence_epsilon")
-
-
-def _base_config_from_dict(value: dict[str, Any]) -> PreTrainedConfig:
-    fields = dict(value)
-    model_type = fields.pop("model_type", None)
-    _backbone_of(model_type)
-    for about_the_file in ("transformers_version", "_name_or_path"):
-        fields.pop(about_the_file, None)
-    # The LM head of a LoopUS model is never tied, even if that of the base model is.
-    fields["tie_word_embeddings"] = False
-    try:
-        return CONFIG_MAPPING[model_type](**fields)
-    except StrictDataclassError as error:
-        raise ValueError(f"base_config is not a valid {model_type} config: {error}") from error
-
-
-def _backbone_of(model_type: Any) -> Backbone:
-    if model_type not in BACKBONES:
-        raise ValueError(
-            f"base_config.model_type={model_type!r} is not supported; "
-            f"supported base models: {', '.join(BACKBONES)}"
-        )
-    return BACKBONES[model_type]
-
-
-def is_integer(value: object) -> bool:
-    """Whether `value` is a whole number; `True` and `False` are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite_number(value: object) -> bool:
-    """Whether `value` is a number in the range of floats and neither NaN nor infinite."""
-    try:
-        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-    except OverflowError:  # an integer outside the range of floats
-        return False
-
-
-def _check_integer(name: str, value: object) -> None:
-    if not is_integer(value):
-        raise ValueError(f"{name}={value!r} must be a whole number")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not is_finite_number(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

@@ -1,8 +1,6 @@
 """`LoopUSForCausalLM` as vLLM runs it, made of vLLM's own layers."""
 
-import copy
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -29,48 +27,8 @@ from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import expected_shapes
 from vllm_loopus.serving.model.base import LoopedModelBase
+from vllm_loopus.serving.model.layer_run import LayerRun
 from vllm_loopus.serving.model.planes import Planes
-
-
-class LayerRun(nn.Module):
-    """A run of the base model's layers as vLLM has them; the base class of all three parts."""
-
-    def __init__(self, vllm_config: VllmConfig, indices: Sequence[int], prefix: str) -> None:
-        """`indices`: the layers of the base in this run."""
-        super().__init__()
-        config: LoopUSConfig = vllm_config.model_config.hf_config
-        layer_class = load_class(config.backbone.vllm_layer)
-        # vLLM's layers look up their type by their number, which counts inside the run here.
-        base = copy.copy(config.base)
-        base.layer_types = [config.attention.types[index] for index in indices]
-        self.layers = nn.ModuleList()
-        for number, index in enumerate(indices):
-            # Layers that do not look it up take the window of the cache config.
-            windowed = copy.copy(vllm_config)
-            windowed.cache_config = copy.copy(vllm_config.cache_config)
-            windowed.cache_config.sliding_window = config.attention.window(index)
-            # vLLM's layers take either the whole vLLM config or the parts they need.
-            offered = {
-                "vllm_config": windowed,
-                "config": base,
-                "cache_config": windowed.cache_config,
-                "quant_config": vllm_config.quant_config,
-            }
-            taken = inspect.signature(layer_class).parameters.keys() & offered.keys()
-            arguments = {name: offered[name] for name in taken}
-            self.layers.append(layer_class(**arguments, prefix=f"{prefix}.layers.{number}"))
-
-    def run_layers(
-        self, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and the residual still to be added, [T, H] each.
-
-        Needs at least one layer, because vLLM's layers create the residual themselves.
-        """
-        residual: Any = None
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
-        return hidden, residual
 
 
 class Encoder(LayerRun):
