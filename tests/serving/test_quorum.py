@@ -140,9 +140,9 @@ def test_dear_boundaries_are_shared_by_more() -> None:
     assert share_at_the_end(0.01) < share_at_the_end(2.0) < share_at_the_end(20.0)
 
 
-def foresees(rule: AutoQuorum, count: int, ready: int = 0) -> bool:
+def foresees(rule: AutoQuorum, count: int, ready: int = 0, called: bool = False) -> bool:
     running = Running()
-    return rule.foresees(ready, running.stairs, running.add(2, count=count))
+    return rule.foresees(ready, running.stairs, running.add(2, count=count), called)
 
 
 def test_the_decoder_comes_before_the_exits_are_read_if_it_will_hardly_be_in_vain() -> None:
@@ -152,6 +152,8 @@ def test_the_decoder_comes_before_the_exits_are_read_if_it_will_hardly_be_in_vai
     assert foresees(rule, 64)
     assert not foresees(rule, 2), "it may well be that nobody exits"
     assert foresees(rule, 2, ready=1)
+    assert not foresees(rule, 1, called=True), "a step would probably sample nothing"
+    assert foresees(rule, 2, called=True), "it runs for guesses in any case"
     assert not FixedQuorum(0.1).foresees(8, Running().stairs, np.zeros(0, dtype=int))
 
 

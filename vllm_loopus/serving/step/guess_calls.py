@@ -86,6 +86,10 @@ class GuessCalls:
         chunks = self.waves.to_decode(active, self.room_ahead(active), leaves[active])
         return chunks[np.cumsum(chunks.sizes) <= rows]
 
+    def due(self, active: Ints, leaving: Ints) -> bool:
+        """Whether the decoder has guesses to compute now, if `leaving` may have exited."""
+        return len(self._to_decode(active, self._budget, leaving)) > 0
+
     def decode(self, active: Ints, report: StepReport) -> None:
         """Decodes positions that are deep enough for a guess; the next ones begin with it."""
         chunks = self._to_decode(active, self._budget)

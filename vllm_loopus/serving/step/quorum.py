@@ -36,9 +36,10 @@ class Quorum(Protocol):
         """How many of the sequences `running` are expected to exit in the next pass."""
         ...
 
-    def foresees(self, ready: int, stairs: Staircases, passing: Ints) -> bool:
+    def foresees(self, ready: int, stairs: Staircases, passing: Ints, called: bool = False) -> bool:
         """Whether to launch the decoder before the exits of the pass under way are read. In it are
-        `passing`, at the depths that they reach in it; `ready` have exited before."""
+        `passing`, at the depths that they reach in it; `ready` have exited before. `called`: the
+        decoder runs in any case, for guesses."""
         ...
 
     def chain(self, stairs: Staircases, running: Ints) -> int:
@@ -64,7 +65,7 @@ class FixedQuorum:
     def exits_expected(self, stairs: Staircases, running: Ints) -> float:
         return float(len(running))
 
-    def foresees(self, ready: int, stairs: Staircases, passing: Ints) -> bool:
+    def foresees(self, ready: int, stairs: Staircases, passing: Ints, called: bool = False) -> bool:
         return False  # the share is a promise
 
     def chain(self, stairs: Staircases, running: Ints) -> int:
@@ -84,6 +85,7 @@ class AutoQuorum:
 
     LONGEST_CHAIN = 3
     PATIENCE = 1.1  # by how much a chain has to be better: its estimate is rough
+    WORTHWHILE = 0.5  # tokens for which a decoder call that guesses is one that samples too
     MEMORY = 0.998  # weight of the past after each observation at a depth
 
     def __init__(self, max_depth: int) -> None:
@@ -126,12 +128,14 @@ class AutoQuorum:
     def exits_expected(self, stairs: Staircases, running: Ints) -> float:
         return float(self.chances(stairs, running).sum())
 
-    def foresees(self, ready: int, stairs: Staircases, passing: Ints) -> bool:
+    def foresees(self, ready: int, stairs: Staircases, passing: Ints, called: bool = False) -> bool:
         if not self._measured:
             return False
         exiting = self._chances_at(stairs, passing, stairs.depth[passing])
         # The way to the decoder, and about as much of the way to the next pass.
         saved = 2 * self._costs.gap
+        if called:  # a step that samples nothing costs the host more than it spares
+            return ready + float(exiting.sum()) >= self.WORTHWHILE
         nobody = 0.0 if ready else float(np.prod(1 - exiting))
         return ready + float(exiting.sum()) >= 1 and nobody * self._costs.per_boundary <= saved
 

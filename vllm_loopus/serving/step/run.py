@@ -111,7 +111,7 @@ class StepRunner:
         self._executor.trust(self._unread.oldest)
         if self.guesses is not None:
             self.guesses.begin_step(active, exit_depths, costs, seconds, self.thrifty)
-        self._foresees = foresees and self._late is not True and not self._guessing
+        self._foresees = foresees and self._late is not True
         self.quorum.begin_step(costs)
         self._costs = costs or self._costs
         stairs.stalled[active] = False
@@ -142,15 +142,26 @@ class StepRunner:
         ready = int(np.count_nonzero(stairs.ready(possible)))
         wanting = stairs.in_flight[active] & stairs.wants_token[active]
         passing = possible[stairs.undecided(possible)]
-        if not len(passing) or not self.quorum.foresees(ready, stairs, passing):
+        guesses = self.guesses.due(active, possible) if self.guesses is not None else False
+        if not (len(passing) or (self._guessing and ready)):
             return False
-        self._prepare(active, 0)
-        if (prepared := self._decoder) is None:
+        if not self.quorum.foresees(ready, stairs, passing, guesses):
             return False
-        self._ahead = prepared.chunks
-        self.clock.decoder()
-        self._ahead_reading = self._executor.decode(prepared.chunks, None, prepared)
-        self.report.decoder_rows = prepared.chunks.rows
+        if self.guesses is not None and self._guessing:
+            batch = self._eldest_first(stairs, possible)
+            if batch.rows > self._budget:
+                return False
+            self.clock.decoder()
+            self._ahead_reading = self.guesses.decode_with(active, batch, self.report)
+        else:
+            self._prepare(active, 0)
+            if (prepared := self._decoder) is None:
+                return False
+            batch = prepared.chunks
+            self.clock.decoder()
+            self._ahead_reading = self._executor.decode(batch, None, prepared)
+        self._ahead = batch
+        self.report.decoder_rows = batch.rows
         self._wanting = int(np.count_nonzero(wanting))
         return True
 
@@ -169,6 +180,8 @@ class StepRunner:
         decoded = batch[used] if stairs.last_exited else batch
         stairs.advance_decoder(decoded)
         self._decoding = decoded, self._ahead_reading, self._unread.take_covered()
+        if self.guesses is not None:
+            self.guesses.waves.drop(report.emitted)
         stairs.finish(report.emitted)
         return report.emitted
 
@@ -192,6 +205,8 @@ class StepRunner:
             if self._unread.pending:
                 if self.overlap:
                     self._prepare(active, most - len(report.passes))
+                    if self.guesses is not None:
+                        self.guesses.decode(active, report)  # while exits are on their way
                 self._unread.read()
             if self._ends(active):
                 return
@@ -412,7 +427,7 @@ class StepRunner:
         if (
             self._foresees
             and self._late is None
-            and not self.thrifty
+            and not (self.thrifty or self._guessing)
             and self._executor.may_chain()
         ):
             stairs = self.stairs

@@ -131,6 +131,14 @@ class Waves:
         self._counts.made += len(sequences)
         return chunks
 
+    def drop(self, sequences: Ints) -> None:
+        """The tokens of `sequences` are being sampled from the rows that guessed them: no guess is
+        needed where no pass has begun with it."""
+        stairs = self._stairs
+        drops = (stairs.ahead[sequences] == 1) & (stairs.depths[sequences, 1:2].sum(axis=1) == 0)
+        stairs.ahead[sequences[drops]] = 0
+        self._counts.made -= int(np.count_nonzero(drops))
+
     def fill(self, chunks: Chunks, life: Ints, tokens: Ints) -> None:
         """The guesses after the newest positions of `chunks` are known on the host. `life` [C]:
         of their sequences when they were made."""
