@@ -25,16 +25,26 @@ SERVING_RULES = {
     "hooks": {"knobs", "messages", "model", "runners", "frontend"},
 }
 # The same for the package: `serving` stands on the transformers side, tools stand on both.
-BASE = {"extras", "files", "backbones", "base_attention", "base_config", "config", "aliases"}
+BASE = {
+    "extras",
+    "files",
+    "backbones",
+    "base_attention",
+    "loop_fields",
+    "base_config",
+    "config",
+    "aliases",
+}
 PACKAGE_RULES = {
     "files": set(),
     "backbones": set(),
     "base_attention": {"backbones"},
-    "base_config": {"backbones", "base_attention"},
-    "config": {"base_config", "backbones", "base_attention"},
+    "loop_fields": set(),
+    "base_config": {"backbones", "base_attention", "loop_fields"},
+    "config": {"base_config", "backbones", "base_attention", "loop_fields"},
     "aliases": {"files"},
     "modeling": BASE,
-    "architectures": {"config", "modeling"},
+    "architectures": {*BASE, "modeling"},
     "serving": {*BASE, "modeling", "architectures"},
     # `architectures/*/vllm_model.py`: named in a record, imported by nobody.
     "vllm_model": {*BASE, "modeling", "architectures", "serving"},
@@ -42,12 +52,12 @@ PACKAGE_RULES = {
     "extras": set(),
     "recast": {*BASE, "modeling"},
     "training": {*BASE, "modeling", "recast"},
-    "trace": {*BASE, "modeling"},
+    "trace": {*BASE, "modeling", "architectures"},
     "tiny": {*BASE, "modeling", "recast", "training"},
-    "batch": {*BASE, "serving"},
-    "deploy": {*BASE, "serving"},
-    "evaluation": {*BASE, "modeling", "recast", "serving", "plugin", "tiny"},
-    "bench": {*BASE, "modeling", "serving", "trace", "tiny"},
+    "batch": {*BASE, "architectures", "serving"},
+    "deploy": {*BASE, "architectures", "serving"},
+    "evaluation": {*BASE, "modeling", "architectures", "recast", "serving", "plugin", "tiny"},
+    "bench": {*BASE, "modeling", "architectures", "serving", "trace", "tiny"},
     "__init__": {"architectures", "config", "modeling", "serving"},
 }
 

@@ -4,7 +4,6 @@
 """
 
 import copy
-import math
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -12,15 +11,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from vllm_loopus.backbones import BACKBONES, Backbone
 from vllm_loopus.base_attention import BaseAttention
+from vllm_loopus.loop_fields import LoopFields
 
 MISSING_BASE = (
     "base_config is missing; give the base model's complete config (`base_config_dict` in the "
     "released format)"
 )
-MAX_RECURSION_DEPTH = 256  # a larger value is certainly a mistake
 
 
-class ConfigWithBase(PreTrainedConfig):
+class ConfigWithBase(LoopFields, PreTrainedConfig):
     """A config with that of the base model as a part.
 
     - `base_config`: the complete config of the base model, a dict or a config.
@@ -29,9 +28,6 @@ class ConfigWithBase(PreTrainedConfig):
     """
 
     sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
-    # Fields that must be whole numbers, and fields that must be finite numbers.
-    integers: ClassVar[tuple[str, ...]] = ()
-    numbers: ClassVar[tuple[str, ...]] = ()
 
     base_config: dict[str, Any] | PreTrainedConfig | None = None
     base_model_name_or_path: str | None = None
@@ -55,14 +51,7 @@ class ConfigWithBase(PreTrainedConfig):
         elif name == "base_config" and getattr(value, "tie_word_embeddings", False):
             value = copy.deepcopy(value)
             value.tie_word_embeddings = False  # see `_base_config_from_dict`
-        if name in self.integers:
-            check_integer(name, value)
-        elif name in self.numbers:
-            check_number(name, value)
-        try:
-            super().__setattr__(key, value)
-        except StrictDataclassError as error:
-            raise ValueError(f"{name}={value!r} does not have the right type: {error}") from error
+        super().__setattr__(name, value)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The base model's config, which contains the sizes that vLLM and transformers read."""
@@ -125,34 +114,3 @@ def _backbone_of(model_type: Any) -> Backbone:
             f"supported base models: {', '.join(BACKBONES)}"
         )
     return BACKBONES[model_type]
-
-
-def is_integer(value: object) -> bool:
-    """Whether `value` is a whole number; `True` and `False` are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite_number(value: object) -> bool:
-    """Whether `value` is a number in the range of floats and neither NaN nor infinite."""
-    try:
-        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-    except OverflowError:  # an integer outside the range of floats
-        return False
-
-
-def check_integer(name: str, value: object) -> None:
-    """Raises `ValueError` unless `value` is a whole number."""
-    if not is_integer(value):
-        raise ValueError(f"{name}={value!r} must be a whole number")
-
-
-def check_number(name: str, value: object) -> None:
-    """Raises `ValueError` unless `value` is a finite number."""
-    if not is_finite_number(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

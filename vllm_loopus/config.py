@@ -8,12 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig
 
-from vllm_loopus.base_config import (
-    MAX_RECURSION_DEPTH,
-    ConfigWithBase,
-    check_choice,
-    check_integer,
-)
+from vllm_loopus.base_config import ConfigWithBase
+from vllm_loopus.loop_fields import check_choice, check_integer
 
 ARCHITECTURE = "LoopUSForCausalLM"
 HALTING_STRATEGIES = ("threshold", "cdf", "convergence")
@@ -50,6 +46,7 @@ class LoopUSConfig(ConfigWithBase):
         "q_eval_interval": "exit_interval",
         "base_config_dict": "base_config",
     }
+    halting_strategies = HALTING_STRATEGIES
 
     encoder_layer_indices: list[int] | tuple[int, ...] = ()
     reasoning_layer_indices: list[int] | tuple[int, ...] = ()
@@ -78,25 +75,10 @@ class LoopUSConfig(ConfigWithBase):
         self.base  # noqa: B018  (raises when missing)
         self._check_layers()
         self.attention.check()
-        if not 1 <= self.max_loops <= MAX_RECURSION_DEPTH:
-            raise ValueError(
-                f"max_loops={self.max_loops} must be from 1 to {MAX_RECURSION_DEPTH}; "
-                "it is the recursion budget (the paper's N, 8 in the published models)"
-            )
-        if not 1 <= self.min_loops <= self.max_loops:
-            raise ValueError(
-                f"min_loops={self.min_loops} must be from 1 to max_loops={self.max_loops}; "
-                "lower min_loops or raise max_loops"
-            )
+        self.check_loops()
         if self.exit_interval < 1:
             raise ValueError(f"exit_interval={self.exit_interval} must be 1 or more")
-        check_choice("halting_strategy", self.halting_strategy, HALTING_STRATEGIES)
         check_choice("confidence_input", self.confidence_input, CONFIDENCE_INPUTS)
-        if self.exit_threshold < 0:
-            raise ValueError(
-                f"exit_threshold={self.exit_threshold} must be 0 or more (1.0 or more: no early "
-                "exit)"
-            )
         if self.convergence_epsilon < 0:
             raise ValueError(f"convergence_epsilon={self.convergence_epsilon} must be 0 or more")
         if self.tie_word_embeddings:

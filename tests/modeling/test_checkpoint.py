@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import GOLDEN
 from vllm_loopus.modeling.checkpoint import current_name
-from vllm_loopus.modeling.model import LoopUSForCausalLM, expected_shapes
+from vllm_loopus.modeling.model import LoopUSForCausalLM
 
 SOURCE = GOLDEN / "qwen3"
 
@@ -39,7 +39,9 @@ def assert_same(model: LoopUSForCausalLM, tensors: dict[str, torch.Tensor]) -> N
 
 def test_expected_shapes_are_the_checkpoint(tensors: dict[str, torch.Tensor]) -> None:
     config = LoopUSForCausalLM.config_class.from_pretrained(SOURCE)
-    assert expected_shapes(config) == {name: t.shape for name, t in tensors.items()}
+    assert LoopUSForCausalLM.expected_shapes(config) == {
+        name: t.shape for name, t in tensors.items()
+    }
 
 
 def test_old_names_safetensors(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:

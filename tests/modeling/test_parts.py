@@ -54,7 +54,8 @@ def test_gate_keeps_and_takes(gate: SelectiveGate) -> None:
 def exit_depth(rule: HaltingRule, confidences: list[float], lengths: list[float]) -> int:
     tracker = ExitTracker(rule, 1)
     for depth, (q, length) in enumerate(zip(confidences, lengths, strict=True), start=1):
-        if tracker.update(depth, rule.evidence(torch.tensor([q]), torch.tensor([length]))).item():
+        values = {"confidence": torch.tensor([q]), "step_length": torch.tensor([length])}
+        if tracker.update(depth, rule.evidence(values)).item():
             return depth
     raise AssertionError("it did not exit")
 
@@ -141,8 +142,11 @@ def test_what_is_predetermined_is_what_the_rule_decides(
     for at in range(1, 7):
         decision = halting.predetermined(at, **knobs)
         if decision is None:
-            values = torch.tensor([confidences[at - 1]]), torch.tensor([lengths[at - 1]])
-            exits, carry = halting.exits(at, halting.evidence(*values), carry)
+            values = {
+                "confidence": torch.tensor([confidences[at - 1]]),
+                "step_length": torch.tensor([lengths[at - 1]]),
+            }
+            exits, carry = halting.exits(at, halting.evidence(values), carry)
             decision = bool(exits.item())
         if decision:
             assert at == depth

@@ -175,7 +175,7 @@ class FakeLoop:
         rule = quorum_for(quorum, depth)
         if eager:
             rule = EagerQuorum(rule, eager)
-        halting = HaltingRule("threshold", 0.9, exit_interval, 1, depth, 0.0)
+        halting = HaltingRule("threshold", 0.9, 1, depth, exit_interval, 0.0)
         overlap = options.overlaps(False)
         runner = StepRunner(
             stairs,

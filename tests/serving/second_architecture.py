@@ -8,10 +8,10 @@ vector of its depth).
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,8 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP, LlamaMode
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from vllm_loopus.architectures import Architecture, LoopLayers
+from vllm_loopus.loop_fields import LoopFields
+from vllm_loopus.modeling.exit_rule import ExitRule
 from vllm_loopus.serving.model.base import LoopedModelBase
 from vllm_loopus.serving.model.planes import Planes
 
@@ -34,7 +36,7 @@ NAME = "SecondLoopForCausalLM"
 HEAD, PADDED_HEAD = 16, 32  # vLLM's CPU attention has no heads of 16: they are padded with zeros
 
 
-class SecondConfig(PreTrainedConfig):
+class SecondConfig(LoopFields, PreTrainedConfig):
     """Ouro's names for loops and threshold are mapped to ours."""
 
     model_type: ClassVar[str] = "second_loop"
@@ -56,43 +58,44 @@ class SecondConfig(PreTrainedConfig):
     max_loops: int = 4
     min_loops: int = 1
     exit_threshold: int | float = 1.0
+    halting_strategy: str = "cdf"
     injects: bool = False
     reads_depth: bool = False
     base_model_name_or_path: str | None = None
 
-    @property
-    def exact_context(self) -> int | None:
-        return None
+    halting_strategies: ClassVar[tuple[str, ...]] = ("cdf",)
 
     def check(self) -> None:
-        if self.max_loops < 1:
-            raise ValueError(f"max_loops={self.max_loops} must be 1 or more")
+        self.check_loops()
 
 
 @dataclass(frozen=True)
-class HazardRule:
-    """Ouro's: exits at the first depth at which the accumulated probability of having exited
-    reaches the threshold. Carries what is left of it."""
+class HazardRule(ExitRule):
+    """Exits at the first depth at which the accumulated probability of having exited reaches the
+    threshold. Carries what is left of it."""
 
-    exit_threshold: float | torch.Tensor
-    min_loops: int | torch.Tensor
-    max_loops: int | torch.Tensor
-    first_carry: tuple[float, ...] = (1.0,)
+    values: ClassVar[tuple[str, ...]] = ("confidence",)
 
     @classmethod
-    def of(cls, config: SecondConfig) -> "HazardRule":
-        return cls(config.exit_threshold, config.min_loops, config.max_loops)
+    def from_config(cls, config: SecondConfig) -> "HazardRule":
+        return cls("cdf", config.exit_threshold, config.min_loops, config.max_loops)
 
-    def with_knobs(self, **knobs: torch.Tensor) -> "HazardRule":
-        return replace(self, **knobs)
+    @property
+    def first_carry(self) -> tuple[float, ...]:
+        return (1.0,)
 
-    def exits(
+    @property
+    def comparison(self) -> Literal[">", ">=", "<"]:
+        return ">="
+
+    def evidence(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return values["confidence"]
+
+    def compared(
         self, depth: Any, evidence: torch.Tensor, carry: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         left = carry[:, 0] * (1 - evidence)
-        depth = torch.as_tensor(depth)
-        early = (1 - left >= self.exit_threshold) & (depth >= self.min_loops)
-        return early | (depth >= self.max_loops), left[:, None]
+        return 1 - left, left[:, None]
 
     def predetermined(
         self, depth: int, *, exit_threshold: float, min_loops: int, max_loops: int
@@ -238,7 +241,7 @@ RECORD = Architecture(
     config_class=SecondConfig,
     model=f"{__name__}:{NAME}",
     reference=None,
-    exit_rule=HazardRule.of,
+    exit_rule=HazardRule,
     layers=_layers,
 )
 

@@ -36,7 +36,7 @@ class Running:
         **knobs: float,
     ) -> np.ndarray:
         options: Any = {"max_loops": DEPTH, "min_loops": 1, "exit_threshold": 0.5, **knobs}
-        halting = HaltingRule("cdf", 0.5, interval, 1, DEPTH, 0.0)
+        halting = HaltingRule("cdf", 0.5, 1, DEPTH, interval, 0.0)
         start = Start(
             RequestKnobs(**options, exit_depths=exit_depths),
             DEPTH,

@@ -181,7 +181,7 @@ def test_what_is_said_of_it(setting: Any) -> None:
     config = second.SecondConfig.from_pretrained(folder)
     layout = layout_of(config, dtype_bytes=4)
     facts = ModelFacts.of(config, layout)
-    assert (facts.family, facts.encoder, facts.reasoning) == (
+    assert (facts.kind, facts.encoder, facts.reasoning) == (
         "Second",
         "no layer",
         "layers 0-2 (3)",

@@ -43,7 +43,7 @@ class Both:
                 "min_loops": of_one.min_loops,
                 "max_loops": of_one.max_loops,
             }
-            rule = HaltingRule("threshold", 0.5, interval, 1, DEPTH, 0.0)
+            rule = HaltingRule("threshold", 0.5, 1, DEPTH, interval, 0.0)
             known = [rule.predetermined(d, **options) for d in range(1, planes + 1)]
             self.stairs.add(index, Start(of_one, planes, prompt, known))
             self.ones.append(

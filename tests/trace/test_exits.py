@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.trace.conftest import trace_case, varied
+from vllm_loopus.architectures.loopus import LOOPUS
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace.convergence import convergence
@@ -24,6 +25,10 @@ RULE = HaltingRule(
     max_loops=4,
     convergence_epsilon=2.0,
 )
+
+
+def values(q: torch.Tensor, lengths: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    return {"confidence": q, "step_length": torch.ones_like(q) if lengths is None else lengths}
 
 
 @pytest.mark.parametrize(
@@ -45,14 +50,14 @@ RULE = HaltingRule(
     ],
 )
 def test_by_confidence(changed: dict, q: list[float], depth: int, reason: str) -> None:
-    found = exits(replace(RULE, **changed), torch.tensor([q]).T, torch.ones(4, 1))
+    found = exits(replace(RULE, **changed), values(torch.tensor([q]).T))
     assert (found.depths, found.reasons) == ([depth], [reason])
 
 
 def test_by_step_length() -> None:
     rule = replace(RULE, strategy="convergence", exit_interval=3)
     lengths = torch.tensor([[3.0, 1.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]]).T
-    found = exits(rule, torch.ones(4, 3), lengths)
+    found = exits(rule, values(torch.ones(4, 3), lengths))
     assert found.depths == [2, 4, 1]
     assert found.reasons == ["convergence", "budget", "convergence"]
     assert found.margins == pytest.approx([1.0, 0.0, 1.0])
@@ -60,11 +65,11 @@ def test_by_step_length() -> None:
 
 def test_margins_leave_out_what_does_not_decide() -> None:
     q = torch.tensor([[0.5, 0.7, 0.9, 0.5]]).T
-    margin = exits(replace(RULE, min_loops=2), q, torch.ones(4, 1)).margins[0]
+    margin = exits(replace(RULE, min_loops=2), values(q)).margins[0]
     assert margin == pytest.approx(0.2)  # not depth 1, too small to leave at
-    never = exits(replace(RULE, exit_interval=3), q, torch.ones(4, 1))
+    never = exits(replace(RULE, exit_interval=3), values(q))
     assert never.margins[0] == pytest.approx(0.4)  # depth 3 alone
-    assert exits(replace(RULE, max_loops=1), q[:1], torch.ones(1, 1)).margins == [math.inf]
+    assert exits(replace(RULE, max_loops=1), values(q[:1])).margins == [math.inf]
 
 
 @pytest.mark.parametrize("strategy", ["threshold", "cdf", "convergence"])
@@ -76,14 +81,20 @@ def test_from_json(
     traced = trace_case(model, vocabulary, varied("phi3", strategy)[0])
     rule = HaltingRule.from_config(model.config)
     made = document(
-        "m", "transformers", "float32", rule, [traced.trace], convergence([traced.values])
+        "m",
+        "transformers",
+        "float32",
+        LOOPUS.name,
+        rule,
+        [traced.trace],
+        convergence([traced.values]),
     )
     read = json.loads(json.dumps(made, allow_nan=False))
     again = exits_of(read["traces"][0], rule_of(read))
     assert again == traced.exits
     assert asdict(rule_of(read)) == asdict(rule)
     q = [[d["confidence"] for d in t["depths"]] for t in read["traces"][0]["tokens"]]
-    assert torch.equal(torch.tensor(q).T, traced.values.confidence)
+    assert torch.equal(torch.tensor(q).T, traced.values.by_name["confidence"])
 
 
 def test_numbers() -> None:

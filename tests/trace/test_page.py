@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.trace.conftest import trace_case, varied
+from vllm_loopus.architectures.loopus import LOOPUS
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace import page as pages
@@ -44,7 +45,7 @@ def documents(
         ]
         rule = HaltingRule.from_config(model.config)
         summary = convergence(one.values for one in found)
-        made[name] = document("<b>m", "transformers", "float32", rule, traces, summary)
+        made[name] = document("<b>m", "transformers", "float32", LOOPUS.name, rule, traces, summary)
     return made
 
 
@@ -289,7 +290,7 @@ def test_values_that_are_not_finite(
     """A broken checkpoint: every comparison fails, so tokens leave at the budget."""
     data = copy.deepcopy(documents["threshold"])
     for depth in data["traces"][0]["tokens"][0]["depths"]:
-        for name in ("confidence", "step_length", "gate_mean", "kl_to_last", "probability"):
+        for name in ("compared", *data["values"], "kl_to_last", "probability"):
             depth[name] = None
         for guess in depth["top"]:
             guess["probability"] = None

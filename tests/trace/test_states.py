@@ -1,6 +1,6 @@
 """Trajectories and convergence: the mathematics, and the pictures."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from tests.trace.conftest import trace_case, varied
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace import pictures
 from vllm_loopus.trace.convergence import convergence
+from vllm_loopus.trace.record import json_of
 from vllm_loopus.trace.reference import DepthValues
 from vllm_loopus.trace.tokens import Vocabulary
 from vllm_loopus.trace.trajectories import (
@@ -86,9 +87,7 @@ def values_of(step: list[list[float]], best: list[list[int]]) -> DepthValues:
     column = torch.tensor(step)
     return DepthValues(
         states=torch.zeros(1, 1, 1),
-        confidence=column,
-        gate_mean=column,
-        step_length=column,
+        by_name={"step_length": column},
         distance_to_last=column,
         kl_to_last=column,
         probability=column,
@@ -120,7 +119,7 @@ def test_pictures(
 ) -> None:
     """Texts of a model are drawn, not typeset: a dollar begins no formula."""
     traced = trace_case(golden_models["llama"], vocabulary, varied("llama", "threshold")[0])
-    trace = asdict(replace(traced.trace, trajectories=trajectories(traced.values)))
+    trace = json_of(replace(traced.trace, trajectories=trajectories(traced.values)))
     for token in trace["tokens"]:
         token["text"] = "$\\frac{$ <b>\x1b"
     figure = pictures.draw_trajectories(trace, "m$\\x$")

@@ -54,9 +54,11 @@ def test_states_of_every_prefix(
         found = values.states[: depth + 1, index]
         torch.testing.assert_close(found, states, **CLOSE)
         confidences = torch.cat(output.confidences)
-        torch.testing.assert_close(values.confidence[:depth, index], confidences, **CLOSE)
+        torch.testing.assert_close(
+            values.by_name["confidence"][:depth, index], confidences, **CLOSE
+        )
         lengths = (states[1:] - states[:-1]).norm(dim=-1)
-        torch.testing.assert_close(values.step_length[:depth, index], lengths, **CLOSE)
+        torch.testing.assert_close(values.by_name["step_length"][:depth, index], lengths, **CLOSE)
         probabilities = output.logits[0, -1].softmax(-1)
         best = probabilities.topk(5)
         assert values.top_ids[depth - 1, index].tolist() == best.indices.tolist()
@@ -82,7 +84,9 @@ def test_every_depth_of_one_position(
             coefficient = model.reasoning.gate.coefficient(update, before)[0, -1]
         torch.testing.assert_close(after, state)
         torch.testing.assert_close(values.states[depth, place], state[0, -1], **CLOSE)
-        torch.testing.assert_close(values.gate_mean[depth - 1, place], coefficient.mean(), **CLOSE)
+        torch.testing.assert_close(
+            values.by_name["gate_mean"][depth - 1, place], coefficient.mean(), **CLOSE
+        )
         distributions.append(output.logits[0, -1].log_softmax(-1))
         best = distributions[-1].exp().topk(5)
         assert values.top_ids[depth - 1, place].tolist() == best.indices.tolist()
@@ -109,7 +113,7 @@ def test_the_original_implementation(
     model.config.update({"max_loops": 8})
     values = reference.depth_values(model, prompt, [0])
     torch.testing.assert_close(values.states[:, 0], golden["states"], **CLOSE)
-    torch.testing.assert_close(values.confidence[:, 0], golden["q"], **CLOSE)
+    torch.testing.assert_close(values.by_name["confidence"][:, 0], golden["q"], **CLOSE)
 
 
 def test_a_head_that_reads_the_update(
@@ -123,7 +127,7 @@ def test_a_head_that_reads_the_update(
     finally:
         model.config.confidence_input = "state"
     found = torch.cat(output.confidences)
-    torch.testing.assert_close(values.confidence[: len(found), 0], found, **CLOSE)
+    torch.testing.assert_close(values.by_name["confidence"][: len(found), 0], found, **CLOSE)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -20,6 +20,7 @@ __all__ = [
     "LoopLayers",
     "LoopedConfig",
     "architecture_of",
+    "record_of",
     "register",
 ]
 
@@ -32,6 +33,18 @@ def architecture_of(config: PreTrainedConfig | None) -> Architecture | None:
         if isinstance(config, architecture.config_class):
             return architecture
     return None
+
+
+def record_of(config: PreTrainedConfig) -> Architecture:
+    """The record for the config of a looped model. Raises `ValueError` for another model."""
+    architecture = architecture_of(config)
+    if architecture is None:
+        families = ", ".join(architecture.family for architecture in ARCHITECTURES)
+        raise ValueError(
+            f"a {config.model_type} model, not a LoopUS model or another one whose loop is known "
+            f"here ({families})"
+        )
+    return architecture
 
 
 def register() -> None:

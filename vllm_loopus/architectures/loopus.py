@@ -1,6 +1,6 @@
 """LoopUS (arXiv 2605.11011): a base model split into encoder, reasoning block and decoder."""
 
-from vllm_loopus.architectures.record import Architecture, LoopLayers
+from vllm_loopus.architectures.record import LOOP_FIELDS, Architecture, LoopLayers
 from vllm_loopus.config import ARCHITECTURE, LoopUSConfig
 from vllm_loopus.modeling.halting import HaltingRule
 
@@ -17,6 +17,12 @@ LOOPUS = Architecture(
     config_class=LoopUSConfig,
     model="vllm_loopus.serving.model.loopus:LoopUSForCausalLM",
     reference="vllm_loopus.modeling.model:LoopUSForCausalLM",
-    exit_rule=HaltingRule.from_config,
+    exit_rule=HaltingRule,
     layers=_layers,
+    served_fields=(*LOOP_FIELDS, "exit_interval", "convergence_epsilon", "confidence_input"),
+    released_names={
+        "N": "max_loops",
+        "q_threshold": "exit_threshold",
+        "q_eval_interval": "exit_interval",
+    },
 )

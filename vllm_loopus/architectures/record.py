@@ -1,25 +1,30 @@
 """The record of an architecture: what the engine needs to know before it loads a model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from transformers import PreTrainedConfig
 
 from vllm_loopus.modeling.exit_rule import ExitRule
 
+LOOP_FIELDS = ("max_loops", "min_loops", "halting_strategy", "exit_threshold")
+
 
 class LoopedConfig(Protocol):
     """The fields that the config of every looped model has, besides those of transformers.
 
-    A checkpoint format with other names maps them to these (`attribute_map` in transformers), so
-    that `hf_overrides` and request knobs have the same meaning for all models.
+    `LoopFields` has what such classes share. A checkpoint format with other names maps them to
+    these, so that `hf_overrides` and request knobs have the same meaning for all models.
     """
 
     max_loops: int
     min_loops: int
     exit_threshold: float
+    halting_strategy: str
     base_model_name_or_path: str | None  # its tokenizer is used if the checkpoint has none
+    model_type: ClassVar[str]
+    vocab_size: int
 
     @property
     def exact_context(self) -> int | None:
@@ -52,9 +57,12 @@ class Architecture:
     - `name`: as in `architectures` of config.json. `family`: the name in messages.
     - `config_class`: implements `LoopedConfig`.
     - `model`: the vLLM model, which implements `serving/model/seam.py`.
-    - `reference`: the transformers model that defines the correct answers, for
-      `AutoModelForCausalLM`; None if it is not a transformers model.
-    - `exit_rule`, `layers`: functions of the config.
+    - `reference`: the transformers model that defines the correct answers, a `LoopedReference`
+      (`modeling/looped_model.py`), for `AutoModelForCausalLM`; None if there is none.
+    - `exit_rule`: the class of its exit rules. `layers`: a function of the config.
+    - `served_fields`: the config fields that `hf_overrides` may change and that determine exit
+      depths, by their names here. Those that are no knobs of a request are refused there.
+    - `released_names`: what the checkpoint format calls some of them -> our names.
 
     Model classes are given as `module:Class` and imported when they are first used, because they
     need torch or vLLM.
@@ -65,5 +73,7 @@ class Architecture:
     config_class: type[PreTrainedConfig]
     model: str
     reference: str | None
-    exit_rule: Callable[[Any], ExitRule]
+    exit_rule: type[ExitRule]
     layers: Callable[[Any], LoopLayers]
+    served_fields: tuple[str, ...] = LOOP_FIELDS
+    released_names: Mapping[str, str] = field(default_factory=dict)

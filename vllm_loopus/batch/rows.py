@@ -23,7 +23,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
 
-from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.architectures import LoopedConfig
 from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.knobs.names import REQUEST_KNOBS
 from vllm_loopus.serving.knobs.request import check_request
@@ -65,8 +65,8 @@ class Limits:
     has_chat_template: bool
 
     @property
-    def loopus_config(self) -> LoopUSConfig:
-        config: LoopUSConfig = self.model_config.hf_config
+    def looped_config(self) -> LoopedConfig:
+        config: LoopedConfig = self.model_config.hf_config
         return config
 
 
@@ -165,7 +165,7 @@ def parse(given: Any, index: int, limits: Limits) -> Row:
             f"chat_template_kwargs has {theirs[0]}={_shown(template[theirs[0]])}, which is not a "
             "variable of the template; leave it out"
         )
-    check_request(knobs, limits.loopus_config, most, limits.model_config.max_model_len)
+    check_request(knobs, limits.looped_config, most, limits.model_config.max_model_len)
     params = request.to_sampling_params(most, limits.sampling_defaults)
     params.extra_args = knobs or None
     if url == CHAT:

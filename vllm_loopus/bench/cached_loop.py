@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from vllm_loopus.modeling.exit_rule import ExitTracker
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.layers import LayerRun, Positions
-from vllm_loopus.modeling.model import LoopUSForCausalLM, Pass
+from vllm_loopus.modeling.model import LoopUSForCausalLM, LoopUSPass
 
 
 class CachedLoop:
@@ -47,10 +47,10 @@ class CachedLoop:
         chosen, depth = state, 0
         for depth in range(1, model.config.max_loops + 1):
             update = self._run(model.reasoning, state, ids, depth, start)
-            one = Pass(depth, state, update, model.reasoning.gate(update, state))
+            one = LoopUSPass(depth, state, model.reasoning.gate(update, state), update)
             state = one.state
             halting_inputs = model.halting_inputs(one, (slice(None), -1))
-            now = exits.update(depth, self._rule.evidence(**halting_inputs))
+            now = exits.update(depth, self._rule.evidence(halting_inputs))
             chosen = torch.where(now[:, None, None], state, chosen)
             if not exits.running.any() and not fixed:
                 break

@@ -155,6 +155,8 @@ def _models(
     if NO_BASE in bases:
         raise ValueError(f"base={', '.join(bases)}: none excludes the others; remove it")
     if bases == [None]:
+        if looped.config.get_text_config() is looped.config:  # made from no other model
+            return [looped]
         raise ValueError(f"{name} does not name its base; give --base MODEL, or --base {NO_BASE}")
     try:
         return [*map(plain_model, bases), looped]

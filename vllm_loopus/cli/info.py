@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from vllm_loopus import aliases
+from vllm_loopus.architectures import LoopedConfig, record_of
 from vllm_loopus.cli.output import JsonOption, print_json, print_table, report_errors
-from vllm_loopus.config import LoopUSConfig
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 BLOCK_SIZE = 128  # vLLM's default on a CPU; the smaller blocks on a GPU waste less
@@ -54,8 +54,8 @@ def resolve(model: str) -> str:
     return target
 
 
-def load_config(model: str) -> LoopUSConfig:
-    """The config of a LoopUS model. Raises `ValueError` if it cannot be read or is not one."""
+def load_config(model: str) -> LoopedConfig:
+    """The config of a looped model. Raises `ValueError` if it cannot be read or is not one."""
     from transformers import AutoConfig
 
     target = resolve(model)
@@ -65,16 +65,16 @@ def load_config(model: str) -> LoopUSConfig:
         config = AutoConfig.from_pretrained(target)
     except OSError as error:
         raise ValueError(f"the config of {target} cannot be read: {error}") from error
-    if not isinstance(config, LoopUSConfig):
-        raise ValueError(
-            f"{target} is a {config.model_type} model, not a LoopUS model; vllm-loopus recast "
-            "makes one from it"
-        )
-    return config
+    try:
+        record_of(config)
+    except ValueError as error:
+        raise ValueError(f"{target} is {error}; vllm-loopus recast makes one from it") from error
+    looped: LoopedConfig = config
+    return looped
 
 
 def estimate_kv(
-    config: LoopUSConfig,
+    config: LoopedConfig,
     memory_gib: float | None = None,
     max_model_len: int | None = None,
     dtype: str | None = None,
@@ -92,7 +92,7 @@ def estimate_kv(
     dtype = dtype or _dtype_of(config)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPE_BYTES)}")
-    longest = int(config.base.max_position_embeddings)
+    longest = int(config.get_text_config().max_position_embeddings)
     length = longest if max_model_len is None else max_model_len
     if not 1 <= length <= longest:
         raise ValueError(f"max_model_len={length} must be from 1 to {longest}, the model's maximum")
@@ -150,17 +150,18 @@ def info(
     print_table(("", model), rows)
 
 
-def _facts(model: str, config: LoopUSConfig) -> dict[str, Any]:
+def _facts(model: str, config: LoopedConfig) -> dict[str, Any]:
     from vllm_loopus.serving.model.facts import ModelFacts, layout_of
 
     folder = Path(resolve(model))
     facts = ModelFacts.of(config, layout_of(config, dtype_bytes=2))
+    own = config.get_text_config() is config  # it has no base
     files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
     return {
         "leads_to": resolve(model),
-        "base": f"{config.base.model_type}, {config.base.num_hidden_layers} layers of "
-        f"{config.hidden_size}",
-        "recast_from": config.base_model_name_or_path or "unknown",
+        "family": facts.family,
+        "base": facts.size,
+        **({} if own else {"recast_from": config.base_model_name_or_path or "unknown"}),
         "encoder": facts.encoder,
         "reasoning": facts.reasoning,
         "decoder": facts.decoder,
@@ -171,7 +172,8 @@ def _facts(model: str, config: LoopUSConfig) -> dict[str, Any]:
     }
 
 
-def _dtype_of(config: LoopUSConfig) -> str:
+def _dtype_of(config: LoopedConfig) -> str:
     """The dtype that vLLM uses by default: float32 checkpoints are served in bfloat16."""
-    dtype = str(config.dtype or config.base.dtype or "bfloat16").removeprefix("torch.")
+    known = (getattr(one, "dtype", None) for one in (config, config.get_text_config()))
+    dtype = str(next(filter(None, known), "bfloat16")).removeprefix("torch.")
     return "bfloat16" if dtype == "float32" else dtype

@@ -12,20 +12,20 @@ from typing import Any
 
 
 def state() -> dict[str, Any]:
-    """Whether LoopUS models are registered in this process, and how many patches are applied."""
+    """Whether looped models are registered in this process, and how many patches are applied."""
     from importlib import import_module
     from operator import attrgetter
 
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.plugins import load_general_plugins
 
-    from vllm_loopus.config import ARCHITECTURE
+    from vllm_loopus.architectures import ARCHITECTURES
     from vllm_loopus.serving.hooks.patches import MARK, PATCHES
 
     load_general_plugins()
     targets = [attrgetter(patch.name)(import_module(patch.module)) for patch in PATCHES]
     return {
-        "registered": ARCHITECTURE in ModelRegistry.models,
+        "registered": all(one.name in ModelRegistry.models for one in ARCHITECTURES),
         "patches": sum(
             getattr(target, MARK, None) == patch.key or patch.obsolete()
             for target, patch in zip(targets, PATCHES, strict=True)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_loopus.architectures import record_of
 from vllm_loopus.cli.info import ModelArgument, load_config, resolve
 from vllm_loopus.cli.output import PROBLEM, check_picture, check_writable, print_json, report_errors
 from vllm_loopus.files import write_text
 
 if TYPE_CHECKING:
+    from vllm_loopus.architectures import LoopedConfig
     from vllm_loopus.trace.questions import Question
     from vllm_loopus.trace.tokens import Vocabulary
     from vllm_loopus.trace.tracing import Answer, Traced
@@ -25,14 +27,6 @@ class Engine(StrEnum):
 
     TRANSFORMERS = "transformers"
     VLLM = "vllm"
-
-
-class Halting(StrEnum):
-    """Halting strategies."""
-
-    THRESHOLD = "threshold"
-    CDF = "cdf"
-    CONVERGENCE = "convergence"
 
 
 class Dtype(StrEnum):
@@ -69,7 +63,7 @@ def trace(
         float | None, typer.Option(help=f"Confidence above which tokens exit. {DEFAULT}")
     ] = None,
     halting_strategy: Annotated[
-        Halting | None, typer.Option(help=f"Halting strategy. {DEFAULT}")
+        str | None, typer.Option(help=f"Halting strategy. {DEFAULT}")
     ] = None,
     exit_interval: Annotated[
         int | None, typer.Option(help=f"Loops between checks of the exit rule. {DEFAULT}")
@@ -106,8 +100,6 @@ def trace(
     device: Annotated[str, typer.Option(help="Device of transformers: cpu, cuda.")] = "cpu",
 ) -> None:
     """Show the predictions at each depth for every token, its exit depth and the reason."""
-    from vllm_loopus.modeling.halting import HaltingRule
-
     with report_errors(ValueError, OSError):
         _check_options(prompt, prompts, answer, answers, tokens, engine, check)
         if html == STDOUT:
@@ -125,12 +117,12 @@ def trace(
         from vllm_loopus.trace import reference, tracing
         from vllm_loopus.trace.questions import check_lengths, from_file, from_text
 
-        rule = tracing.set_knobs(
+        tracing.set_knobs(
             config,
             max_loops=max_loops,
             min_loops=min_loops,
             exit_threshold=exit_threshold,
-            halting_strategy=halting_strategy.value if halting_strategy else None,
+            halting_strategy=halting_strategy,
             exit_interval=exit_interval,
             convergence_epsilon=convergence_epsilon,
         )
@@ -147,7 +139,7 @@ def trace(
         reasoner = reference.load_model(source, config, dtype.value, device)
         stops = reference.stop_tokens(reasoner, vocabulary)
         by_vllm = _ask_vllm(
-            engine is Engine.VLLM or check, source, rule, questions, vocabulary, dtype.value,
+            engine is Engine.VLLM or check, source, config, questions, vocabulary, dtype.value,
             max_tokens, stops,
         )  # fmt: skip
         generated = (
@@ -160,7 +152,7 @@ def trace(
             found.append(
                 _with_trajectories(tracing.traced(reasoner, vocabulary, question, one, top), tokens)
             )
-    document = _document(model, engine, dtype, HaltingRule.from_config(config), found)
+    document = _document(model, engine, dtype, config, found)
     _write(document, json_file, html, trajectories, convergence)
     if json_file != STDOUT:
         from vllm_loopus.cli.trace_tables import print_tables
@@ -199,7 +191,7 @@ def _check_options(
 def _ask_vllm(
     wanted: bool,
     source: str,
-    rule: Any,
+    config: "LoopedConfig",
     questions: "Sequence[Question]",
     vocabulary: "Vocabulary",
     dtype: str,
@@ -211,9 +203,9 @@ def _ask_vllm(
     from vllm_loopus.trace import engine, tracing
 
     longest = max(len(question.prompt_ids) for question in questions) + max_tokens
-    llm = engine.start(source, rule, dtype=dtype, max_model_len=longest)
+    llm = engine.start(source, config, dtype=dtype, max_model_len=longest)
     try:
-        return tracing.answers_of_vllm(llm, questions, rule, max_tokens, stops)
+        return tracing.answers_of_vllm(llm, questions, config, max_tokens, stops)
     finally:
         engine.shut_down(llm)
 
@@ -231,16 +223,18 @@ def _with_trajectories(traced: "Traced", tokens: str | None) -> "Traced":
 
 
 def _document(
-    model: str, engine: Engine, dtype: Dtype, rule: Any, found: "Sequence[Traced]"
+    model: str, engine: Engine, dtype: Dtype, config: "LoopedConfig", found: "Sequence[Traced]"
 ) -> dict[str, Any]:
     from vllm_loopus.trace.convergence import convergence
     from vllm_loopus.trace.record import document
 
+    record = record_of(config)
     return document(
         model,
         engine.value,
         dtype.value,
-        rule,
+        record.name,
+        record.exit_rule.from_config(config),
         [one.trace for one in found],
         convergence(one.values for one in found),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.architectures import LoopedConfig
 from vllm_loopus.files import write_text
 from vllm_loopus.serving.knobs.engine import EngineOptions
 
@@ -73,7 +73,7 @@ def check(deployment: Deployment) -> None:
         )
 
 
-def application(deployment: Deployment, config: LoopUSConfig) -> dict[str, Any]:
+def application(deployment: Deployment, config: LoopedConfig) -> dict[str, Any]:
     """The configuration that `serve run` and `serve deploy` read. `config`: of the checkpoint.
 
     Raises `ValueError` for overrides and options that do not fit the checkpoint.
@@ -130,7 +130,7 @@ def application(deployment: Deployment, config: LoopUSConfig) -> dict[str, Any]:
     }
 
 
-def write(deployment: Deployment, config: LoopUSConfig, out: Path) -> list[Path]:
+def write(deployment: Deployment, config: LoopedConfig, out: Path) -> list[Path]:
     """Writes the application to the folder `out`. Returns the files. Raises `ValueError`."""
     check(deployment)
     content = yaml.safe_dump(application(deployment, config), sort_keys=False)

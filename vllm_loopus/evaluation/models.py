@@ -8,17 +8,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.architectures import architecture_of, record_of
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.recast.base import find_checkpoint, is_snapshot
 
 HASHED_WHOLE = 2**30  # bytes; of larger files only size and modification time are hashed
 READ_AT_ONCE = 2**24
-# The fields of a looped model's config that determine exit depths.
-HALTING = (
-    *("max_loops", "min_loops", "halting_strategy", "exit_threshold", "exit_interval"),
-    *("convergence_epsilon", "confidence_input"),
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Model:
 
     @property
     def is_looped(self) -> bool:
-        return isinstance(self.config, LoopUSConfig)
+        return architecture_of(self.config) is not None
 
     @property
     def tokenizer(self) -> str:
@@ -87,9 +82,10 @@ class Model:
 
     def overrides(self) -> dict[str, Any]:
         """Config fields of a looped model for its engine (vLLM's `hf_overrides`)."""
-        if not isinstance(self.config, LoopUSConfig):
+        record = architecture_of(self.config)
+        if record is None:
             return {}
-        return {name: getattr(self.config, name) for name in HALTING}
+        return {name: getattr(self.config, name) for name in record.served_fields}
 
     def decides(self, setting: Setting) -> dict[str, Any]:
         """The part of `overrides` that affects the results of a setting."""
@@ -122,14 +118,15 @@ def looped_model(
 ) -> Model:
     """The looped model at fixed depth, with early exit, or with both (`early_exit` None).
 
-    Raises `ValueError` if it is not a LoopUS model, and for invalid values.
+    Raises `ValueError` if it has no loop, and for invalid values.
     """
     folder, config = _read(name)
-    if not isinstance(config, LoopUSConfig):
+    try:
+        record = record_of(config)
+    except ValueError as error:
         raise ValueError(
-            f"{name} is a {config.model_type} model, not a LoopUS model; give the looped model "
-            "first and the plain one as --base"
-        )
+            f"{name} is {error}; give the looped model first and the plain one as --base"
+        ) from error
     if early_exit is False and exit_threshold is not None:
         raise ValueError(
             f"exit_threshold={exit_threshold} has no effect with --no-early-exit; remove one"
@@ -140,13 +137,13 @@ def looped_model(
     if exit_threshold is not None:
         config.exit_threshold = exit_threshold
     config.check()
-    by_convergence = config.halting_strategy == "convergence"
-    if by_convergence and exit_threshold is not None:
+    limit = record.exit_rule.from_config(config).limit_name
+    if limit != "exit_threshold" and exit_threshold is not None:
         raise ValueError(
             f"exit_threshold={exit_threshold} has no effect for {name}, whose halting_strategy is "
-            "convergence; leave it out"
+            f"{config.halting_strategy}; leave it out"
         )
-    threshold = config.convergence_epsilon if by_convergence else config.exit_threshold
+    threshold = getattr(config, limit)
     fixed, early = Setting(config.max_loops), Setting(config.max_loops, float(threshold))
     settings = [s for s, left_out in ((fixed, True), (early, False)) if early_exit is not left_out]
     return Model(name, folder, config, tuple(settings))
@@ -155,10 +152,10 @@ def looped_model(
 def plain_model(name: str) -> Model:
     """A base model. Raises `ValueError` if it is a looped model or not a model."""
     folder, config = _read(name)
-    if isinstance(config, LoopUSConfig):
+    if (record := architecture_of(config)) is not None:
         raise ValueError(
-            f"base={name} is a LoopUS model itself; give the plain model it was recast from, or "
-            "--base none"
+            f"base={name} is a {record.family} model itself; give the plain model it was recast "
+            "from, or --base none"
         )
     return Model(name, folder, config, (Setting(),))
 

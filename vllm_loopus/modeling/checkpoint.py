@@ -1,6 +1,6 @@
 """Tensor names of LoopUS checkpoints in all formats, and checks of their tensors."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -41,11 +41,13 @@ class CheckpointCheck:
 
     `checked()` yields the valid tensors under their current names and records the others;
     `raise_if_wrong()` then reports all missing, unexpected, misshapen and unusable tensors in one
-    error. `dtype`: the dtype that the tensors will be converted to.
+    error. `dtype`: the dtype that the tensors will be converted to. `rename`: from names in the
+    file to the current ones.
     """
 
     expected: dict[str, torch.Size]
     dtype: torch.dtype = torch.float32
+    rename: Callable[[str], str] = current_name
     seen: set[str] = field(default_factory=set)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
@@ -56,7 +58,7 @@ class CheckpointCheck:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The valid ones of `weights`, under their current names."""
         for original, tensor in weights:
-            name = current_name(original)
+            name = self.rename(original)
             if name.endswith(IGNORED_SUFFIXES):
                 continue
             if name not in self.expected:
@@ -136,7 +138,7 @@ def raise_if_wrong(
         )
         raise ValueError(
             f"the weights of {source} do not fit its config.json ({details}). "
-            "Check that the layer indices and base_config belong to these weights."
+            "Check that config.json, with its layers and sizes, belongs to these weights."
         )
 
 

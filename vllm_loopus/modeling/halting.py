@@ -1,18 +1,20 @@
 """The exit rule of LoopUS: the three halting strategies of the paper and the released code."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.exit_rule import Number
+from vllm_loopus.modeling.exit_rule import ExitRule, Number
 
 MAX_HAZARD = 1 - 1e-7
 
 
 @dataclass(frozen=True)
-class HaltingRule:
-    """The `ExitRule` of LoopUS models.
+class HaltingRule(ExitRule):
+    """The exit rule of LoopUS models.
 
     Depth r is *evaluated* if `r % exit_interval == 0` or `r == max_loops`. No token exits at a
     depth below `min_loops`, but `cdf` still accumulates the evaluated depths there. The evidence is
@@ -20,12 +22,10 @@ class HaltingRule:
     `cdf` is the product of `1 - q` over the depths evaluated so far.
     """
 
-    strategy: str
-    exit_threshold: Number
     exit_interval: int
-    min_loops: Number
-    max_loops: Number
     convergence_epsilon: float
+
+    values: ClassVar[tuple[str, ...]] = ("confidence", "step_length")
 
     @classmethod
     def from_config(cls, config: LoopUSConfig) -> "HaltingRule":
@@ -47,40 +47,32 @@ class HaltingRule:
         """Whether the evidence is the step length, not the confidence."""
         return self.strategy == "convergence"
 
-    def evidence(self, confidence: torch.Tensor, step_length: torch.Tensor) -> torch.Tensor:
-        """The input [B] that the strategy uses as evidence."""
-        return step_length if self.reads_step_length else confidence
+    def evidence(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return values["step_length" if self.reads_step_length else "confidence"]
 
-    def with_knobs(
-        self, *, exit_threshold: torch.Tensor, min_loops: torch.Tensor, max_loops: torch.Tensor
-    ) -> "HaltingRule":
-        return replace(
-            self, exit_threshold=exit_threshold, min_loops=min_loops, max_loops=max_loops
-        )
+    @property
+    def limit_name(self) -> str:
+        return "convergence_epsilon" if self.reads_step_length else "exit_threshold"
 
-    def satisfied(
+    @property
+    def comparison(self) -> Literal[">", ">=", "<"]:
+        return "<" if self.reads_step_length else ">"
+
+    def checked_at(self, depth: Number) -> bool | torch.Tensor:
+        if self.reads_step_length:
+            return True
+        depth = torch.as_tensor(depth)
+        return (depth % self.exit_interval == 0) | (depth >= self.max_loops)
+
+    def compared(
         self, depth: Number, evidence: torch.Tensor, carry: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mask [B] of the rows whose criterion holds at `depth`, without regard to `min_loops`,
-        and the new carry [B, C]."""
-        depth = torch.as_tensor(depth, device=evidence.device)
-        evaluated = (depth % self.exit_interval == 0) | (depth >= self.max_loops)
-        if self.strategy == "convergence":
-            return evidence < self.convergence_epsilon, carry
-        if self.strategy == "cdf":
-            survival = carry[:, 0]
-            survival = torch.where(
-                evaluated, survival * (1 - evidence.clamp(max=MAX_HAZARD)), survival
-            )
-            return evaluated & (1 - survival > self.exit_threshold), survival[:, None]
-        return evaluated & (evidence > self.exit_threshold), carry
-
-    def exits(
-        self, depth: Number, evidence: torch.Tensor, carry: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        early, carry = self.satisfied(depth, evidence, carry)
-        depth = torch.as_tensor(depth, device=early.device)
-        return (early & (depth >= self.min_loops)) | (depth >= self.max_loops), carry
+        if self.strategy != "cdf":
+            return evidence, carry
+        survival = carry[:, 0]
+        checked = torch.as_tensor(self.checked_at(depth), device=evidence.device)
+        survival = torch.where(checked, survival * (1 - evidence.clamp(max=MAX_HAZARD)), survival)
+        return 1 - survival, survival[:, None]
 
     def predetermined(
         self, depth: int, *, exit_threshold: float, min_loops: int, max_loops: int

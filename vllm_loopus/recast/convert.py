@@ -21,7 +21,7 @@ from vllm_loopus.modeling.checkpoint import (
 )
 from vllm_loopus.modeling.confidence import ConfidenceHead
 from vllm_loopus.modeling.gate import SelectiveGate
-from vllm_loopus.modeling.model import expected_shapes
+from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.recast.base import EMBEDDING, HEAD, Base, find_checkpoint, read_config
 from vllm_loopus.recast.cut import Cut
 from vllm_loopus.recast.output import check_output, complete_folder
@@ -145,7 +145,7 @@ def plan(
     fields.setdefault("base_model_name_or_path", base.name)
     try:
         config = LoopUSConfig(base_config=base_config, **cut.config_fields, **fields)
-        expected = expected_shapes(config)
+        expected = LoopUSForCausalLM.expected_shapes(config)
         fresh = new_tensors(config.hidden_size, DTYPES[embedding.dtype], seed)
     except ValueError:
         raise
@@ -198,7 +198,7 @@ def convert(source: str, out: Path, options: WriteOptions) -> LoopUSConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder)  # in either format
-        expected = expected_shapes(config)
+        expected = LoopUSForCausalLM.expected_shapes(config)
     except Exception as error:  # validators and model classes raise many types
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     found = read_tensors(weight_files(folder, LEGACY_WEIGHTS))

@@ -39,7 +39,9 @@ class Scores:
         exits = ExitTracker(rule, len(self.items))
         inputs = zip(self.confidences, self.step_lengths, strict=True)
         for depth, (confidence, step_length) in enumerate(inputs, start=1):
-            exits.update(depth, rule.evidence(confidence, step_length))
+            exits.update(
+                depth, rule.evidence({"confidence": confidence, "step_length": step_length})
+            )
         return exits.depths
 
     def at(self, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

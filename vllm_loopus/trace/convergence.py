@@ -10,7 +10,7 @@ from vllm_loopus.trace.record import number
 from vllm_loopus.trace.reference import DepthValues
 
 QUANTILES = (0.1, 0.5, 0.9)
-SUMMARISED = ("step_length", "distance_to_last", "kl_to_last", "confidence", "gate_mean")
+SUMMARISED = ("distance_to_last", "kl_to_last")
 
 
 def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
@@ -20,9 +20,13 @@ def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
     other values are `{"mean": ..., "quantiles": {"0.1": ...}}`.
     """
     parts: dict[str, list[torch.Tensor]] = {}
+    own: list[str] = []
     for one in values:
+        own = list(one.by_name)
         for name in SUMMARISED:
             parts.setdefault(name, []).append(getattr(one, name))
+        for name, tensor in one.by_name.items():
+            parts.setdefault(name, []).append(tensor)
         best = one.top_ids[..., 0]
         parts.setdefault("agreement", []).append((best == best[-1]).float())
     columns = {name: torch.cat(tensors, dim=1).double().numpy() for name, tensors in parts.items()}
@@ -33,7 +37,7 @@ def convergence(values: Iterable[DepthValues]) -> dict[str, Any]:
             "depth": row + 1,
             "agreement": number(columns["agreement"][row].mean()),
         }
-        for name in SUMMARISED:
+        for name in (*own, *SUMMARISED):
             column = columns[name][row]
             found = np.quantile(column, QUANTILES).tolist()
             summary[name] = {

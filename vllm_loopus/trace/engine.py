@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.architectures import LoopedConfig, record_of
 
 
-def start(source: str, rule: HaltingRule, *, dtype: str, max_model_len: int) -> Any:
-    """Starts vLLM's `LLM` for a checkpoint, with the halting fields of `rule` and no tokenizer.
+def start(source: str, config: LoopedConfig, *, dtype: str, max_model_len: int) -> Any:
+    """Starts vLLM's `LLM` for a checkpoint, with the loop fields of `config` and no tokenizer.
 
     Raises `ValueError` if vLLM is not installed or does not start.
     """
@@ -20,14 +20,7 @@ def start(source: str, rule: HaltingRule, *, dtype: str, max_model_len: int) -> 
         raise ValueError(
             f"vLLM cannot be imported ({error}); pip install 'vllm-loopus[cpu]' or [cuda]"
         ) from error
-    overrides = {
-        "max_loops": rule.max_loops,
-        "min_loops": rule.min_loops,
-        "exit_threshold": rule.exit_threshold,
-        "halting_strategy": rule.strategy,
-        "exit_interval": rule.exit_interval,
-        "convergence_epsilon": rule.convergence_epsilon,
-    }
+    overrides = {name: getattr(config, name) for name in record_of(config).served_fields}
     try:
         return LLM(
             source,
@@ -43,13 +36,13 @@ def start(source: str, rule: HaltingRule, *, dtype: str, max_model_len: int) -> 
 def answer(
     llm: Any,
     prompts: Sequence[Sequence[int]],
-    rule: HaltingRule,
+    config: LoopedConfig,
     max_tokens: int,
     stops: Sequence[int],
 ) -> list[tuple[list[int], list[int]]]:
     """Greedy token ids and exit depths for prompts of token ids, all in one batch.
 
-    The knobs of `rule` that requests can set are given with each request.
+    The knobs of `config` that requests can set are given with each request.
     """
     from vllm import SamplingParams
 
@@ -62,9 +55,9 @@ def answer(
         stop_token_ids=list(stops),
         detokenize=False,
         extra_args={
-            "max_loops": rule.max_loops,
-            "min_loops": rule.min_loops,
-            "exit_threshold": rule.exit_threshold,
+            "max_loops": config.max_loops,
+            "min_loops": config.min_loops,
+            "exit_threshold": config.exit_threshold,
         },
     )
     outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from vllm_loopus.modeling.exit_rule import new_carry
-from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.architectures import ARCHITECTURES
+from vllm_loopus.architectures.loopus import LOOPUS
+from vllm_loopus.modeling.exit_rule import ExitRule, new_carry
 
 BUDGET, MIN_LOOPS = "budget", "min_loops"
 CERTAIN = 1e-4  # with a smaller margin, rounding may decide
@@ -21,33 +22,37 @@ class Exits:
     - Reason: the halting strategy, `min_loops` (the criterion held at a depth below `min_loops`) or
       `budget` (the criterion did not hold at the last depth).
     - Margin: the least distance of a value that the rule compared from its limit.
+    - Compared: what the rule compared with its limit at every depth, [N, n].
     """
 
     depths: list[int]
     reasons: list[str]
     margins: list[float]
+    compared: torch.Tensor = field(compare=False)
 
 
-def exits(rule: HaltingRule, confidence: torch.Tensor, step_length: torch.Tensor) -> Exits:
-    """Applies `rule` to the confidence `q` and the step length at depths 1..N, [N, n] each.
+def exits(rule: ExitRule, values: Mapping[str, torch.Tensor]) -> Exits:
+    """Applies `rule` to what it may read at depths 1..N, [N, n] each. N must be `rule.max_loops`.
 
-    N must be `rule.max_loops`.
+    The limits of `rule` are numbers, not tensors.
     """
-    num_tokens = confidence.shape[1]
+    num_depths, num_tokens = next(iter(values.values())).shape
     depths, reasons = [0] * num_tokens, [""] * num_tokens
-    margins = [math.inf] * num_tokens
+    margins, every = [math.inf] * num_tokens, []
     held_back = [False] * num_tokens
-    carry = new_carry(rule, num_tokens)
-    for depth, (q, length) in enumerate(zip(confidence, step_length, strict=True), 1):
-        evidence = rule.evidence(q, length)
+    carry, limit = new_carry(rule, num_tokens), getattr(rule, rule.limit_name)
+    for depth in range(1, num_depths + 1):
+        evidence = rule.evidence({name: rows[depth - 1] for name, rows in values.items()})
         satisfied, _ = rule.satisfied(depth, evidence, carry)
+        compared, _ = rule.compared(depth, evidence, carry)
         exiting, carry = rule.exits(depth, evidence, carry)
-        distance = _margin(rule, depth, evidence, carry)
+        every.append(compared)
+        checked = bool(rule.checked_at(depth))
         for token in range(num_tokens):
             if depths[token]:
                 continue
-            if rule.min_loops <= depth < rule.max_loops:
-                margins[token] = min(margins[token], float(distance[token]))
+            if checked and rule.min_loops <= depth < rule.max_loops:
+                margins[token] = min(margins[token], abs(float(compared[token]) - limit))
             if exiting[token]:
                 depths[token] = depth
                 if not satisfied[token]:
@@ -55,17 +60,19 @@ def exits(rule: HaltingRule, confidence: torch.Tensor, step_length: torch.Tensor
                 else:
                     reasons[token] = MIN_LOOPS if held_back[token] else rule.strategy
             # `min_loops` no longer holds back a token that could have exited here and did not.
-            free = bool(depth >= rule.min_loops) and _evaluated(rule, depth)
+            free = bool(depth >= rule.min_loops) and checked
             held_back[token] = (held_back[token] or bool(satisfied[token])) and not free
-    return Exits(depths, reasons, margins)
+    return Exits(depths, reasons, margins, torch.stack(every))
 
 
-def rule_of(document: Mapping[str, Any], **changed: Any) -> HaltingRule:
-    """The halting rule of a JSON trace, with some fields `changed`."""
-    return HaltingRule(**{**document["halting"], **changed})
+def rule_of(document: Mapping[str, Any], **changed: Any) -> ExitRule:
+    """The exit rule of a JSON trace, with some fields `changed`."""
+    named = document.get("architecture", LOOPUS.name)  # traces of old versions have no name
+    rule = next(one.exit_rule for one in ARCHITECTURES if one.name == named)
+    return rule(**{**document["halting"], **changed})
 
 
-def exits_of(trace: Mapping[str, Any], rule: HaltingRule) -> Exits:
+def exits_of(trace: Mapping[str, Any], rule: ExitRule) -> Exits:
     """The exits of the tokens of a JSON trace by `rule`."""
     columns = {
         name: torch.tensor(
@@ -75,22 +82,6 @@ def exits_of(trace: Mapping[str, Any], rule: HaltingRule) -> Exits:
             ],
             dtype=torch.float32,
         ).T
-        for name in ("confidence", "step_length")
+        for name in rule.values
     }
-    return exits(rule, columns["confidence"], columns["step_length"])
-
-
-def _evaluated(rule: HaltingRule, depth: int) -> bool:
-    return rule.strategy == "convergence" or depth % rule.exit_interval == 0
-
-
-def _margin(
-    rule: HaltingRule, depth: int, evidence: torch.Tensor, carry: torch.Tensor
-) -> torch.Tensor:
-    """The distance [n] between the value that the rule compares at `depth` and its limit."""
-    if not _evaluated(rule, depth):
-        return torch.full_like(evidence, math.inf)
-    if rule.strategy == "convergence":
-        return (evidence - rule.convergence_epsilon).abs()
-    compared = 1 - carry[:, 0] if rule.strategy == "cdf" else evidence
-    return (compared - rule.exit_threshold).abs()
+    return exits(rule, columns)

@@ -14,6 +14,11 @@ from vllm_loopus.trace.tokens import visible
 
 COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
 INK, SHADE = "#31407a", "#b9c3ea"
+CURVES = {
+    "gate_mean": "gate coefficient, mean over channels",
+    "step_length": "distance to the previous depth",
+    "distance_to_last": "distance to the last depth",
+}
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -28,14 +33,17 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:
-    """Draws the PCA of some tokens' states, and their gate coefficients and distances by depth.
+    """Draws the PCA of some tokens' states, and by depth their distances, and gate coefficients if
+    the model has a gate.
 
     `trace`: one entry of a JSON trace, with `trajectories`.
     """
     found = trace["trajectories"]
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    shown = [name for name in CURVES if name in trace["tokens"][0]["depths"][0]]
+    rows = 2 if len(shown) > 2 else 1
+    figure = Figure(figsize=(11 if rows == 2 else 15, 4 * rows), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    places, gate, step, rest = figure.subplots(2, 2).flatten()
+    places, *curves = figure.subplots(rows, (1 + len(shown)) // rows).flatten()
     points = dict(zip(found["tokens"], found["points"], strict=True))
     for place, index in enumerate(found["drawn"]):
         path = points[index]
@@ -48,11 +56,7 @@ def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:
         exit_depth = token["exit_depth"]
         places.scatter(x[exit_depth], y[exit_depth], marker="*", s=130, color=colour, zorder=4)
         depths = [depth["depth"] for depth in token["depths"]]
-        for axes, name in (
-            (gate, "gate_mean"),
-            (step, "step_length"),
-            (rest, "distance_to_last"),
-        ):
+        for axes, name in zip(curves, shown, strict=True):
             axes.plot(depths, [d[name] for d in token["depths"]], ".-", color=colour)
             value = token["depths"][exit_depth - 1][name]
             axes.plot([exit_depth], [value], "*", color=colour, markersize=11)
@@ -62,9 +66,8 @@ def draw_trajectories(trace: Mapping[str, Any], title: str) -> Figure:
     places.set_title("states (circle: depth 0, star: exit)", fontsize=10)
     for text in places.legend(fontsize=8).get_texts():
         text.set_parse_math(False)
-    _by_depth(gate, "gate coefficient, mean over channels")
-    _by_depth(step, "distance to the previous depth")
-    _by_depth(rest, "distance to the last depth")
+    for axes, name in zip(curves, shown, strict=True):
+        _by_depth(axes, CURVES[name])
     return figure
 
 

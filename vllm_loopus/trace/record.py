@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vllm_loopus.files import write_text
-from vllm_loopus.modeling.halting import HaltingRule
+from vllm_loopus.modeling.exit_rule import ExitRule
 from vllm_loopus.trace.exits import Exits
 from vllm_loopus.trace.reference import DepthValues
 from vllm_loopus.trace.tokens import Vocabulary
@@ -29,16 +29,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Depth:
-    """The values of a token at one depth. Values that are not finite are None."""
+    """The values of a token at one depth. Values that are not finite are None.
+
+    `values`: what the architecture has, by name; in JSON, beside the others.
+    """
 
     depth: int
     top: list[Prediction]  # most probable first
     probability: float | None  # of the answer's token
-    confidence: float | None
-    gate_mean: float | None
-    step_length: float | None
     distance_to_last: float | None
     kl_to_last: float | None
+    compared: float | None  # with the limit of the exit rule
+    values: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Token:
     token_class: str
     position: int
     exit_depth: int
-    left_by: str  # why it exited: threshold, cdf, convergence, min_loops or budget
+    left_by: str  # why it exited: the halting strategy, min_loops or budget
     depths: list[Depth]
 
 
@@ -85,15 +87,10 @@ def build(
     """Builds the trace of an answer from its values and exits."""
     columns = {
         name: _numbers(getattr(values, name))
-        for name in (
-            "probability",
-            "confidence",
-            "gate_mean",
-            "step_length",
-            "distance_to_last",
-            "kl_to_last",
-        )
+        for name in ("probability", "distance_to_last", "kl_to_last")
     }
+    columns["compared"] = _numbers(found.compared)
+    own = {name: _numbers(tensor) for name, tensor in values.by_name.items()}
     ids, probabilities = values.top_ids.tolist(), _numbers(values.top_probabilities)
     tokens = []
     for index, token_id in enumerate(answer):
@@ -107,6 +104,7 @@ def build(
                     )
                 ],
                 **{name: column[row][index] for name, column in columns.items()},
+                values={name: column[row][index] for name, column in own.items()},
             )
             for row in range(len(ids))
         ]
@@ -138,8 +136,9 @@ def document(
     model: str,
     engine: str,
     dtype: str,
-    rule: HaltingRule,
-    traces: Iterable[Trace],
+    architecture: str,
+    rule: ExitRule,
+    traces: Sequence[Trace],
     convergence: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of the file that `trace --json` writes."""
@@ -152,10 +151,25 @@ def document(
         "model": model,
         "engine": engine,
         "dtype": dtype,
+        "architecture": architecture,
         "halting": asdict(rule),
-        "traces": [asdict(trace) for trace in traces],
+        "exits": {
+            "limit": rule.limit_name,
+            "comparison": rule.comparison,
+            "checked": [d for d in range(1, int(rule.max_loops) + 1) if rule.checked_at(d)],
+        },
+        "values": list(traces[0].tokens[0].depths[0].values),
+        "traces": [json_of(trace) for trace in traces],
         "convergence": convergence,
     }
+
+
+def json_of(trace: Trace) -> dict[str, Any]:
+    """A trace as JSON: values of a depth stand beside each other."""
+    written = asdict(trace)
+    for token in written["tokens"]:
+        token["depths"] = [{**depth, **depth.pop("values")} for depth in token["depths"]]
+    return written
 
 
 def write(data: dict[str, Any], file: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.architectures import LoopedConfig
+from vllm_loopus.modeling.looped_model import LoopedReference
 from vllm_loopus.trace.tokens import Vocabulary
 
 LOGITS_AT_ONCE = 2**26  # maximum number of logits computed at a time; 256 MiB in float32
@@ -31,9 +31,7 @@ class DepthValues:
     """
 
     states: torch.Tensor  # [N + 1, n, H]: h^0 .. h^N
-    confidence: torch.Tensor  # [N, n]: q
-    gate_mean: torch.Tensor  # [N, n]: the gate's coefficient a, mean over channels
-    step_length: torch.Tensor  # [N, n]: ||h^r - h^(r-1)||_2
+    by_name: dict[str, torch.Tensor]  # [N, n]: `LoopedReference.traced_values`
     distance_to_last: torch.Tensor  # [N, n]: ||h^r - h^N||_2
     kl_to_last: torch.Tensor  # [N, n]: KL(p^N || p^r) in nats
     probability: torch.Tensor  # [N, n]: of the answer's token
@@ -42,7 +40,7 @@ class DepthValues:
     logit_gap: torch.Tensor  # [N, n]: difference of the two largest logits
 
 
-def load_model(source: str, config: LoopUSConfig, dtype: str, device: str) -> LoopUSForCausalLM:
+def load_model(source: str, config: LoopedConfig, dtype: str, device: str) -> LoopedReference:
     """Loads the reference model of a checkpoint.
 
     Raises `ValueError` for an invalid device or dtype, `ValueError` or `OSError` for bad weights.
@@ -58,7 +56,7 @@ def load_model(source: str, config: LoopUSConfig, dtype: str, device: str) -> Lo
     return model.to(place).eval()
 
 
-def load_vocabulary(source: str, config: LoopUSConfig, tokenizer: str | None) -> Vocabulary:
+def load_vocabulary(source: str, config: LoopedConfig, tokenizer: str | None) -> Vocabulary:
     """The vocabulary with `tokenizer` if given, else with that of the checkpoint or its base model.
 
     The vocabulary may have no tokenizer. Raises `ValueError` if `tokenizer` cannot be loaded.
@@ -76,11 +74,11 @@ def load_vocabulary(source: str, config: LoopUSConfig, tokenizer: str | None) ->
     return Vocabulary(None, config.vocab_size, source)
 
 
-def stop_tokens(model: LoopUSForCausalLM, vocabulary: Vocabulary) -> list[int]:
+def stop_tokens(model: LoopedReference, vocabulary: Vocabulary) -> list[int]:
     """The end tokens of an answer: those of generation config, base config and tokenizer."""
     found = [
         getattr(model.generation_config, "eos_token_id", None),
-        model.config.base.eos_token_id,
+        model.config.get_text_config().eos_token_id,
         getattr(vocabulary.tokenizer, "eos_token_id", None),
     ]
     ids = {i for ids in found for i in (ids if isinstance(ids, list | tuple) else [ids])}
@@ -89,7 +87,7 @@ def stop_tokens(model: LoopUSForCausalLM, vocabulary: Vocabulary) -> list[int]:
 
 @torch.no_grad()
 def generate(
-    model: LoopUSForCausalLM, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]
+    model: LoopedReference, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]
 ) -> list[int]:
     """Generates greedily with transformers. Returns the token ids, including a stop token."""
     greedy = GenerationConfig(
@@ -110,37 +108,31 @@ def generate(
 
 @torch.no_grad()
 def depth_values(
-    model: LoopUSForCausalLM, prompt: Sequence[int], answer: Sequence[int], top: int = 5
+    model: LoopedReference, prompt: Sequence[int], answer: Sequence[int], top: int = 5
 ) -> DepthValues:
     """The values of the answer's tokens at all depths up to `max_loops`."""
     sequence = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
     predicting = slice(len(prompt) - 1, None)  # a token is predicted from the position before it
-    embedded = model.encoder.embed_tokens(sequence)
+    embedded = model.embed(sequence)
     positions = model.positions(embedded)
-    state = model.encode(embedded, positions)
-    states, decoded, halting_inputs, gate_mean = [state[0, predicting]], [], [], []
-    for loop_pass in model.passes(state, positions):
-        before, after = loop_pass.before[0, predicting], loop_pass.state[0, predicting]
-        update = loop_pass.update[0, predicting]
-        gate_mean.append(model.reasoning.gate.coefficient(update, before).float().mean(-1))
-        halting_inputs.append(model.halting_inputs(loop_pass, (0, predicting)))
-        decoded.append(
-            model.decoder.norm(model.decoder.run_layers(loop_pass.state, positions))[0, predicting]
-        )
-        states.append(after)
+    states: list[torch.Tensor] = []
+    decoded, found = [], []
+    for loop_pass in model.loop(embedded, positions):
+        states += [] if states else [loop_pass.before[0, predicting]]
+        states.append(loop_pass.state[0, predicting])
+        found.append(model.traced_values(loop_pass, positions, (0, predicting)))
+        decoded.append(model.decode_hidden(loop_pass.state, positions)[0, predicting])
     all_states = torch.stack(states).float()
     return DepthValues(
         states=all_states.cpu(),
-        confidence=torch.stack([inputs["confidence"] for inputs in halting_inputs]).cpu(),
-        gate_mean=torch.stack(gate_mean).cpu(),
-        step_length=torch.stack([inputs["step_length"] for inputs in halting_inputs]).cpu(),
+        by_name={name: torch.stack([one[name] for one in found]).cpu() for name in found[0]},
         distance_to_last=torch.linalg.vector_norm(all_states[1:] - all_states[-1], dim=-1).cpu(),
         **_predictions(model, torch.stack(decoded), torch.tensor(answer, device=model.device), top),
     )
 
 
 def _predictions(
-    model: LoopUSForCausalLM, hidden: torch.Tensor, answer: torch.Tensor, top: int
+    model: LoopedReference, hidden: torch.Tensor, answer: torch.Tensor, top: int
 ) -> dict[str, Any]:
     """The fields of `DepthValues` that come from logits, from normed hidden states [N, n, H].
 
@@ -151,7 +143,7 @@ def _predictions(
     at_once = max(1, LOGITS_AT_ONCE // (num_depths * vocabulary))
     parts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, num_tokens, at_once):
-        logits = model.decoder.logits(hidden[:, start : start + at_once]).float()
+        logits = model.head(hidden[:, start : start + at_once]).float()
         log_p = F.log_softmax(logits, dim=-1)
         actual = answer[start : start + at_once].expand(num_depths, -1).unsqueeze(-1)
         best = log_p.topk(min(top, vocabulary), dim=-1)

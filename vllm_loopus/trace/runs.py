@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_loopus.base_config import MAX_RECURSION_DEPTH
+from vllm_loopus.loop_fields import MAX_RECURSION_DEPTH
 from vllm_loopus.trace.record import FORMAT, VERSION
 from vllm_loopus.trace.tokens import UNKNOWN, Vocabulary, token_class
 

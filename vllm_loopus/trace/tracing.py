@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.halting import HaltingRule
-from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.architectures import LoopedConfig, record_of
+from vllm_loopus.modeling.exit_rule import ExitRule
+from vllm_loopus.modeling.looped_model import LoopedReference
 from vllm_loopus.trace import engine, record, reference
 from vllm_loopus.trace.exits import CERTAIN, Exits, exits
 from vllm_loopus.trace.questions import Question
@@ -37,29 +37,35 @@ class Traced:
         return trace.token_ids if trace.given else predicted, trace.engine_exit_depths
 
 
-def set_knobs(config: LoopUSConfig, **knobs: Any) -> HaltingRule:
+def set_knobs(config: LoopedConfig, **knobs: Any) -> ExitRule:
     """Overrides the halting fields of a config with the knobs that are not None.
 
     Raises `ValueError` that names the field.
     """
+    record = record_of(config)
     for name, value in knobs.items():
         if value is not None:
+            if name not in record.served_fields:
+                raise ValueError(
+                    f"{name}={value} is not a field of a {record.family} model; it has "
+                    f"{', '.join(record.served_fields)}"
+                )
             setattr(config, name, value)
     if knobs.get("min_loops") is None:
         config.min_loops = min(config.min_loops, config.max_loops)
     config.check()
-    return HaltingRule.from_config(config)
+    return record.exit_rule.from_config(config)
 
 
-def context_of(config: LoopUSConfig) -> int:
+def context_of(config: LoopedConfig) -> int:
     """The maximum number of tokens for which the model's values are exact."""
-    longest = int(config.base.max_position_embeddings)
-    exact = config.attention.exact_context
+    longest = int(config.get_text_config().max_position_embeddings)
+    exact = config.exact_context
     return longest if exact is None else min(longest, exact)
 
 
 def answers_of_transformers(
-    model: LoopUSForCausalLM, questions: Iterable[Question], max_tokens: int, stops: Sequence[int]
+    model: LoopedReference, questions: Iterable[Question], max_tokens: int, stops: Sequence[int]
 ) -> Iterator[Answer]:
     """The given answers, or greedy answers of transformers' `generate`, one at a time."""
     for question in questions:
@@ -72,26 +78,26 @@ def answers_of_transformers(
 def answers_of_vllm(
     llm: Any,
     questions: Sequence[Question],
-    rule: HaltingRule,
+    config: LoopedConfig,
     max_tokens: int,
     stops: Sequence[int],
 ) -> list[Answer]:
     """Greedy answers and exit depths of the vLLM engine."""
     prompts = [question.prompt_ids for question in questions]
-    return list(engine.answer(llm, prompts, rule, max_tokens, stops))
+    return list(engine.answer(llm, prompts, config, max_tokens, stops))
 
 
 def traced(
-    model: LoopUSForCausalLM,
+    model: LoopedReference,
     vocabulary: Vocabulary,
     question: Question,
     answer: Answer,
     top: int = 5,
 ) -> Traced:
-    """The trace of an answer, with the halting rule of the model's config."""
+    """The trace of an answer, with the exit rule of the model's config."""
     ids, engine_depths = answer
     values = reference.depth_values(model, question.prompt_ids, ids, top)
-    found = exits(HaltingRule.from_config(model.config), values.confidence, values.step_length)
+    found = exits(model.exit_rule, values.by_name)
     trace = record.build(
         vocabulary,
         question.prompt,

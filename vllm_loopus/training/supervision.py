@@ -200,7 +200,7 @@ def measure_by_depth(
         logits = logits_at(model, loop_pass.state, positions, where)
         losses = token_losses(logits, labelled.targets)
         right = (logits.argmax(-1) == labelled.targets).float()
-        now = exits.update(loop_pass.depth, rule.evidence(**halting_inputs))
+        now = exits.update(loop_pass.depth, rule.evidence(halting_inputs))
         at_exit["exit_depth"] += loop_pass.depth * now.sum()
         at_exit["exit_accuracy"] += (right * now).sum()
         at_exit["exit_loss"] += (losses * now).sum()

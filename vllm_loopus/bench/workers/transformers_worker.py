@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from vllm_loopus.bench.cached_loop import generate_cached
 from vllm_loopus.bench.workers.channel import serve
-from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.trace.exits import exits
 from vllm_loopus.trace.reference import depth_values
@@ -79,8 +78,7 @@ class Reference:
         """How many tokens of an answer are what the uncached model says after the tokens before."""
         self._model.config.exit_threshold = threshold
         values = depth_values(self._model, prompt, answer, top=1)
-        rule = HaltingRule.from_config(self._model.config)
-        found = exits(rule, values.confidence, values.step_length)
+        found = exits(self._model.exit_rule, values.by_name)
         at = (torch.tensor(found.depths) - 1, torch.arange(len(answer)))
         same = values.top_ids[..., 0][at] == torch.tensor(answer)
         margins = torch.tensor(found.margins)

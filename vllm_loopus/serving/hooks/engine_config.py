@@ -43,7 +43,7 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
             raise ValueError(
                 f"model_type={config.model_type!r} in config.json of {model_config.model} is not a "
                 f"looped model, but architectures={config.architectures} asks for one ({names}); "
-                "recast the model first or correct architectures"
+                "correct model_type or architectures, or recast the model (vllm-loopus recast)"
             )
         _refuse(
             model_config.runner_type != "generate",
@@ -57,7 +57,7 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
         _refuse(
             context is not None and model_config.max_model_len > context,
             f"max_model_len={model_config.max_model_len}",
-            f"longrope of base_config rotates by other frequencies beyond {context} positions, "
+            f"longrope rotates by other frequencies beyond {context} positions, "
             f"which changes K/V computed before; set max_model_len to {context} or less",
         )
         _use_the_base_tokenizer(model_config, config)

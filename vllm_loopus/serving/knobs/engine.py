@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from vllm_loopus.base_config import is_finite_number, is_integer
+from vllm_loopus.loop_fields import is_finite_number, is_integer
 from vllm_loopus.serving.knobs.request import LoopDefaults
 
 SECTION = "loopus"  # of additional_config

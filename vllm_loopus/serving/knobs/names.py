@@ -14,6 +14,8 @@ rule 2 applies.
 import difflib
 import re
 
+from vllm_loopus.architectures import ARCHITECTURES
+
 RETURN_EXIT_DEPTHS = "return_exit_depths"
 SPECULATE, GUESSES = "speculate", "guesses"
 REQUEST_KNOBS = (
@@ -24,14 +26,6 @@ REQUEST_KNOBS = (
     SPECULATE,
     GUESSES,
     RETURN_EXIT_DEPTHS,
-)
-RELEASED_NAMES = {"N": "max_loops", "q_threshold": "exit_threshold"}
-OF_THE_CHECKPOINT = (
-    "halting_strategy",
-    "exit_interval",
-    "q_eval_interval",
-    "convergence_epsilon",
-    "confidence_input",
 )
 OF_THE_ENGINE = ("kv_policy", "prefill_depth", "exit_quorum", "overlap", "late_verdicts")
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
@@ -44,9 +38,9 @@ def objection(name: str, custom_processors: bool = False) -> str | None:
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:100]).lower().replace("-", "_")
     close = difflib.get_close_matches(plain, REQUEST_KNOBS, n=1, cutoff=SIMILARITY)
     if not custom_processors:
-        if name in RELEASED_NAMES:
-            return f"is called {RELEASED_NAMES[name]} here"
-        if name in OF_THE_CHECKPOINT:
+        if (ours := _of_a_checkpoint(name)) in REQUEST_KNOBS:
+            return f"is called {ours} here"
+        if ours is not None:
             return "cannot be set by a request; start the server with --hf-overrides"
         if name in OF_THE_ENGINE:
             return "cannot be set by a request; start the server with --additional-config"
@@ -54,4 +48,13 @@ def objection(name: str, custom_processors: bool = False) -> str | None:
         return f"is not a knob of a request; did you mean {close[0]}?"
     if LOOPISH.search(plain) and not custom_processors:
         return f"is not a knob of a request; there are {', '.join(REQUEST_KNOBS)}"
+    return None
+
+
+def _of_a_checkpoint(name: str) -> str | None:
+    """Our name of a field that a checkpoint of some architecture has; None for another name."""
+    for architecture in ARCHITECTURES:
+        ours = architecture.released_names.get(name, name)
+        if ours in architecture.served_fields:
+            return ours
     return None

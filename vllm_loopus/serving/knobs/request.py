@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_loopus.base_config import is_finite_number, is_integer
+from vllm_loopus.loop_fields import is_finite_number, is_integer
 from vllm_loopus.serving.knobs.names import (
     GUESSES,
     REQUEST_KNOBS,

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_loopus.architectures import Architecture, architecture_of
+from vllm_loopus.architectures import record_of
 from vllm_loopus.serving.model.kv_layout import KVLayout
+from vllm_loopus.serving.model.padded_heads import stored_head_size
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class ModelFacts:
     """The properties of a looped checkpoint, as text and numbers."""
 
     family: str
-    base: str  # model type of the base
+    kind: str  # family, and the type of the base if it is made from one
+    size: str  # layers and width
     encoder: str
     reasoning: str
     decoder: str
@@ -25,17 +27,18 @@ class ModelFacts:
     @classmethod
     def of(cls, config: Any, layout: KVLayout) -> "ModelFacts":
         """`config`: of a looped model."""
-        architecture = _of_looped(config)
-        layers = architecture.layers(config)
+        architecture = record_of(config)
+        layers, text = architecture.layers(config), config.get_text_config()
         return cls(
             family=architecture.family,
-            base=config.get_text_config().model_type,
+            kind=architecture.family + ("" if text is config else f" on {text.model_type}"),
+            size=f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}",
             encoder=told_layers(layers.encoder),
             reasoning=told_layers(layers.reasoning),
             decoder=told_layers(layers.decoder),
             max_loops=config.max_loops,
             min_loops=config.min_loops,
-            exit_rule=str(architecture.exit_rule(config)),
+            exit_rule=str(architecture.exit_rule.from_config(config)),
             kv_bytes_a_token={d: layout.allocated(d) for d in range(1, config.max_loops + 1)},
         )
 
@@ -62,8 +65,9 @@ def layout_of(
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_size = stored_head_size(head_size)
     state = text.hidden_size * dtype_bytes
-    layers = _of_looped(config).layers(config)
+    layers = record_of(config).layers(config)
     return KVLayout.of(
         max_loops=config.max_loops,
         encoder=len(layers.encoder),
@@ -91,9 +95,3 @@ def told_layers(indices: Sequence[int]) -> str:
         return "no layer"
     first, last = indices[0], indices[-1]
     return f"layer {first}" if first == last else f"layers {first}-{last} ({len(indices)})"
-
-
-def _of_looped(config: Any) -> Architecture:
-    architecture = architecture_of(config)
-    assert architecture is not None
-    return architecture

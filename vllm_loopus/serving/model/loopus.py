@@ -11,23 +11,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.llama import LlamaModel
-from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_loopus.backbones import load_class
 from vllm_loopus.config import LoopUSConfig
-from vllm_loopus.modeling.checkpoint import (
-    LEGACY_WEIGHTS,
-    CheckpointCheck,
-    current_name,
-    explaining_read_errors,
-)
+from vllm_loopus.modeling.checkpoint import LEGACY_WEIGHTS, current_name
 from vllm_loopus.modeling.confidence import ConfidenceHead, head_input
 from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.modeling.halting import HaltingRule
-from vllm_loopus.modeling.model import expected_shapes
+from vllm_loopus.modeling.model import LoopUSForCausalLM as ReferenceModel
 from vllm_loopus.serving.model.base import LoopedModelBase
 from vllm_loopus.serving.model.layer_run import LayerRun
+from vllm_loopus.serving.model.loading import load_checked
 from vllm_loopus.serving.model.planes import Planes
 
 
@@ -201,20 +196,12 @@ class LoopUSForCausalLM(LoopedModelBase):
         return self.logits_processor.get_top_tokens(self.decoder.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads a checkpoint of any format; once the engine serves, also a part of one.
-
-        Raises `ValueError` that names the tensors that do not fit or hold NaN or infinity, and the
-        files that cannot be read. A quantised checkpoint has tensors of its own kind, which vLLM's
-        loader checks.
-        """
-        weights = explaining_read_errors(weights, self.model_name)
-        loader = AutoWeightsLoader(self)
-        mapper = LlamaModel.hf_to_vllm_mapper  # merges q, k, v and gate, up where they are split
-        if self.quant_config is not None:
-            renamed = ((current_name(name), tensor) for name, tensor in weights)
-            return loader.load_weights(renamed, mapper=mapper)
-        dtype = self.encoder.embed_tokens.weight.dtype
-        check = CheckpointCheck(expected_shapes(self.config), dtype)
-        loaded = loader.load_weights(check.checked(weights), mapper=mapper)
-        check.raise_if_wrong(self.model_name, partial=self.is_served)
-        return loaded
+        """Loads a checkpoint of any format (`load_checked`)."""
+        return load_checked(
+            self,
+            weights,
+            lambda: ReferenceModel.expected_shapes(self.config),
+            self.model_name,
+            quantised=self.quant_config is not None,
+            rename=current_name,
+        )

@@ -20,7 +20,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_loopus.architectures import architecture_of
+from vllm_loopus.architectures import record_of
 from vllm_loopus.serving.knobs.engine import AUTO, EngineOptions
 from vllm_loopus.serving.messages.progress import LoopProgress
 from vllm_loopus.serving.messages.step_input import LoopSchedule, StepInput
@@ -190,9 +190,7 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
     """The loop over a runner whose K/V memory is bound."""
     vllm_config, model = runner.vllm_config, runner.get_model()
     config = vllm_config.model_config.hf_config
-    architecture = architecture_of(config)
-    assert architecture is not None
-    rule = architecture.exit_rule(config)
+    rule = record_of(config).exit_rule.from_config(config)
     groups = runner.kv_cache_config.kv_cache_groups
     block_size = groups[0].kv_cache_spec.block_size
     tables = BlockTables(
@@ -205,7 +203,13 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
     if options.last_exited:
         model.planes.allow_extra_slots()
     slots = options.positions_in_flight
-    stairs = Staircases(len(groups), options.last_exited, options.full_prefill, slots)
+    stairs = Staircases(
+        len(groups),
+        options.last_exited,
+        options.full_prefill,
+        slots,
+        decoder_attends=bool(model.planes.decoder_names),
+    )
     row_budget = vllm_config.scheduler_config.max_num_batched_tokens
     executor = PagedExecutor(
         model,

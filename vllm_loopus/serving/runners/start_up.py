@@ -25,7 +25,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
         f"{options.kv_policy}, prefill {options.prefill_depth}, exit quorum {options.exit_quorum}"
     )
     rows = [
-        ("model", f"{_served_as(model)} ({facts.family} on {facts.base}, {model.dtype})"),
+        ("model", f"{_served_as(model)} ({facts.kind}, {model.dtype})"),
         *facts.rows(),
         (f"  of them at {layout.max_loops}", f"{items} (KiB, on one rank)"),
         ("K/V policy", policy),

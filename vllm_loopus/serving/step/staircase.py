@@ -50,6 +50,7 @@ class Start:
     - `num_generated`: tokens generated so far.
     - `predetermined[r - 1]`: whether a token exits at depth r, None if the exit rule computes that
       (`ExitRule.predetermined`).
+    - `scored`: the decoder has to compute all positions of the prompt, because they are scored.
     """
 
     knobs: RequestKnobs
@@ -59,6 +60,7 @@ class Start:
     cached: Sequence[int] | None = None
     decoded: Sequence[int] | None = None
     num_generated: int = 0
+    scored: bool = False
 
 
 # What is known of a sequence, by name of the array: shape after [S], type.
@@ -68,6 +70,7 @@ _ARRAYS = {
     "wants_token": ((), bool),  # of the positions in flight
     "stalled": ((), bool),  # in the last pass, for lack of blocks
     "failed": ((), bool),  # nothing more can be computed
+    "scored": ((), bool),
     "max_depth": ((), np.int64),
     "max_loops": ((), np.int64),
     "min_loops": ((), np.int64),
@@ -105,13 +108,15 @@ class Staircases:
     """The staircases of all running sequences: arrays over S rows, one for each; see the module.
 
     `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth. `slots`: positions of
-    one sequence in flight, one more than may be guessed.
+    one sequence in flight, one more than may be guessed. `decoder_attends`: whether the decoder has
+    K/V; without, it computes the newest positions alone.
     """
 
     num_depths: int
     last_exited: bool = False
     full_prefill: bool = False
     slots: int = 1
+    decoder_attends: bool = True
     reasons: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
     present: Bools = field(init=False)
@@ -119,6 +124,7 @@ class Staircases:
     wants_token: Bools = field(init=False)
     stalled: Bools = field(init=False)
     failed: Bools = field(init=False)
+    scored: Bools = field(init=False)
     max_depth: Ints = field(init=False)
     max_loops: Ints = field(init=False)
     min_loops: Ints = field(init=False)
@@ -189,6 +195,7 @@ class Staircases:
         self.max_loops[index], self.min_loops[index] = knobs.max_loops, knobs.min_loops
         self.prefill_end[index] = start.prefill_end
         self.num_generated[index] = start.num_generated
+        self.scored[index] = start.scored
         found = list(start.cached or [0] * depth)[:depth]
         self.done[index, : depth + 1] = [found[0], *found]
         self.settled[index] = self.done[index]
@@ -415,8 +422,10 @@ class Staircases:
         depth, end = self.exit_depth[sequences], self.done[sequences, 0]
         depth = np.where(depth > 0, depth, self.depth[sequences])
         # The newest one again, if it went through the decoder before it was known to exit.
-        start = np.minimum(self.decoded[sequences, depth], end - 1)
+        start = self.to_decode_from(sequences, depth, end)
         newest = np.ones(len(sequences), dtype=bool)
+        if not self.decoder_attends:
+            return Chunks(sequences, depth, start, end, newest)
         copying = self.copies_on_exit(sequences)
         if not copying.any():
             return Chunks(sequences, depth, start, end, newest)
@@ -425,6 +434,13 @@ class Staircases:
         behind = copying & (start < prompt)
         chunks = Chunks(sequences, depth, np.where(copying & ~behind, end - 1, start), end, newest)
         return _split(chunks, behind, prompt) if behind.any() else chunks
+
+    def to_decode_from(self, sequences: Ints, depth: Ints, end: Ints) -> Ints:
+        """Where what the decoder has to compute at `depth` for the position before `end` starts."""
+        start = np.minimum(self.decoded[sequences, depth], end - 1)
+        if self.decoder_attends:
+            return start
+        return np.where(self.scored[sequences], start, end - 1)
 
     def advance_decoder(self, chunks: Chunks) -> None:
         """The chunks have decoder K/V at their depths."""

@@ -110,7 +110,7 @@ class Waves:
         may &= np.where(exited, slot > 0, depth >= self.plan.draft_depth)
         index, slot, depth = sequences[may], slot[may], depth[may]
         end = stairs.done[index, 0] + slot
-        start = np.minimum(stairs.decoded[index, depth], end - 1)
+        start = stairs.to_decode_from(index, depth, end)
         return Chunks(index, depth, start, end, np.ones(len(index), dtype=bool))
 
     def begin(self, chunks: Chunks) -> Chunks:

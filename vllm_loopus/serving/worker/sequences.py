@@ -103,6 +103,7 @@ class RunningSequences:
             # A prompt to be scored goes through the decoder from its first position.
             decoded=None if new.scores_prompt else decoded,
             num_generated=new.num_generated,
+            scored=new.scores_prompt,
         )
         self.stairs.add(index, start)
         self._executor.add(index, new.knobs)

@@ -3,43 +3,37 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const texts = new Map(Object.entries(JSON.parse(document.getElementById("texts").textContent)));
 const own = data.halting;
-const convergence = own.strategy === "convergence";
+const limitName = data.exits.limit;
 const at = id => document.getElementById(id);
 const COLOURS = ["#3366cc", "#e0612c", "#1a9e77", "#a03ac9", "#c99a00", "#d6336c", "#0a8fb5", "#6b7280"];
 const RAMP = [[239, 243, 251], [150, 189, 233], [52, 112, 196], [18, 43, 107]];
-const NAMES = { probability: "probability", confidence: "confidence q", gate_mean: "gate mean",
-  step_length: "step length", distance_to_last: "distance to the last", kl_to_last: "KL to the last" };
+const LABELS = { confidence: "confidence q" };
+const NAMES = { probability: "probability" };
+for (const name of data.values) NAMES[name] = LABELS[name] || name.replaceAll("_", " ");
+Object.assign(NAMES, { distance_to_last: "distance to the last", kl_to_last: "KL to the last" });
+const CHARTS = [["gate", "gate_mean"], ["step", "step_length"], ["rest", "distance_to_last"]]
+  .filter(([id]) => document.getElementById(id));
 let trace, rule, left, followed;
 
-// --- The halting rule, as in vllm_loopus/modeling/halting.py, in float32 as there ---
+// --- The exit rule: compares a number, the same for any knobs, with its limit, in float32 ---
 
 const f32 = Math.fround;
-const MAX_HAZARD = f32(1 - 1e-7);
 const value = (depth, name) => depth[name] === null ? NaN : f32(depth[name]);
+const COMPARISONS = { ">": (a, b) => a > b, ">=": (a, b) => a >= b, "<": (a, b) => a < b };
+const holds = COMPARISONS[data.exits.comparison], checked = new Set(data.exits.checked);
 
 function exits(tokens, rule) {
+  const limit = f32(rule[limitName]);
   return tokens.map(token => {
-    let survival = 1, heldBack = false;
+    let heldBack = false;
     for (const here of token.depths) {
       const depth = here.depth;
-      const evaluated = depth % rule.exit_interval === 0 || depth >= rule.max_loops;
-      let satisfied;
-      if (rule.strategy === "convergence") {
-        satisfied = value(here, "step_length") < f32(rule.convergence_epsilon);
-      } else if (rule.strategy === "cdf") {
-        const q = value(here, "confidence");
-        if (evaluated) survival = f32(survival * f32(1 - (q > MAX_HAZARD ? MAX_HAZARD : q)));
-        satisfied = evaluated && f32(1 - survival) > f32(rule.exit_threshold);
-      } else {
-        satisfied = evaluated && value(here, "confidence") > f32(rule.exit_threshold);
-      }
+      const satisfied = checked.has(depth) && holds(value(here, "compared"), limit);
       if (satisfied && depth >= rule.min_loops || depth >= rule.max_loops) {
         const why = !satisfied ? "budget" : heldBack ? "min_loops" : rule.strategy;
         return { depth, why };
       }
-      const free = depth >= rule.min_loops &&
-        (rule.strategy === "convergence" || depth % rule.exit_interval === 0);
-      heldBack = (heldBack || satisfied) && !free;
+      heldBack = (heldBack || satisfied) && !(depth >= rule.min_loops && checked.has(depth));
     }
   });
 }
@@ -229,7 +223,7 @@ function drawCharts() {
   for (const cell of at("grid").querySelectorAll("thead th[data-token]"))
     cell.classList.toggle("followed", followed.has(Number(cell.dataset.token)));
   const indices = [...followed];
-  for (const [id, name] of [["gate", "gate_mean"], ["step", "step_length"], ["rest", "distance_to_last"]]) {
+  for (const [id, name] of CHARTS) {
     const svg = at(id), tokens = indices.map(index => trace.tokens[index]);
     const [px, py] = frame(svg, trace.tokens[0].depths.map(d => d.depth),
       tokens.flatMap(token => token.depths.map(depth => value(depth, name))), true, true);
@@ -261,8 +255,6 @@ function drawCharts() {
 
 // --- Controls ---
 
-const limitName = convergence ? "convergence_epsilon" : "exit_threshold";
-
 function setLimit(to) {
   rule[limitName] = to;
   at("limit").value = to;
@@ -281,10 +273,8 @@ function open(index) {
   const found = trace.trajectories;
   followed = new Set(found ? found.drawn : [0]);
   at("prompt").textContent = trace.prompt === null ? trace.prompt_token_ids.map(id => `#${id}`).join(" ") : trace.prompt;
-  if (convergence) {
-    const lengths = trace.tokens.flatMap(token => token.depths.map(depth => depth.step_length || 0));
-    at("limit").max = 1.05 * Math.max(own.convergence_epsilon, ...lengths);
-  }
+  const most = Math.max(own[limitName], ...trace.tokens.flatMap(token => token.depths.map(d => d.compared || 0)));
+  at("limit").max = limitName === "exit_threshold" && most <= 1 ? 1 : 1.05 * most;
   buildGrid();
   markExits();
 }

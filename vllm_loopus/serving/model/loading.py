@@ -1,0 +1,44 @@
+"""Loads a checkpoint into a model for vLLM, and says which of its tensors do not fit."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from vllm_loopus.modeling.checkpoint import CheckpointCheck, explaining_read_errors
+from vllm_loopus.serving.model.base import LoopedModelBase
+
+
+def load_checked(
+    model: LoopedModelBase,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    expected: Callable[[], dict[str, torch.Size]],
+    source: str,
+    *,
+    quantised: bool,
+    rename: Callable[[str], str] = str,
+    mapper: WeightsMapper | None = LlamaModel.hf_to_vllm_mapper,
+) -> set[str]:
+    """Loads `weights` of the checkpoint `source`; once the engine serves, also a part of one.
+
+    - `expected`: name and shape of every tensor of such a checkpoint. A `quantised` one has
+      tensors of its own kind, which vLLM's loader checks.
+    - `rename`: from names in the file to those in `expected`.
+    - `mapper`: from there to the modules; by default it merges q, k, v and gate, up where they are
+      split, as vLLM's Llama does.
+
+    Returns the names of the parameters. Raises `ValueError` that names the tensors that do not fit
+    or hold NaN or infinity, and the files that cannot be read.
+    """
+    weights = explaining_read_errors(weights, source)
+    loader = AutoWeightsLoader(model)
+    if quantised:
+        return loader.load_weights(
+            ((rename(name), tensor) for name, tensor in weights), mapper=mapper
+        )
+    dtype = next(model.parameters()).dtype
+    check = CheckpointCheck(expected(), dtype, rename)
+    loaded = loader.load_weights(check.checked(weights), mapper=mapper)
+    check.raise_if_wrong(source, partial=model.is_served)
+    return loaded
