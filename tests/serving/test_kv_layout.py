@@ -1,12 +1,14 @@
 """What the layout says it takes is what vLLM allocates, item by item."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import GOLDEN, runner_of
+from vllm_loopus.serving.model.kv_dtype import KV_DTYPES, kv_bytes
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.model.planes import depth_of, layer_name_at
 
@@ -14,10 +16,13 @@ BLOCK = 32
 BLOCKS = 50
 
 
-@pytest.fixture(params=[("qwen3", 8), ("phi3", 3), ("llama", 1)], ids=lambda p: f"{p[0]}-{p[1]}")
+ENGINES = [("qwen3", 8, "auto"), ("phi3", 3, "auto"), ("llama", 1, "auto"), ("qwen3", 8, "fp8")]
+
+
+@pytest.fixture(params=ENGINES, ids=lambda p: "{}-{}-{}".format(*p))
 def engine(make_llm: Any, request: pytest.FixtureRequest) -> tuple[Any, Any, KVLayout]:
     """The worker's model, the scheduler's KV cache config and the layout of a small engine."""
-    backbone, max_loops = request.param
+    backbone, max_loops, kv_dtype = request.param
     llm = make_llm(
         GOLDEN / backbone,
         dtype="bfloat16",
@@ -25,6 +30,7 @@ def engine(make_llm: Any, request: pytest.FixtureRequest) -> tuple[Any, Any, KVL
         skip_tokenizer_init=True,
         block_size=BLOCK,
         num_gpu_blocks_override=BLOCKS,
+        kv_cache_dtype=kv_dtype,
     )
     core = llm.llm_engine.engine_core.engine_core
     model = runner_of(llm).model
@@ -35,7 +41,8 @@ def test_items_add_up_to_the_pool(engine: tuple[Any, Any, KVLayout]) -> None:
     core, model, layout = engine
     config = model.config
     heads, head_dim = config.base.num_key_value_heads, config.hidden_size // 4
-    row = 2 * heads * head_dim * 2  # K and V of one token in one layer, bf16
+    number = 1 if model.planes.kv_dtype == "fp8" else 2
+    row = 2 * heads * head_dim * number  # K and V of one token in one layer
     loops = config.max_loops
     items = layout.items()
     assert items["encoder"] == len(config.encoder_layer_indices) * row
@@ -85,6 +92,25 @@ def test_a_state_fits_its_rows(engine: tuple[Any, Any, KVLayout]) -> None:
     room = sum(r[0, :, 0].numel() * r.element_size() for r in rows)
     assert room == layout.state + layout.state_padding
     assert layout.state == model.config.hidden_size * torch.bfloat16.itemsize
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_bytes_of_each_dtype(kv_dtype: str) -> None:
+    """As vLLM's specs have them, with the scales that its Triton backend stores."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
+
+    heads, head_size = 3, 64
+    spec = FullAttentionSpec(
+        block_size=BLOCK,
+        num_kv_heads=heads,
+        head_size=head_size,
+        dtype=kv_cache_dtype_str_to_dtype(kv_dtype, SimpleNamespace(dtype=torch.bfloat16)),
+        kv_quant_mode=get_kv_quant_mode(kv_dtype),
+    )
+    expected = TritonAttentionBackend.customize_spec(spec).page_size_bytes // BLOCK
+    assert kv_bytes(heads, head_size, kv_dtype, model_dtype_bytes=2) == expected
 
 
 def test_published_cuts() -> None:

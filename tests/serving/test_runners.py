@@ -185,7 +185,7 @@ def test_states_in_every_layout_of_a_block(order: str) -> None:
     memory = torch.zeros([shape[axis] for axis in permutation])
     layers = memory.permute(*np.argsort(permutation).tolist())
     assert layers.shape == shape
-    pages = StatePages([layers[1], layers[2]], size=20)
+    pages = StatePages([layers[1], layers[2]], 20, torch.float32)
     slots, states = torch.tensor([17, 4, 11]), torch.arange(1.0, 61).reshape(3, 20)
     pages.write(slots, states)
     assert torch.equal(pages.read(slots), states)
@@ -198,4 +198,4 @@ def test_a_layout_that_scatters_a_block_is_refused() -> None:
 
     page = torch.zeros(2, 5, 4, 6).transpose(0, 1)  # LHBNC
     with pytest.raises(ValueError, match="VLLM_KV_CACHE_LAYOUT"):
-        StatePages([page], size=12)
+        StatePages([page], 12, torch.float32)

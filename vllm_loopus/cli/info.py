@@ -37,6 +37,7 @@ class KVEstimate:
     """The size of a model's K/V, and how many sequences fit in memory."""
 
     dtype: str
+    kv_cache_dtype: str
     tensor_parallel_size: int
     bytes_a_token: dict[int, int]  # by depth, on one rank
     memory_bytes: int  # on one rank
@@ -79,6 +80,7 @@ def estimate_kv(
     max_model_len: int | None = None,
     dtype: str | None = None,
     tensor_parallel_size: int = 1,
+    kv_cache_dtype: str = "auto",
 ) -> KVEstimate:
     """Estimates the K/V of a model.
 
@@ -87,8 +89,12 @@ def estimate_kv(
     """
     from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memory
     from vllm_loopus.serving.model.facts import layout_of
+    from vllm_loopus.serving.model.kv_dtype import KV_DTYPES
     from vllm_loopus.serving.model.kv_layout import sequences_that_fit
 
+    if kv_cache_dtype not in KV_DTYPES:
+        known = ", ".join(KV_DTYPES)
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is unknown; choose one of {known}")
     dtype = dtype or _dtype_of(config)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPE_BYTES)}")
@@ -96,7 +102,7 @@ def estimate_kv(
     length = longest if max_model_len is None else max_model_len
     if not 1 <= length <= longest:
         raise ValueError(f"max_model_len={length} must be from 1 to {longest}, the model's maximum")
-    layout = layout_of(config, DTYPE_BYTES[dtype], tensor_parallel_size)
+    layout = layout_of(config, DTYPE_BYTES[dtype], tensor_parallel_size, kv_cache_dtype)
     if memory_gib is None:
         memory = int(CPU_CACHE_SHARE * free_cpu_memory()[0])
     else:
@@ -105,6 +111,7 @@ def estimate_kv(
     depths = range(1, config.max_loops + 1)
     return KVEstimate(
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         tensor_parallel_size=tensor_parallel_size,
         bytes_a_token={depth: layout.allocated(depth) for depth in depths},
         memory_bytes=memory,
@@ -127,20 +134,26 @@ def info(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="As in vllm serve: auto, fp8, int8_per_token_head, ...")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Show the cut, loops, exit rule and K/V size of a checkpoint."""
     with report_errors(ValueError):
         config = load_config(model)
-        estimate = estimate_kv(config, memory, max_model_len, dtype, tensor_parallel_size)
+        estimate = estimate_kv(
+            config, memory, max_model_len, dtype, tensor_parallel_size, kv_cache_dtype
+        )
         facts = _facts(model, config)
     if as_json:
         print_json({**facts, "kv": asdict(estimate)})
         return
     rows = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
     sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in estimate.bytes_a_token.items()]
+    stored = "" if kv_cache_dtype == "auto" else f", K/V in {kv_cache_dtype}"
     rows += [
-        ("K/V per token", f"{', '.join(sizes)} ({estimate.dtype}, one rank)"),
+        ("K/V per token", f"{', '.join(sizes)} ({estimate.dtype}{stored}, one rank)"),
         (
             f"fit in {estimate.memory_bytes / 2**30:.2f} GiB",
             f"sequences of {estimate.max_model_len} tokens: "

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm_loopus.architectures import ARCHITECTURES, LoopedConfig, architecture_of
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.serving.hooks.cpu_memory import size_cpu_cache
+from vllm_loopus.serving.hooks.kv_dtype import check_kv_dtype
 from vllm_loopus.serving.hooks.log import note_looped_model
 from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.knobs.request import check_request
@@ -141,12 +142,7 @@ def _refuse_impossible(vllm_config: "VllmConfig") -> None:
         "planes by depth are not sharded by position; set it to 1",
     )
     cache = vllm_config.cache_config
-    cache_dtype = cache.cache_dtype
-    _refuse(
-        cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-        f"kv_cache_dtype={cache_dtype!r}",
-        "quantised K/V is not supported; use 'auto'",
-    )
+    check_kv_dtype(vllm_config)
     _refuse(
         vllm_config.kv_transfer_config is not None,
         "kv_transfer_config",

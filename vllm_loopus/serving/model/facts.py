@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_loopus.architectures import record_of
+from vllm_loopus.serving.model.kv_dtype import AUTO, kv_bytes
 from vllm_loopus.serving.model.kv_layout import KVLayout
 from vllm_loopus.serving.model.padded_heads import stored_head_size
 
@@ -55,12 +56,12 @@ class ModelFacts:
 
 
 def layout_of(
-    config: Any, dtype_bytes: int, tensor_parallel: int = 1, kv_dtype_bytes: int | None = None
+    config: Any, dtype_bytes: int, tensor_parallel: int = 1, kv_dtype: str = AUTO
 ) -> KVLayout:
     """The K/V layout of a checkpoint that is not loaded, on one rank.
 
-    `dtype_bytes`: of a number of the model. `kv_dtype_bytes`: of one in the K/V cache, if that is
-    another. A constant input of the loop is taken to have the size of a state.
+    `dtype_bytes`: of a number of the model. `kv_dtype`: as in `--kv-cache-dtype`. A constant input
+    of the loop is taken to have the size of a state.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -73,7 +74,7 @@ def layout_of(
         encoder=len(layers.encoder),
         reasoning=len(layers.reasoning),
         decoder=len(layers.decoder),
-        kv_bytes=2 * max(heads // tensor_parallel, 1) * head_size * (kv_dtype_bytes or dtype_bytes),
+        kv_bytes=kv_bytes(max(heads // tensor_parallel, 1), head_size, kv_dtype, dtype_bytes),
         state_bytes=state,
         injected_bytes=state if layers.injects else 0,
     )
@@ -81,12 +82,10 @@ def layout_of(
 
 def layout_of_engine(vllm_config: Any) -> KVLayout:
     """The K/V layout of a rank of an engine, as its workers lay it out."""
-    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-
     model = vllm_config.model_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    kv = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
-    return layout_of(model.hf_config, model.dtype.itemsize, ranks, kv.itemsize)
+    kv_dtype = vllm_config.cache_config.cache_dtype
+    return layout_of(model.hf_config, model.dtype.itemsize, ranks, kv_dtype)
 
 
 def told_layers(indices: Sequence[int]) -> str:

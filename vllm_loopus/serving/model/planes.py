@@ -11,7 +11,9 @@ The plane of depth 1, which every position has, also holds the K/V of the encode
 that injects it in every pass, the constant input.
 
 Layers with a sliding window store all their K/V like the others; the window is only a mask. All
-planes must have the same layout, and a deeper token may need any position again.
+planes must have the same layout, and a deeper token may need any position again. A quantised cache
+(`--kv-cache-dtype`) holds the K/V of all planes; states keep the model's dtype, in as many rows as
+they need.
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,9 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.kv_cache_utils import create_kv_cache_group_specs
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
+from vllm_loopus.serving.model.cpu_kernels import round_fp8
 from vllm_loopus.serving.model.deferred_writes import DeferredWrites
+from vllm_loopus.serving.model.kv_dtype import floats_in
 from vllm_loopus.serving.model.kv_layout import KVLayout
 
 
@@ -125,12 +129,15 @@ class Planes:
         for layer in [*attention_layers(encoder), *looped, *decoding]:
             # Only `get_kv_cache_spec` reads it; the mask is the implementation's own.
             layer.sliding_window = None
+            round_fp8(layer)
         self.encoder_names = [layer.layer_name for layer in attention_layers(encoder)]
         self.reasoning_names = [layer.layer_name for layer in looped]
         self.decoder_names = [layer.layer_name for layer in decoding]
         self.layer_names = self.reasoning_names + self.decoder_names
         self.state_size, self.injected_size = state_size, injected_size
-        number = torch.get_default_dtype().itemsize
+        self.kv_dtype = like.kv_cache_dtype
+        self.state_dtype = torch.get_default_dtype()
+        number = self.state_dtype.itemsize
         self.layout = KVLayout.of(
             max_loops=vllm_config.model_config.hf_config.max_loops,
             encoder=len(self.encoder_names),
@@ -162,10 +169,13 @@ class Planes:
         """The pages that hold the constant input of each position, at depth 1."""
         return [self._context[name].kv_cache for name in self.injected_names]
 
-    def caches(self) -> list[torch.Tensor]:
-        """The memory of all planes, [num_blocks, ...] each, once vLLM has bound it."""
-        names = self.encoder_names + self.layer_names + self.state_names + self.injected_names
-        return [self._context[name].kv_cache for name in names]
+    def floats(self) -> list[torch.Tensor]:
+        """The floating-point numbers in the memory of all planes, [num_blocks, ...] each, once
+        vLLM has bound it."""
+        found = [page.view(self.state_dtype) for page in self.state_pages() + self.injected_pages()]
+        for name in self.encoder_names + self.layer_names:
+            found += floats_in(self._context[name].kv_cache, self.kv_dtype)
+        return found
 
     def allow_extra_slots(self) -> None:
         """Lets the K/V of a row go to more than one slot (policy `last_exited`): `slot_rows` names

@@ -29,6 +29,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
         *facts.rows(),
         (f"  of them at {layout.max_loops}", f"{items} (KiB, on one rank)"),
         ("K/V policy", policy),
+        ("K/V dtype", _kv_dtype(vllm_config.cache_config.cache_dtype)),
         ("guesses", _guesses(options)),
         ("K/V memory", f"{kv_cache_config.num_blocks} blocks of {block_size} tokens at one depth"),
         ("  fit", f"{', '.join(fit)} (sequences of {model.max_model_len} tokens, by depth)"),
@@ -52,6 +53,10 @@ def switched_off(vllm_config: Any) -> list[tuple[str, str]]:
 def _served_as(model: Any) -> str:
     name = model.served_model_name
     return model.model if name == model.model else f"{name}, {model.model}"
+
+
+def _kv_dtype(name: str) -> str:
+    return "" if name == AUTO else f"{name}; states keep the model's"
 
 
 def _guesses(options: EngineOptions) -> str:

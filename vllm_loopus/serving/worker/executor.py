@@ -135,9 +135,9 @@ class PagedExecutor:
         self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
         self._verdicts = Verdicts(get_tp_group(), stairs, self._cleanse)
         self._exits = Exits(model, rule, device, stairs.slots)
-        self._states = StatePages(planes.state_pages(), planes.state_size)
+        self._states = StatePages(planes.state_pages(), planes.state_size, planes.state_dtype)
         self._injected = (
-            StatePages(planes.injected_pages(), planes.injected_size)
+            StatePages(planes.injected_pages(), planes.injected_size, planes.state_dtype)
             if planes.injected_size
             else None
         )
@@ -415,7 +415,7 @@ class PagedExecutor:
         self._cleanse(self._tables.blocks(index))
 
     def _cleanse(self, blocks: NDArray[Any]) -> None:
-        cleanse(self._model.planes.caches(), blocks.astype(np.int64))
+        cleanse(self._model.planes.floats(), blocks.astype(np.int64))
 
     def decode(
         self,

@@ -59,13 +59,19 @@ class WatchedRows:
         return left
 
 
-def cleanse(caches: list[Any], blocks: NDArray[np.int64]) -> None:
-    """Replaces NaN and infinity by zero in `blocks` of all `caches`, [num_blocks, ...] each.
+def cleanse(memory: list[torch.Tensor], blocks: NDArray[np.int64]) -> None:
+    """Replaces NaN and infinity by zero in `blocks` of the floating-point `memory`, tensors
+    [num_blocks, ...].
 
     Attention gives masked positions a weight of zero, and zero times NaN is NaN, so the next
     sequence with these blocks would fail too. Finite numbers are not changed, because other
     sequences may share the first blocks.
     """
-    for cache in caches:
-        index = torch.from_numpy(blocks).to(cache.device)
-        cache[index] = torch.nan_to_num(cache[index], nan=0.0, posinf=0.0, neginf=0.0)
+    for numbers in memory:
+        index = torch.from_numpy(blocks).to(numbers.device)
+        if numbers.itemsize > 1:
+            numbers[index] = torch.nan_to_num(numbers[index], nan=0.0, posinf=0.0, neginf=0.0)
+            continue
+        stored = numbers.view(torch.uint8)  # torch does little with numbers of 8 bits
+        chosen = stored[index]
+        stored[index] = chosen.masked_fill(~chosen.view(numbers.dtype).float().isfinite(), 0)

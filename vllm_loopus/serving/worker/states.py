@@ -7,18 +7,19 @@ class StatePages:
     """States, or other numbers of a position, in K/V-sized pages: reads and writes them by slot.
 
     `pages`: [num_blocks, kv_heads, block_size, 2 * head_size] each, with the inside of a block in
-    whatever order the attention backend has it. The memory of a block is taken as `block_size` rows
-    of `kv_heads * 2 * head_size` numbers; a state is cut into pieces, one for each page.
+    whatever order the attention backend has it, and of whatever dtype K/V has. The memory of a
+    block is taken as `block_size` rows of equal size; a state is cut into pieces, one for each
+    page.
     """
 
-    def __init__(self, pages: list[torch.Tensor], size: int) -> None:
-        """`size`: numbers of a state. Raises `ValueError` for a layout that scatters a block over
-        memory."""
+    def __init__(self, pages: list[torch.Tensor], size: int, dtype: torch.dtype) -> None:
+        """`size`: numbers of a state, of `dtype`. Raises `ValueError` for a layout that scatters a
+        block over memory."""
         self._rows: list[torch.Tensor] = []
         self._widths: list[int] = []
         left = size
         for page in pages:
-            rows = _rows_of_blocks(page)
+            rows = _rows_of_blocks(page).view(dtype)
             self._widths.append(min(left, rows.shape[-1]))
             self._rows.append(rows.narrow(-1, 0, self._widths[-1]))
             left -= self._widths[-1]
