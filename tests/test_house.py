@@ -17,7 +17,7 @@ SERVING_RULES = {
     "compat": set(),
     "messages": {"knobs"},
     "step": {"knobs", "messages"},
-    "model": set(),
+    "model": {"knobs"},
     "core": {"compat", "knobs", "messages", "model"},
     "worker": {"knobs", "messages", "step", "model"},
     "runners": {"compat", "knobs", "messages", "step", "model", "worker"},

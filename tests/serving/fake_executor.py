@@ -98,7 +98,7 @@ class FakeReading:
         for row, leaves in zip(self.copied, leaving, strict=True):
             if leaves and self.executor.copies(row):
                 for kind in ("state", "reasoning"):
-                    deeper = range(row.depth + 1, self.executor.stairs.max_depth[row.sequence] + 1)
+                    deeper = range(row.depth + 1, self.executor.last_plane(row.sequence) + 1)
                     self.executor.copy(kind, row, deeper)
 
 
@@ -129,7 +129,7 @@ class FakeExecutor:
         self.passes = 0
         self.longest_run = 0  # passes without a decision in between
 
-    def add(self, index: int, knobs: Any) -> None:
+    def add(self, index: int, knobs: Any, scored: int) -> None:
         pass
 
     def begin_step(self) -> None:
@@ -179,17 +179,29 @@ class FakeExecutor:
         assert position < len(tokens)
         return tuple(tokens[: position + 1])
 
+    def last_plane(self, sequence: int) -> int:
+        return min(int(self.stairs.max_depth[sequence]), self.stairs.planes)
+
+    def place(self, kind: str, sequence: int, depth: int, position: int) -> Any:
+        """Where a state or K/V lies: beyond the last plane, states of positions in flight."""
+        if kind == "state" and depth > self.stairs.planes:
+            return sequence, position % self.stairs.slots, depth
+        return self.slot(sequence, depth, position)
+
     def slot(self, sequence: int, depth: int, position: int) -> int:
+        depth = min(depth, self.stairs.planes)
         block = int(self.tables._tables[sequence, depth - 1, position // BLOCK])
         assert block, "block 0 is vLLM's null block"
         return block * BLOCK + position % BLOCK
 
     def write(self, kind: str, sequence: int, depth: int, position: int) -> None:
         value = (depth, self.prefix(sequence, position))
-        self.memory[kind, self.slot(sequence, depth, position)] = value
+        if kind == "state" or depth <= self.stairs.planes:
+            self.memory[kind, self.place(kind, sequence, depth, position)] = value
 
     def read(self, kind: str, sequence: int, depth: int, position: int) -> None:
-        found = self.memory.get((kind, self.slot(sequence, depth, position)))
+        found = self.memory.get((kind, self.place(kind, sequence, depth, position)))
+        depth = depth if kind == "state" else min(depth, self.stairs.planes)
         assert found is not None, (kind, depth, position)
         # In `last_exited` a generated position may hold what it had where it exited.
         assert found[1] == self.prefix(sequence, position), (kind, depth, position, found)
@@ -251,7 +263,7 @@ class FakeExecutor:
                 self.write("state", row.sequence, row.depth, position)
                 self.write("reasoning", row.sequence, row.depth, position)
         for row in rows:
-            for position in range(row.start):
+            for position in range(row.end):
                 self.read("reasoning", row.sequence, row.depth, position)
 
     def exits(self, row: Row) -> bool:
@@ -279,7 +291,7 @@ class FakeExecutor:
         pass
 
     def copies(self, row: Row) -> bool:
-        return row.copied and row.depth < self.stairs.max_depth[row.sequence]
+        return row.copied and row.depth < self.last_plane(row.sequence)
 
     def copy(self, kind: str, row: Row, depths: Iterable[int]) -> None:
         value = self.memory[kind, self.slot(row.sequence, row.depth, row.end - 1)]
@@ -296,10 +308,12 @@ class FakeExecutor:
                 self.read("state", row.sequence, row.depth, position)
                 self.write("decoder", row.sequence, row.depth, position)
             if row.copied:
-                may_exit = np.flatnonzero(self.stairs.may_exit[row.sequence]).tolist()
-                self.copy("decoder", row, [depth for depth in may_exit if depth != row.depth])
+                may_exit = np.flatnonzero(self.stairs.may_exit[row.sequence])
+                value = row.depth, self.prefix(row.sequence, row.end - 1)
+                for depth in np.minimum(may_exit, self.stairs.planes).tolist():
+                    self.memory["decoder", self.slot(row.sequence, depth, row.end - 1)] = value
         for row in rows:
-            for position in range(row.start):
+            for position in range(row.end):
                 self.read("decoder", row.sequence, row.depth, position)
         self.watch(rows)
         chosen = chunks.newest if used is None else chunks.newest & used

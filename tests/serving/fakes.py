@@ -164,13 +164,14 @@ class FakeLoop:
         self.model_state = LoopedModelState.__new__(LoopedModelState)
         self._init_loop()
         depth = vllm_config.model_config.hf_config.max_loops
-        self.kv_cache_config = KVCacheConfig(num_blocks, [], [None] * depth)
+        options = EngineOptions.of(vllm_config.additional_config)
+        planes = options.last_plane(depth)
+        self.kv_cache_config = KVCacheConfig(num_blocks, [], [None] * planes)
         length = vllm_config.model_config.max_model_len
         budget = vllm_config.scheduler_config.max_num_batched_tokens
-        options = EngineOptions.of(vllm_config.additional_config)
         slots = options.positions_in_flight
-        stairs = Staircases(depth, options.last_exited, options.full_prefill, slots)
-        tables = BlockTables(depth, -(-length // BLOCK), num_blocks, BLOCK)
+        stairs = Staircases(depth, options.last_exited, options.full_prefill, slots, planes=planes)
+        tables = BlockTables(planes, -(-length // BLOCK), num_blocks, BLOCK)
         self.executor = FakeExecutor(stairs, tables, budget, exit_interval)
         rule = quorum_for(quorum, depth)
         if eager:
@@ -209,7 +210,7 @@ class FakeV2Runner(FakeLoop, V2Adapter, FakeV2):
 RUNNERS = {"v1": FakeV1Runner, "v2": FakeV2Runner}
 
 
-LOOPUS = ("kv_policy", "prefill_depth", "overlap", "late_verdicts", "speculate")
+LOOPUS = ("kv_policy", "prefill_depth", "overlap", "late_verdicts", "speculate", "kv_planes")
 
 
 @cache
@@ -251,6 +252,7 @@ class Engine:
     late_verdicts: str = "auto"
     eager: int = 0  # passes in a chain, with an `EagerQuorum`
     speculate: tuple[int, ...] = ()  # draft depth and lookahead
+    kv_planes: str = "all"
     runner_kind: str = "v1"
     outputs: dict[str, list[int]] = field(default_factory=dict)
     depths: dict[str, list[int]] = field(default_factory=dict)
@@ -265,6 +267,7 @@ class Engine:
             overlap=self.overlap,
             late_verdicts=self.late_verdicts,
             speculate=self.speculate,
+            kv_planes=self.kv_planes,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -273,7 +276,8 @@ class Engine:
         )
         config.cache_config.num_gpu_blocks = self.num_blocks
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=None)
-        groups = [KVCacheGroupSpec([f"plane.{depth}"], spec) for depth in range(self.max_loops)]
+        self.planes = EngineOptions(kv_planes=self.kv_planes).last_plane(self.max_loops)
+        groups = [KVCacheGroupSpec([f"plane.{depth}"], spec) for depth in range(self.planes)]
         self.scheduler = LoopUSScheduler(
             config,
             KVCacheConfig(self.num_blocks, [], groups),
@@ -343,8 +347,8 @@ class Engine:
     def check_blocks(self) -> None:
         """Scheduler and worker agree on every block, and each one in use holds a position."""
         manager, batch = self.scheduler.kv_cache_manager, self.runner._sequences
-        held: list[set[int]] = [set() for _ in range(self.max_loops)]
-        computed: list[set[int]] = [set() for _ in range(self.max_loops)]
+        held: list[set[int]] = [set() for _ in range(self.planes)]
+        computed: list[set[int]] = [set() for _ in range(self.planes)]
         for request in self.scheduler.running:
             name = request.request_id
             if name not in batch:  # it has just been admitted

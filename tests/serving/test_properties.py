@@ -36,7 +36,7 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[tuple[int, int], np.n
     stairs = sequences.stairs
     for name in sequences._index:
         index = sequences.index(name)
-        planes = stairs.max_depth[index] + 1
+        planes = min(int(stairs.max_depth[index]), stairs.planes) + 1
         done, settled = stairs.done[index, :planes], stairs.settled[index, :planes]
         begun = done[0] + stairs.ahead[index]
         assert (np.diff(done[1:]) <= 0).all() and (done[1:] <= begun).all()
@@ -65,6 +65,7 @@ def check_watermarks(engine: Engine, seen: dict[str, tuple[tuple[int, int], np.n
     late_verdicts=st.sampled_from(["auto", "on", "off"]),
     eager=st.sampled_from([0, 1, 2, 3]),
     speculate=st.sampled_from([(), (), (1, 1), (1, 3), (2, 2), (3, 5)]),
+    last=st.sampled_from([4, 4, 1, 2, 3]),
 )
 def test_everything_finishes_right(
     items: list[dict[str, Any]],
@@ -80,9 +81,10 @@ def test_everything_finishes_right(
     late_verdicts: str,
     eager: int,
     speculate: tuple[int, ...],
+    last: int,
 ) -> None:
     max_len, depth = 40, 4
-    blocks = -(-max_len // BLOCK) * depth + 1 + spare_blocks  # one sequence fits: as at start-up
+    blocks = -(-max_len // BLOCK) * last + 1 + spare_blocks  # one sequence fits: as at start-up
     engine = Engine(
         max_loops=depth,
         max_model_len=max_len,
@@ -97,7 +99,8 @@ def test_everything_finishes_right(
         overlap=overlap,
         late_verdicts="auto" if kv_policy == "last_exited" else late_verdicts,
         eager=eager,
-        speculate=() if kv_policy == "last_exited" else speculate,
+        speculate=() if kv_policy == "last_exited" or last < depth else speculate,
+        kv_planes="all" if last == depth else f"last:{last}",
     )
     seen: dict[str, tuple[tuple[int, int], np.ndarray]] = {}
     aborted = set()

@@ -78,7 +78,7 @@ class LoopUSScheduler(Scheduler):
     def sequences_that_fit(self) -> dict[str, float]:
         """How many sequences of the greatest length the pool holds: at `full` depth, and at the
         depth `observed` of those that have finished."""
-        full = self._config.max_loops
+        full = self._options.last_plane(self._config.max_loops)
         planes = {"full": full, "observed": self.mean_planes or full}
         pool = self.kv_cache_config.num_blocks, self.block_size, self.max_model_len
         return {of: sequences_that_fit(*pool, number) for of, number in planes.items()}

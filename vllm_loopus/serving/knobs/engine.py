@@ -12,6 +12,7 @@ PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
 SWITCH = (AUTO, "on", "off")
 LOOKAHEAD, MOST_AHEAD = 7, 64  # guessed positions of a sequence: by default, and at most
+ALL_PLANES, LAST, RESIDUAL = "all", "last:", "residual"  # of `kv_planes`
 # What the OpenAI server accepts as `reasoning_effort` (vLLM's ChatCompletionRequest).
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -36,6 +37,9 @@ class EngineOptions:
       certain (`step/wave.py`): `off`, `auto`, or `{"draft_depth": d, "lookahead": k}` for a guess
       after `d` passes and at most `k` guessed positions of a sequence in flight. Answers are the
       same.
+    - `kv_planes`: `all` keeps K/V at every depth. `last:m` keeps it up to depth m: deeper passes,
+      and the decoder after them, read the K/V of depth m at all positions, their own included, and
+      write none. An approximation; K/V stays a function of depth and tokens.
     """
 
     kv_policy: str = "exact"
@@ -45,6 +49,7 @@ class EngineOptions:
     late_verdicts: str = AUTO
     reasoning_effort: Mapping[str, int] = field(default_factory=dict)
     speculate: str | Mapping[str, int] = "off"
+    kv_planes: str = ALL_PLANES
 
     @classmethod
     def of(cls, additional_config: object) -> "EngineOptions":
@@ -103,12 +108,40 @@ class EngineOptions:
             )
         _check_efforts(self.reasoning_effort)
         _check_speculate(self.speculate)
+        self._check_kv_planes()
         if self.last_exited and self.speculates:
             raise ValueError(
                 f"speculate={self.speculate!r} is not possible with kv_policy='last_exited', where "
                 "K/V depends on exit depths and a guess would change it; use kv_policy='exact' or "
                 "speculate='off'"
             )
+
+    def _check_kv_planes(self) -> None:
+        planes = self.kv_planes
+        if planes == RESIDUAL:
+            raise ValueError(
+                "kv_planes='residual' is not offered: decoding differences takes longer than the "
+                "attention itself (docs/kv-layout.md); use kv_planes='last:m' or a quantised "
+                "kv_cache_dtype"
+            )
+        number = planes.removeprefix(LAST) if isinstance(planes, str) else ""
+        if planes != ALL_PLANES and not (
+            number.isascii() and number.isdecimal() and int(number) > 0 and planes == LAST + number
+        ):
+            raise ValueError(
+                f"kv_planes={planes!r} must be {ALL_PLANES!r} or 'last:m', for example 'last:4'"
+            )
+        if planes != ALL_PLANES and self.speculates:
+            raise ValueError(
+                f"speculate={self.speculate!r} is not possible with kv_planes={planes!r}: a guess "
+                "may be decoded at a depth that has no K/V; use kv_planes='all' or speculate='off'"
+            )
+
+    def last_plane(self, max_loops: int) -> int:
+        """The deepest depth that has K/V of its own, for a model served with `max_loops`."""
+        if self.kv_planes == ALL_PLANES:
+            return max_loops
+        return min(int(self.kv_planes.removeprefix(LAST)), max_loops)
 
     def overlaps(self, asynchronous: bool) -> bool:
         """Whether the next pass is launched ahead. `asynchronous`: whether calls of the device
@@ -151,6 +184,12 @@ class EngineOptions:
                 f"speculate['draft_depth']={self.draft_depth} must be below the served "
                 f"max_loops={config.max_loops}: a guess has to be earlier than the token"
             )
+        last = self.kv_planes.removeprefix(LAST)
+        if self.kv_planes != ALL_PLANES and int(last) > config.max_loops:
+            raise ValueError(
+                f"kv_planes={self.kv_planes!r} must name a depth of at most the served max_loops="
+                f"{config.max_loops}"
+            )
         for effort, loops in self.reasoning_effort.items():
             if loops > config.max_loops:
                 raise ValueError(
@@ -173,7 +212,12 @@ class EngineOptions:
 
         In `last_exited`, K/V is only shared between requests of equal knobs.
         """
-        return served if self.full_prefill and not self.last_exited else max_loops
+        every = served if self.full_prefill and not self.last_exited else max_loops
+        return min(every, self.last_plane(served))
+
+    def deepest(self, max_loops: int, served: int) -> int:
+        """How deep the positions of a request with the budget `max_loops` may go."""
+        return max(max_loops, self.planes(max_loops, served))
 
 
 def _check_speculate(speculate: object) -> None:

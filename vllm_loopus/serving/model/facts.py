@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_loopus.architectures import record_of
+from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.model.kv_dtype import AUTO, kv_bytes
 from vllm_loopus.serving.model.kv_layout import KVLayout
 from vllm_loopus.serving.model.padded_heads import stored_head_size
@@ -56,13 +57,18 @@ class ModelFacts:
 
 
 def layout_of(
-    config: Any, dtype_bytes: int, tensor_parallel: int = 1, kv_dtype: str = AUTO
+    config: Any,
+    dtype_bytes: int,
+    tensor_parallel: int = 1,
+    kv_dtype: str = AUTO,
+    options: EngineOptions | None = None,
 ) -> KVLayout:
     """The K/V layout of a checkpoint that is not loaded, on one rank.
 
     `dtype_bytes`: of a number of the model. `kv_dtype`: as in `--kv-cache-dtype`. A constant input
     of the loop is taken to have the size of a state.
     """
+    options = options or EngineOptions()
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -77,6 +83,7 @@ def layout_of(
         kv_bytes=kv_bytes(max(heads // tensor_parallel, 1), head_size, kv_dtype, dtype_bytes),
         state_bytes=state,
         injected_bytes=state if layers.injects else 0,
+        planes=options.last_plane(config.max_loops),
     )
 
 
@@ -85,7 +92,8 @@ def layout_of_engine(vllm_config: Any) -> KVLayout:
     model = vllm_config.model_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     kv_dtype = vllm_config.cache_config.cache_dtype
-    return layout_of(model.hf_config, model.dtype.itemsize, ranks, kv_dtype)
+    options = EngineOptions.of(vllm_config.additional_config)
+    return layout_of(model.hf_config, model.dtype.itemsize, ranks, kv_dtype, options)
 
 
 def told_layers(indices: Sequence[int]) -> str:

@@ -15,10 +15,11 @@ class KVLayout:
 
     A block of the pool is as wide as the widest plane, that of depth 1, which also holds the
     encoder and the injected input: `block_bytes_per_token`. A position that reached depth d takes d
-    such blocks.
+    such blocks, at most `planes`.
     """
 
     max_loops: int
+    planes: int  # depths that have K/V of their own, from 1
     encoder: int  # K/V of the encoder layers, once
     reasoning: int  # K/V of the reasoning layers at one depth
     decoder: int  # K/V of the decoder layers at one depth
@@ -37,11 +38,14 @@ class KVLayout:
         kv_bytes: int,
         state_bytes: int,
         injected_bytes: int = 0,
+        planes: int | None = None,
     ) -> "KVLayout":
         """`encoder`, `reasoning`, `decoder`: numbers of layers. `kv_bytes`: K and V of one token in
-        one layer. `state_bytes`, `injected_bytes`: of one position."""
+        one layer. `state_bytes`, `injected_bytes`: of one position. `planes`: all depths by
+        default."""
         return cls(
             max_loops=max_loops,
+            planes=max_loops if planes is None else planes,
             encoder=encoder * kv_bytes,
             reasoning=reasoning * kv_bytes,
             decoder=decoder * kv_bytes,
@@ -84,15 +88,15 @@ class KVLayout:
     def used(self, depth: int) -> int:
         """Bytes that a position at `depth` makes use of, without padding."""
         once = self.encoder + self.injected
-        return once + depth * (self.reasoning + self.decoder + self.state)
+        return once + min(depth, self.planes) * (self.reasoning + self.decoder + self.state)
 
     def allocated(self, depth: int) -> int:
         """Bytes that a position at `depth` occupies in the pool."""
-        return depth * self.block_bytes_per_token
+        return min(depth, self.planes) * self.block_bytes_per_token
 
     def items(self) -> dict[str, int]:
         """Bytes of a position at full depth by item; they add up to `allocated(max_loops)`."""
-        deep = self.max_loops
+        deep = self.planes
         injected = {"injected": self.injected} if self.injected else {}
         return {
             "encoder": self.encoder,

@@ -14,6 +14,10 @@ Layers with a sliding window store all their K/V like the others; the window is 
 planes must have the same layout, and a deeper token may need any position again. A quantised cache
 (`--kv-cache-dtype`) holds the K/V of all planes; states keep the model's dtype, in as many rows as
 they need.
+
+With `kv_planes` `last:m` there are planes up to depth m: passes deeper than that read the plane of
+depth m and write nothing. Their states only matter while their position is in flight, and are kept
+elsewhere (`worker/states.py`).
 """
 
 from collections.abc import Iterator
@@ -31,6 +35,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.kv_cache_utils import create_kv_cache_group_specs
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
+from vllm_loopus.serving.knobs.engine import EngineOptions
 from vllm_loopus.serving.model.cpu_kernels import round_fp8
 from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 from vllm_loopus.serving.model.kv_dtype import floats_in
@@ -138,6 +143,7 @@ class Planes:
         self.kv_dtype = like.kv_cache_dtype
         self.state_dtype = torch.get_default_dtype()
         number = self.state_dtype.itemsize
+        options = EngineOptions.of(vllm_config.additional_config)
         self.layout = KVLayout.of(
             max_loops=vllm_config.model_config.hf_config.max_loops,
             encoder=len(self.encoder_names),
@@ -146,9 +152,10 @@ class Planes:
             kv_bytes=kv_bytes_per_token(like, vllm_config),
             state_bytes=state_size * number,
             injected_bytes=injected_size * number,
+            planes=options.last_plane(vllm_config.model_config.hf_config.max_loops),
         )
         self.state_names = [f"state.{piece}" for piece in range(self.layout.state_rows)]
-        for depth in range(1, self.layout.max_loops + 1):
+        for depth in range(1, self.layout.planes + 1):
             for layer in [*looped, *decoding] if depth > 1 else []:
                 PagedRows(layer_name_at(layer.layer_name, depth), layer, vllm_config)
             for name in self.state_names:
@@ -195,12 +202,13 @@ class Planes:
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
-        """Inside, attention of the looped layers reads and writes the plane of `depth`.
+        """Inside, attention of the looped layers reads and writes the plane of `depth`, or the
+        last one.
 
         Expects that the surrounding forward context holds metadata for every plane, as vLLM's
         runners build it for every KV cache group. A profiling run has none.
         """
-        context = get_forward_context()
+        context, depth = get_forward_context(), min(depth, self.layout.planes)
         if depth == 1 or context.attn_metadata is None:
             yield
             return

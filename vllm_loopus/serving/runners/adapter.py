@@ -204,11 +204,12 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
         model.planes.allow_extra_slots()
     slots = options.positions_in_flight
     stairs = Staircases(
-        len(groups),
+        config.max_loops,
         options.last_exited,
         options.full_prefill,
         slots,
         decoder_attends=bool(model.planes.decoder_names),
+        planes=len(groups),
     )
     row_budget = vllm_config.scheduler_config.max_num_batched_tokens
     executor = PagedExecutor(

@@ -79,6 +79,22 @@ class Chunks:
         """The same positions, `passes` depths deeper."""
         return replace(self, depth=self.depth + passes) if passes else self
 
+    def split(self, split: Bools, at: Ints) -> Self:
+        """Those of the mask `split` [C] as two: up to the position `at` [C], and the newest
+        alone."""
+        where, second = _repeated(split)
+        first = np.zeros(len(where), dtype=bool)
+        first[:-1] = second[1:]
+        both = self[where]
+        start = np.where(second, both.end - 1, both.start)
+        end = np.where(first, at[where], both.end)
+        return replace(both, start=start, end=end, newest=~first)
+
+    def after(self, before: Self, where: Bools) -> Self:
+        """Each chunk, and before it that of `before` [C] where the mask `where` [C] says so."""
+        place = np.concatenate([np.flatnonzero(where), np.arange(len(where))])
+        return self.join([before[where], self])[np.argsort(place, kind="stable")]
+
     def cut(self, rows: Ints) -> Self:
         """The first `rows` [C] of each chunk; chunks without a row are dropped."""
         if (rows >= self.sizes).all():
@@ -86,6 +102,15 @@ class Chunks:
         end = np.minimum(self.end, self.start + rows)
         cut = replace(self, end=end, newest=self.newest & (end == self.end))
         return cut[rows > 0]
+
+
+def _repeated(twice: Bools) -> tuple[Ints, Bools]:
+    """The indices of the mask `twice` [C], those that it names two times; and which are second
+    ones."""
+    where = np.arange(len(twice)).repeat(1 + twice)
+    second = np.zeros(len(where), dtype=bool)
+    second[1:] = where[1:] == where[:-1]
+    return where, second
 
 
 def shares(wanted: Ints, budget: int) -> Ints:

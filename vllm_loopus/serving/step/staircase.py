@@ -24,6 +24,10 @@ each with a depth of its own: `depths[s, j]` is that of the position `done[s, 0]
 j. The arrays of the newest certain position, slot 0, have the names without an s. Watermarks from
 depth 1 on count guessed positions, `done[s, 0]` does not.
 
+With `planes` below the number of depths, K/V exists up to depth `planes`. A position that goes
+deeper reads that of the last plane and takes nothing along; the decoder goes over it at the last
+plane first, for its K/V. A prompt that is scored goes deeper as a whole, for its states.
+
 In `last_exited`, a generated position has K/V at all depths once its token has exited, and decoder
 K/V at all depths a token may exit at. Prompt positions only have it up to the watermarks.
 """
@@ -46,7 +50,7 @@ class Start:
 
     - `max_depth`: planes that it may need. `prefill_end`: tokens known now.
     - `cached[r - 1]`: positions found at depth r in the prefix cache. `decoded[r - 1]`: how many of
-      them have decoder K/V at depth r; None for none.
+      them have decoder K/V at depth r; None for none. Both end with the last plane.
     - `num_generated`: tokens generated so far.
     - `predetermined[r - 1]`: whether a token exits at depth r, None if the exit rule computes that
       (`ExitRule.predetermined`).
@@ -109,7 +113,8 @@ class Staircases:
 
     `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth. `slots`: positions of
     one sequence in flight, one more than may be guessed. `decoder_attends`: whether the decoder has
-    K/V; without, it computes the newest positions alone.
+    K/V; without, it computes the newest positions alone. `planes`: depths that have K/V of their
+    own, all by default.
     """
 
     num_depths: int
@@ -117,6 +122,7 @@ class Staircases:
     full_prefill: bool = False
     slots: int = 1
     decoder_attends: bool = True
+    planes: int = 0
     reasons: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
     present: Bools = field(init=False)
@@ -158,6 +164,7 @@ class Staircases:
     _right: Ints = field(init=False)  # [S, G]: whether a guess counts as right; `UNKNOWN`
 
     def __post_init__(self) -> None:
+        self.planes = self.planes or self.num_depths
         for name, (shape, kind) in _ARRAYS.items():
             setattr(self, name, np.zeros((0, *shape), dtype=kind))
         for name, kind in _BY_DEPTH.items():
@@ -196,11 +203,12 @@ class Staircases:
         self.prefill_end[index] = start.prefill_end
         self.num_generated[index] = start.num_generated
         self.scored[index] = start.scored
-        found = list(start.cached or [0] * depth)[:depth]
-        self.done[index, : depth + 1] = [found[0], *found]
+        found = list(start.cached or [0])[:depth]
+        self.done[index, : len(found) + 1] = [found[0], *found]
         self.settled[index] = self.done[index]
         if start.decoded is not None:
-            self.decoded[index, 1 : depth + 1] = start.decoded[:depth]
+            found = list(start.decoded)[:depth]
+            self.decoded[index, 1 : len(found) + 1] = found
         known = [UNKNOWN if exits is None else int(exits) for exits in start.predetermined]
         self._predetermined[index, 1 : depth + 1] = known[:depth]
         given = knobs.exit_depths  # stand for what the exit rule would decide
@@ -229,10 +237,11 @@ class Staircases:
         for array in (self.depth, self.exit_depth, self.age):
             array[sequences] = 0
         self.stalled[sequences] = False
-        least = np.minimum(self.min_loops[sequences], self.max_depth[sequences])
-        target = np.where(self.wants_token[sequences], self.max_depth[sequences], least)
+        deepest = self.max_depth[sequences]
+        least = np.minimum(self.min_loops[sequences], deepest)
         if self.full_prefill:
-            target = np.where(self.prefilling(sequences), self.max_depth[sequences], target)
+            least = np.where(self.prefilling(sequences), deepest, least)
+        target = np.where(self.wants_token[sequences], deepest, np.minimum(least, self.planes))
         self.target[sequences] = target
         self.forced[sequences] = self.given(sequences, 0)
         self.number(sequences, 0)
@@ -328,13 +337,23 @@ class Staircases:
         order."""
         chosen = sequences[self.in_flight[sequences] & ~self.refined(sequences)]
         depth, end = self.depth[chosen] + 1, self.done[chosen, 0]
-        start = self.done[chosen, depth]
+        start = self.start_at(chosen, depth)
         chunks = Chunks(chosen, depth, start, end, np.ones(len(chosen), dtype=bool))
         prompt = self.prefill_end[chosen]
         if not self.last_exited or not (split := (start < prompt) & (prompt < end)).any():
             return chunks
         # One pass does both: a layer writes the K/V of all rows before any of them attends.
-        return _split(chunks, split, prompt)
+        return chunks.split(split, prompt)
+
+    def start_at(self, sequences: Ints, depth: Ints) -> Ints:
+        """The first position that a pass to `depth` [S] computes together with the newest one."""
+        start = self.done[sequences, depth]
+        if self.planes == self.num_depths:
+            return start
+        alone = depth > self.planes
+        if (whole := self.scored[sequences]).any():
+            alone &= ~(whole & self.prefilling(sequences))
+        return np.where(alone, self.done[sequences, 0] - 1, start)
 
     def passes_ahead(self, chunks: Chunks, most: int) -> int:
         """How many passes, the one over `chunks` included, have the same positions, each one depth
@@ -349,7 +368,7 @@ class Staircases:
             at = depth + passes - 1  # after which the next pass would follow
             going = at < target
             deeper = np.minimum(at + 1, self.num_depths)
-            same = going & (self.done[index, deeper] == chunks.start)
+            same = going & (self.start_at(index, deeper) == chunks.start)
             same &= ~(undecided & (self.predetermined_at(index, at) != 0))
             if not same.all():
                 break
@@ -362,7 +381,8 @@ class Staircases:
         index = chunks.sequence
         for earlier in range(passes):
             depth = chunks.depth - earlier
-            assert (self.done[index, depth] == chunks.start).all() or self.last_exited
+            as_far = self.done[index, depth] == chunks.start
+            assert (as_far | (depth > self.planes)).all() or self.last_exited
             self.done[index, depth] = chunks.end
         newest = chunks.newest
         self.depths[index[newest], self.slot_of(chunks)[newest]] = chunks.depth[newest]
@@ -397,8 +417,9 @@ class Staircases:
         leaving = np.where(forced > 0, depth == forced, exits)
         index, depth, slot = sequences[leaving], depth[leaving], slot[leaving]
         self.exit_depths[index, slot] = depth
-        stops = ~self.fills(index) | (slot > 0)
-        self.targets[index[stops], slot[stops]] = depth[stops]
+        fills = self.fills(index) & (slot == 0)
+        filled = np.minimum(self.max_depth[index], self.planes)
+        self.targets[index, slot] = np.where(fills, np.maximum(depth, filled), depth)
         copied = self.copies_on_exit(index)
         if copied.any():
             index, depth = index[copied], depth[copied]
@@ -421,19 +442,26 @@ class Staircases:
         exited, or else where they are."""
         depth, end = self.exit_depth[sequences], self.done[sequences, 0]
         depth = np.where(depth > 0, depth, self.depth[sequences])
+        plane = np.minimum(depth, self.planes)
         # The newest one again, if it went through the decoder before it was known to exit.
-        start = self.to_decode_from(sequences, depth, end)
         newest = np.ones(len(sequences), dtype=bool)
         if not self.decoder_attends:
+            own = self.to_decode_from(sequences, depth, end)
+            return Chunks(sequences, depth, own, end, newest)
+        start = self.to_decode_from(sequences, plane, end)
+        deep, copying = depth > self.planes, self.copies_on_exit(sequences)
+        if not copying.any() and not deep.any():
             return Chunks(sequences, depth, start, end, newest)
-        copying = self.copies_on_exit(sequences)
-        if not copying.any():
-            return Chunks(sequences, depth, start, end, newest)
-        # Generated positions were decoded once, for all depths a token may exit at.
+        # Generated positions that are copied were decoded once, for all depths a token may exit at.
         prompt = self.prefill_end[sequences]
         behind = copying & (start < prompt)
-        chunks = Chunks(sequences, depth, np.where(copying & ~behind, end - 1, start), end, newest)
-        return _split(chunks, behind, prompt) if behind.any() else chunks
+        deep &= ~copying
+        whole = deep & self.scored[sequences] & self.prefilling(sequences)
+        own = np.where(deep | copying, end - 1, start)
+        own = np.where(whole, np.minimum(self.decoded[sequences, depth], end - 1), own)
+        before = Chunks(sequences, plane, start, np.where(behind, prompt, end), ~newest)
+        lacking = behind | (deep & (self.decoded[sequences, plane] < end))
+        return Chunks(sequences, depth, own, end, newest).after(before, lacking)
 
     def to_decode_from(self, sequences: Ints, depth: Ints, end: Ints) -> Ints:
         """Where what the decoder has to compute at `depth` for the position before `end` starts."""
@@ -469,16 +497,3 @@ def _with_row(table: Ints, index: int, given: Sequence[int], none: int) -> Ints:
     table[index] = none
     table[index, : len(given)] = given
     return table
-
-
-def _split(chunks: Chunks, split: Bools, at: Ints) -> Chunks:
-    """`chunks`, those of the mask `split` as two: up to the position `at`, and the newest alone."""
-    where = np.arange(len(chunks)).repeat(1 + split)
-    second = np.zeros(len(where), dtype=bool)
-    second[1:] = where[1:] == where[:-1]
-    first = np.zeros(len(where), dtype=bool)
-    first[:-1] = second[1:]
-    both = chunks[where]
-    start = np.where(second, both.end - 1, both.start)
-    end = np.where(first, at[where], both.end)
-    return Chunks(both.sequence, both.depth, start, end, ~first)

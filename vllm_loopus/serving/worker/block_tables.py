@@ -35,6 +35,7 @@ class _Places:
 
 class BlockTables:
     """Block tables of all running sequences: [sequence, depth - 1, column] -> block id, 0 for none.
+    `num_depths` have K/V of their own; deeper rows read that of the last one and write none.
     A sequence has the same row here and in `Staircases`.
 
     Planes from depth 2 on get their blocks in `make_room`, from the offer of the step. The tables
@@ -154,16 +155,19 @@ class BlockTables:
         exit need them; None if none is."""
         first, last = chunks.start // self.block_size, (chunks.end - 1) // self.block_size
         columns = last - first + 1
-        depths = np.ones_like(first) if deepest is None else deepest - chunks.depth + 1
+        own = self._plane(chunks.depth)
+        depths = np.ones_like(first) if deepest is None else self._plane(deepest) - own + 1
         counts = columns * depths
         if (counts == 1).all():
-            return _Places(np.arange(len(chunks)), chunks.sequence, chunks.depth, first)
+            return _Places(np.arange(len(chunks)), chunks.sequence, own, first)
         owner = np.arange(len(chunks)).repeat(counts)
         number = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
         column, depth = np.divmod(number, depths[owner])
-        return _Places(
-            owner, chunks.sequence[owner], chunks.depth[owner] + depth, first[owner] + column
-        )
+        return _Places(owner, chunks.sequence[owner], own[owner] + depth, first[owner] + column)
+
+    def _plane(self, depth: Ints) -> Ints:
+        """The depth whose plane is read at `depth`."""
+        return np.minimum(depth, self.num_depths)
 
     def _missing(self, places: _Places) -> Bools:
         return self._tables[places.sequence, places.depth - 1, places.column] == 0
@@ -244,6 +248,7 @@ class BlockTables:
 
     def mark_decoded(self, chunks: Chunks) -> None:
         """Notes the blocks that the decoder has completed with chunks."""
+        chunks = chunks[chunks.depth <= self.num_depths]  # deeper ones have left no K/V
         first, last = chunks.start // self.block_size, chunks.end // self.block_size
         if not (first < last).any():
             return
@@ -274,8 +279,10 @@ class BlockTables:
         layouts = []
         for earlier in range(passes - 1, -1, -1):
             depth = chunks.depth - earlier
-            blocks = self._tables[spans.sequence, depth - 1, : spans.max_blocks]
+            blocks = self._tables[spans.sequence, self._plane(depth) - 1, : spans.max_blocks]
             own = blocks[spans.chunk, spans.column]
             slots = slots_of(own, spans.within, self.block_size)
+            if (beyond := depth > self.num_depths).any():
+                slots = np.where(beyond[spans.chunk], -1, slots)
             layouts.append(RowLayout(self._tables, spans, depth, blocks, slots))
         return layouts

@@ -24,6 +24,7 @@ from vllm_loopus.serving.worker.block_tables import BlockTables
 from vllm_loopus.serving.worker.decoded import DecodedRows
 from vllm_loopus.serving.worker.device_tokens import LikelyTokens, SampledTokens
 from vllm_loopus.serving.worker.exits import Exits, deeper_than
+from vllm_loopus.serving.worker.flight_states import DepthStates, Places
 from vllm_loopus.serving.worker.nonfinite import WatchedRows, cleanse
 from vllm_loopus.serving.worker.regions import PreparedCall, Ran, Regions
 from vllm_loopus.serving.worker.row_layout import ExtraSlots, RowLayout
@@ -62,7 +63,7 @@ class Prepared:
 
     chunks: Chunks
     layout: RowLayout
-    source: torch.Tensor | None  # slots of the states that it starts from
+    source: Places | None  # of the states that it starts from
     call: PreparedCall | None
 
 
@@ -135,7 +136,9 @@ class PagedExecutor:
         self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
         self._verdicts = Verdicts(get_tp_group(), stairs, self._cleanse)
         self._exits = Exits(model, rule, device, stairs.slots)
-        self._states = StatePages(planes.state_pages(), planes.state_size, planes.state_dtype)
+        self._pages = StatePages(planes.state_pages(), planes.state_size, planes.state_dtype)
+        beyond = stairs.num_depths - stairs.planes
+        self._states = DepthStates(self._pages, planes.state_size, stairs.slots, beyond, device)
         self._injected = (
             StatePages(planes.injected_pages(), planes.injected_size, planes.state_dtype)
             if planes.injected_size
@@ -153,9 +156,10 @@ class PagedExecutor:
         """Whether a call may return before the device has computed it."""
         return self._device.type != "cpu"
 
-    def add(self, index: int, knobs: RequestKnobs) -> None:
-        """A sequence gets the row `index`."""
+    def add(self, index: int, knobs: RequestKnobs, scored: int) -> None:
+        """A sequence gets the row `index`. `scored`: positions of its prompt if it is scored."""
         self._exits.add(index, knobs)
+        self._states.add(index, scored)
 
     def begin_step(self) -> None:
         """Forgets what was decoded."""
@@ -242,7 +246,7 @@ class PagedExecutor:
         layout = self._tables.layout(chunks)
         source = None
         if self._injected is None and not np.count_nonzero(chunks.depth == 1):
-            source = self._tensor(layout.slots(layout.depth - 1))
+            source = self._states.places(layout, layout.depth - 1)
         return Prepared(chunks, layout, source, self._regions.reasoning.prepare(layout))
 
     def prepare_decoder(self, chunks: Chunks) -> Prepared | None:
@@ -251,7 +255,7 @@ class PagedExecutor:
         layout = self._tables.layout(chunks)
         extra, wanted = self._other_exits(layout, chunks), self._wanted(chunks, layout, {})
         call = self._regions.decoder.prepare(layout, extra, wanted)
-        return Prepared(chunks, layout, self._tensor(layout.own_slots), call)
+        return Prepared(chunks, layout, self._states.places(layout, layout.depth), call)
 
     def run_passes(
         self,
@@ -332,26 +336,30 @@ class PagedExecutor:
             layout, state, depth, injected, extra=extra, prepared=prepared
         )
         refined = ran.outputs[0]
-        self._states.write(ran.slots, refined)
+        self._states.write(self._states.own_places(layout, ran.slots), refined)
         if ran.extra_rows is not None and ran.extra_slots is not None:
-            self._states.write(ran.extra_slots, refined.index_select(0, ran.extra_rows))
-        return ran, self._states.as_read(refined)
+            self._pages.write(ran.extra_slots, refined.index_select(0, ran.extra_rows))
+        return ran, self._pages.as_read(refined)
 
     def _may_copy(self, chunks: Chunks, deciding: Ints) -> Bools:
         """Which of the chunks `deciding` [S] give the K/V of their newest row to deeper depths if
         it exits."""
         index, stairs = chunks.sequence[deciding], self._stairs
         copies = stairs.copies_on_exit(index)
-        return copies & (chunks.depth[deciding] < stairs.max_depth[index])
+        return copies & (chunks.depth[deciding] < self._last_plane(index))
 
     def _deeper(self, layout: RowLayout, chunks: Chunks, which: Ints) -> ExtraSlots | None:
         """The slots of the newest rows of the chunks `which` at all deeper depths."""
         if not len(which):
             return None
-        last = self._stairs.max_depth[chunks.sequence[which]]
+        last = self._last_plane(chunks.sequence[which])
         return layout.extra_slots(
             which, deeper_than(chunks.depth[which], last, self._stairs.num_depths)
         )
+
+    def _last_plane(self, sequences: Ints) -> Ints:
+        """The deepest depth at which each of `sequences` has K/V."""
+        return np.minimum(self._stairs.max_depth[sequences], self._stairs.planes)
 
     def write_deeper(self, deferred: _Deferred, leaving: Bools) -> None:
         """K/V and states of rows that exit, as `leaving` [S] says, go to all deeper depths."""
@@ -360,41 +368,30 @@ class PagedExecutor:
         if extra is None:
             return
         rows, slots = self._tensor(extra.rows), self._tensor(extra.slots)
-        self._states.write(slots, deferred.states.index_select(0, rows))
+        self._pages.write(slots, deferred.states.index_select(0, rows))
         deferred.writes.write(rows, slots)
 
     def _inputs(
-        self, layout: RowLayout, source: torch.Tensor | None = None
+        self, layout: RowLayout, source: Places | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`h^{r-1}` [T, H] and the constant input [T, I] of all rows: from the encoder, from the
-        last pass, or from the pages. `source`: the slots to read from, if they are known."""
+        last pass, or from where they are stored. `source`: that place, if it is known."""
         last, self._last_pass = self._last_pass, None
         if last is not None and layout.follows(last.layout):
             return last.state, last.injected
         if source is not None:
             return self._states.read(source), None
         fresh = int(layout.spans.offsets[np.count_nonzero(layout.depth == 1)])  # rows, the first
+        if fresh == len(layout.spans):
+            return self._encoded[0], self._encoded[1] if self._injected is not None else None
         # Depth 0 has no pages: depth 1 stands in for the fresh rows, which are cut off.
-        state = self._with_fresh(self._states, 0, layout, np.maximum(layout.depth - 1, 1), fresh)
+        state = self._states.read(self._states.places(layout, np.maximum(layout.depth - 1, 1)))
+        state = torch.cat([self._encoded[0], state[fresh:]]) if fresh else state
         if self._injected is None:
             return state, None
-        first = np.ones_like(layout.depth)
-        return state, self._with_fresh(self._injected, 1, layout, first, fresh)
-
-    def _with_fresh(
-        self,
-        pages: StatePages,
-        output: int,
-        layout: RowLayout,
-        depth: NDArray[np.int64],
-        fresh: int,
-    ) -> torch.Tensor:
-        """An `output` of the encoder for the first `fresh` rows; for the others, what the `pages`
-        hold at the `depth` of their chunk."""
-        if fresh == len(layout.spans):
-            return self._encoded[output]
-        stored = pages.read(self._tensor(layout.slots(depth)[fresh:]))
-        return torch.cat([self._encoded[output], stored]) if fresh else stored
+        slots = layout.slots(np.ones_like(layout.depth))[fresh:]
+        injected = self._injected.read(self._tensor(slots))
+        return state, torch.cat([self._encoded[1], injected]) if fresh else injected
 
     def check_states(self) -> Verdict | None:
         self._last_pass = None
@@ -430,7 +427,7 @@ class PagedExecutor:
             extra, wanted, scored = call.extra, None, {}
         else:
             layout, call, scored = self._tables.layout(chunks), None, self._scored(chunks)
-            source = self._tensor(layout.own_slots)
+            source = self._states.places(layout, layout.depth)
             extra = self._other_exits(layout, chunks)
             wanted = self._wanted(chunks, layout, scored)
         states = self._states.read(source)
@@ -463,15 +460,19 @@ class PagedExecutor:
         copying = np.flatnonzero(chunks.newest & self._stairs.copies_on_exit(chunks.sequence))
         if not len(copying):
             return None
-        depths = self._stairs.may_exit[chunks.sequence[copying]].copy()
+        depths, last = self._stairs.may_exit[chunks.sequence[copying]].copy(), self._stairs.planes
         depths[np.arange(len(copying)), chunks.depth[copying]] = False
+        depths[:, last] |= chunks.depth[copying] > last
+        depths[:, last] |= depths[:, last + 1 :].any(axis=1) & (chunks.depth[copying] != last)
+        depths[:, last + 1 :] = False
         return layout.extra_slots(copying, depths)
 
     def _scored(self, chunks: Chunks) -> dict[int, str]:
         """The chunks of prompts that are to be scored, and their requests."""
         if not (wanted := self.texts.scored()):
             return {}
-        found = enumerate(chunks.sequence.tolist())
+        exited = chunks.depth == self._stairs.exit_depth[chunks.sequence]
+        found = zip(np.flatnonzero(exited).tolist(), chunks.sequence[exited].tolist(), strict=True)
         return {at: wanted[s] for at, s in found if s in wanted and self._scorer.wants(wanted[s])}
 
     def _wanted(

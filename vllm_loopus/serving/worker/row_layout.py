@@ -99,15 +99,20 @@ class RowLayout:
     spans: Spans
     depth: NDArray[np.int64]  # [C], from 1
     block_table: NDArray[np.int32]  # [C, blocks] of each chunk at its depth
-    own_slots: NDArray[np.int64]  # [T] of every row at its own depth
+    own_slots: NDArray[np.int64]  # [T] of every row at its own depth; -1 beyond the last plane
+
+    @property
+    def planes(self) -> int:
+        """The depth of the last plane."""
+        return self.tables.shape[1]
 
     def follows(self, before: "RowLayout") -> bool:
         """Whether the rows are those of the call `before`, all one depth deeper."""
         return self.spans is before.spans and bool((self.depth == before.depth + 1).all())
 
     def slots(self, depth: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The slot of every row [T] in the plane of its chunk's `depth` [C]."""
-        spans = self.spans
+        """The slot of every row [T] in the plane of its chunk's `depth` [C], or in the last one."""
+        spans, depth = self.spans, np.minimum(depth, self.planes)
         blocks = self.tables[spans.sequence[spans.chunk], depth[spans.chunk] - 1, spans.column]
         return slots_of(blocks, spans.within, spans.block_size)
 

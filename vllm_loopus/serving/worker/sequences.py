@@ -56,7 +56,7 @@ class RunningSequences:
         self._known = np.zeros(stairs.capacity, dtype=np.int64)  # number of tokens
         self._newest = np.zeros(stairs.capacity, dtype=np.int32)  # the last token
         self._limit = np.zeros(stairs.capacity, dtype=np.int64)  # it ends with so many tokens
-        self._published = np.zeros((stairs.capacity, stairs.num_depths), dtype=np.int64)  # blocks
+        self._published = np.zeros((stairs.capacity, stairs.planes), dtype=np.int64)  # blocks
         self._unused = list(range(stairs.capacity))[::-1]
         self._scored: dict[int, str] = {}
         self._active = np.zeros(0, dtype=np.int64)  # of this step
@@ -93,12 +93,12 @@ class RunningSequences:
             self._reserve(2 * self.stairs.capacity)
         self._index[new.request_id] = index = self._unused.pop()
         found, decoded = self._tables.add(index, new.block_ids, new.cached)
-        planes = self._options.planes(new.knobs.max_loops, self.stairs.num_depths)
+        deepest = self._options.deepest(new.knobs.max_loops, self.stairs.num_depths)
         start = Start(
             new.knobs,
-            planes,
+            deepest,
             prefill_end=len(new.tokens),
-            predetermined=[self._predetermined(new.knobs, d) for d in range(1, planes + 1)],
+            predetermined=[self._predetermined(new.knobs, d) for d in range(1, deepest + 1)],
             cached=found,
             # A prompt to be scored goes through the decoder from its first position.
             decoded=None if new.scores_prompt else decoded,
@@ -106,7 +106,7 @@ class RunningSequences:
             scored=new.scores_prompt,
         )
         self.stairs.add(index, start)
-        self._executor.add(index, new.knobs)
+        self._executor.add(index, new.knobs, len(new.tokens) if new.scores_prompt else 0)
         # A prompt that is scored has its chunks in the decoder alone.
         guesses = new.knobs.speculate and not new.scores_prompt
         self.stairs.lookahead[index] = self._options.lookahead if guesses else 0
@@ -117,7 +117,8 @@ class RunningSequences:
         most = self._max_model_len if new.max_tokens is None else new.max_tokens
         prompt = len(new.tokens) - new.num_generated
         self._limit[index] = min(prompt + most, self._max_model_len)
-        self._published[index] = self.stairs.done[index, 1:] // self._tables.block_size
+        done = self.stairs.done[index, 1 : self.stairs.planes + 1]
+        self._published[index] = done // self._tables.block_size
         if new.scores_prompt:
             self._scored[index] = new.request_id
 
@@ -383,7 +384,8 @@ class RunningSequences:
     def _report_complete(self, active: Ints, progress: LoopProgress) -> None:
         """The sequences with blocks that are newly complete at some depth."""
         # A guess is never published.
-        settled = np.minimum(self.stairs.settled[active, 1:], self.stairs.certain(active)[:, None])
+        settled = self.stairs.settled[active, 1 : self.stairs.planes + 1]
+        settled = np.minimum(settled, self.stairs.certain(active)[:, None])
         blocks = settled // self._tables.block_size
         newly = (blocks > self._published[active]).any(axis=1)
         if newly.any():

@@ -25,6 +25,10 @@ class StatePages:
             left -= self._widths[-1]
         assert left == 0, "the pages do not hold a state"
 
+    def empty(self, count: int, size: int) -> torch.Tensor:
+        """Memory for `count` states of `size` numbers, as they are stored here."""
+        return self._rows[0].new_empty(count, size)
+
     def as_read(self, states: torch.Tensor) -> torch.Tensor:
         """`states` as they would be read after they have been written."""
         return states.to(self._rows[0].dtype).to(states.dtype)

@@ -1,0 +1,123 @@
+"""`kv_planes` `last:m`: passes deeper than m, and the decoder after them, see the K/V of depth m at
+all positions; answers are those of a reference that does so, in whatever way they are computed."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import admit_too_many, counter, kv_manager, runner_of
+from tests.serving.kv_reference import KVReference
+from tests.serving.test_early_exit import (
+    GOLDEN,
+    LONG,
+    MIXED,
+    SCARCE,
+    SETTINGS,
+    by_rule,
+    generate,
+    name_of,
+    params_of,
+    start,
+)
+from vllm_loopus import exit_depths
+
+CERTAIN = 1e-3
+
+
+def cases_of(setting: Any, count: int) -> list[dict[str, Any]]:
+    every = by_rule(setting[0])[setting[1]]
+    return every[:: len(every) // count][:count]
+
+
+def reference_answers(setting: Any, last: int, cases: list[dict[str, Any]], tokens: int) -> Any:
+    backbone, (strategy, interval, epsilon) = setting
+    answers = []
+    for case in cases:
+        model = KVReference.of(
+            GOLDEN / backbone,
+            last=last,
+            halting_strategy=strategy,
+            exit_interval=interval,
+            convergence_epsilon=epsilon,
+            max_loops=case["N"],
+            exit_threshold=case["q_threshold"],
+        )
+        answers.append(model.continued(case["prompt"], tokens))
+    return answers
+
+
+def assert_answers(outputs: list[Any], answers: list[Any]) -> None:
+    for output, (tokens, depths, gaps) in zip(outputs, answers, strict=True):
+        unclear = next((i for i, gap in enumerate(gaps) if gap < CERTAIN), len(tokens))
+        assert list(output.token_ids)[:unclear] == tokens[:unclear]
+        assert exit_depths(output)[:unclear] == depths[:unclear]
+
+
+@pytest.mark.parametrize(
+    ("setting", "last"),
+    [
+        (MIXED[0], 2),
+        *(
+            pytest.param(setting, last, marks=pytest.mark.long)
+            for setting in SETTINGS
+            for last in (1, 3, 5)
+        ),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, tuple) else str(value),
+)
+def test_what_a_position_sees(make_llm: Any, setting: Any, last: int) -> None:
+    """Alone, in one batch, in chunks and from prefix hits, after preemptions."""
+    cases = cases_of(setting, 6)
+    expected = reference_answers(setting, last, cases, LONG)
+    assert max(d for _, depths, _ in expected for d in depths) == 8
+    shared = {"kv_planes": f"last:{last}"}
+    llm = start(make_llm, setting, shared, enable_prefix_caching=False)
+    assert_answers([generate(llm, [case], max_tokens=LONG)[0] for case in cases[:2]], expected[:2])
+    assert_answers(generate(llm, cases, max_tokens=LONG), expected)
+    assert (
+        kv_manager(llm).block_pool.get_num_free_blocks()
+        == runner_of(llm).kv_cache_config.num_blocks - 1
+    )
+
+    llm = start(make_llm, setting, shared, max_num_batched_tokens=16, max_num_seqs=3)
+    for _ in range(2):
+        assert_answers(generate(llm, cases, max_tokens=LONG), expected)
+    assert len(kv_manager(llm).blocks_by_depth()) == last
+
+    scarce = {**SCARCE, "num_gpu_blocks_override": 4 * last + 1}
+    llm = start(make_llm, setting, {**shared, "exit_quorum": 0.05}, **scarce)
+    admit_too_many(llm)
+    assert_answers(generate(llm, cases, max_tokens=LONG), expected)
+    assert counter(llm, "vllm:num_preemptions") > 0
+
+
+@pytest.mark.parametrize("prefill", ["lazy", "full"])
+def test_scores_of_prompts(make_llm: Any, prefill: str) -> None:
+    """A scored prompt goes to the exit depth of its last position as a whole."""
+    setting, last = MIXED[0], 2
+    cases = [case for case in cases_of(setting, 12) if len(case["prompt"]) > 4]
+    assert {case["N"] for case in cases} >= {8}
+    loopus = {"kv_planes": f"last:{last}", "prefill_depth": prefill}
+    llm = start(make_llm, setting, loopus, max_num_batched_tokens=16, max_num_seqs=4)
+    outputs = llm.generate(
+        [{"prompt_token_ids": case["prompt"]} for case in cases],
+        [params_of(case, max_tokens=3, prompt_logprobs=0) for case in cases],
+        use_tqdm=False,
+    )
+    deep = 0
+    for case, output in zip(cases, outputs, strict=True):
+        model = KVReference.of(
+            GOLDEN / setting[0], last=last, max_loops=case["N"], exit_threshold=case["q_threshold"]
+        )
+        with torch.inference_mode():
+            right = model(torch.tensor([case["prompt"]]))
+        deep += int(right.exit_depths[0]) > last
+        scores = right.logits[0].log_softmax(-1)
+        for at, (token, found) in enumerate(
+            zip(case["prompt"][1:], output.prompt_logprobs[1:], strict=True)
+        ):
+            assert found[token].logprob == pytest.approx(scores[at, token].item(), abs=1e-3)
+        tokens, depths, gaps = model.continued(case["prompt"], 3)
+        assert_answers(output.outputs, [(tokens, depths, gaps)])
+    assert deep > 1
