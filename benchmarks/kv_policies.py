@@ -14,13 +14,10 @@ answers count.
 """
 
 import gc
-import json
 import math
-import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,10 +27,9 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_loopus import exit_depths
 from vllm_loopus.bench.script import begin, finish, script_parser
+from vllm_loopus.bench.texts import Text, conversations, texts_of
 from vllm_loopus.serving.knobs.engine import KV_POLICIES
-from vllm_loopus.tiny.dataset import chat_row
 from vllm_loopus.tiny.evaluate import standard_error
-from vllm_loopus.tiny.tasks import EVALUATION_SEEDS, TASKS, conversation
 
 FORCED = "forced_token_ids"
 
@@ -60,14 +56,6 @@ class Forced(AdapterLogitsProcessor):
 
 
 @dataclass(frozen=True)
-class Text:
-    """Token ids, and which of them count."""
-
-    ids: list[int]
-    counts: list[bool]
-
-
-@dataclass(frozen=True)
 class Result:
     """One policy at one threshold. `accuracy`: counted tokens that were the likeliest;
     `mean_exit_depth`: of all decoded tokens, `counted_exit_depth`: of those that count."""
@@ -80,33 +68,6 @@ class Result:
     perplexity: float
     mean_exit_depth: float
     counted_exit_depth: float
-
-
-def conversations(tokenizer: Any, count: int, turns: int, seed: int) -> Iterable[Text]:
-    """Held-out conversations of loopus-tiny's tasks; answers count."""
-    rng = random.Random(2 * seed + EVALUATION_SEEDS)
-    for index in range(count):
-        items = conversation(TASKS[index % len(TASKS)], turns, rng)
-        ids: list[int] = []
-        counts: list[bool] = []
-        messages = chat_row(items)["messages"]
-        for turn in range(0, len(messages), 2):
-            asked = tokenizer.apply_chat_template(
-                messages[turn : turn + 1], tokenize=False, add_generation_prompt=True
-            )
-            question = tokenizer.encode(asked, add_special_tokens=False)
-            answer = tokenizer.encode(messages[turn + 1]["content"], add_special_tokens=False)
-            ids += [*question, *answer, tokenizer.eos_token_id]
-            counts += [False] * len(question) + [True] * len(answer) + [False]
-        yield Text(ids, counts)
-
-
-def texts_of(file: Path, tokenizer: Any, limit: int) -> Iterable[Text]:
-    """Lines of a file; every token after the first counts."""
-    for line in file.read_text().splitlines():
-        ids = tokenizer.encode(json.loads(line)["text"])[:limit]
-        if len(ids) > 1:
-            yield Text(ids, [False] + [True] * (len(ids) - 1))
 
 
 def measure(llm: LLM, texts: list[Text], policy: str, threshold: float) -> Result:

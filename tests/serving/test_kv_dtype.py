@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.conftest import BACKBONES, GOLDEN, admit_too_many, counter, fixed_depth_cases, kv_manager
-from tests.serving.kv_reference import KVReference
 from tests.serving.test_early_exit import LONG, MIXED, SCARCE, by_rule, generate, params_of, start
 from vllm_loopus import exit_depths
+from vllm_loopus.bench.kv_reference import KVReference, KVSetting
 from vllm_loopus.serving.model.kv_dtype import KV_DTYPES, floats_in, kv_bytes
 from vllm_loopus.serving.worker.nonfinite import cleanse
 from vllm_loopus.serving.worker.states import StatePages
@@ -31,7 +31,7 @@ def quick_and(slow: list[Any], quick: list[Any]) -> list[Any]:
 @pytest.mark.parametrize(("backbone", "kv_dtype"), quick_and(SLOW, QUICK))
 def test_answers_are_those_of_rounded_kv(make_llm: Any, backbone: str, kv_dtype: str) -> None:
     knobs = {"max_loops": 5, "exit_threshold": 2.0}
-    reference = KVReference.of(GOLDEN / backbone, kv_dtype, **knobs)
+    reference = KVReference.of(GOLDEN / backbone, KVSetting(kv_dtype), **knobs)
     llm = make_llm(
         GOLDEN / backbone,
         hf_overrides=knobs,

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.conftest import admit_too_many, counter, kv_manager, runner_of
-from tests.serving.kv_reference import KVReference
 from tests.serving.test_early_exit import (
     GOLDEN,
     LONG,
@@ -21,6 +20,7 @@ from tests.serving.test_early_exit import (
     start,
 )
 from vllm_loopus import exit_depths
+from vllm_loopus.bench.kv_reference import KVReference, KVSetting
 
 CERTAIN = 1e-3
 
@@ -36,7 +36,7 @@ def reference_answers(setting: Any, last: int, cases: list[dict[str, Any]], toke
     for case in cases:
         model = KVReference.of(
             GOLDEN / backbone,
-            last=last,
+            KVSetting(last=last),
             halting_strategy=strategy,
             exit_interval=interval,
             convergence_epsilon=epsilon,
@@ -108,7 +108,10 @@ def test_scores_of_prompts(make_llm: Any, prefill: str) -> None:
     deep = 0
     for case, output in zip(cases, outputs, strict=True):
         model = KVReference.of(
-            GOLDEN / setting[0], last=last, max_loops=case["N"], exit_threshold=case["q_threshold"]
+            GOLDEN / setting[0],
+            KVSetting(last=last),
+            max_loops=case["N"],
+            exit_threshold=case["q_threshold"],
         )
         with torch.inference_mode():
             right = model(torch.tensor([case["prompt"]]))
