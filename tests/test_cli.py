@@ -30,6 +30,11 @@ def test_info() -> None:
     assert (told["min_loops"], told["max_loops"]) == (1, 8)
     assert told["reasoning"] == "layers 1-2 (2)"
     assert told["kv"]["bytes_a_token"] == {str(d): 1280 * d for d in range(1, 9)}
+    small = json.loads(
+        run("info", "loopus-tiny", "--json", "--memory", "1", "--kv-cache-dtype", "fp8",
+            "--kv-planes", "last:3").stdout
+    )  # fmt: skip
+    assert small["kv"]["bytes_a_token"] == {str(d): 640 * min(d, 3) for d in range(1, 9)}
     # 1 GiB in blocks of 128 tokens at one depth, one of them the null block; 512 tokens.
     blocks = 2**30 // (1280 * 128) - 1
     assert told["kv"]["sequences"] == {str(d): round(blocks / (4 * d), 2) for d in range(1, 9)}
@@ -51,6 +56,8 @@ def test_the_estimate_is_what_the_engine_has(make_llm: Any) -> None:
         (("loopus-tini",), "is not a known alias"),
         (("loopus-tiny", "--dtype", "int3"), "dtype='int3' is unknown"),
         (("loopus-tiny", "--max-model-len", "9999"), "max_model_len=9999 must be from 1 to 512"),
+        (("loopus-tiny", "--kv-cache-dtype", "fp7"), "kv_cache_dtype='fp7' is unknown"),
+        (("loopus-tiny", "--kv-planes", "last:9"), "kv_planes='last:9' must name a depth"),
         (("loopus-tiny", "--max-model-len", "0"), "max_model_len=0 must be from 1 to 512"),
     ],
 )

@@ -86,3 +86,21 @@ def test_an_unchecked_request_that_is_aborted_leaves_nothing() -> None:
     engine.run()
     assert engine.reasons == {"good": "length"}
     assert not engine.scheduler._refused
+
+
+@pytest.mark.parametrize(("kv_planes", "at_once"), [("all", 2), ("last:2", 4), ("last:1", 8)])
+def test_admission_knows_how_many_planes_there_are(kv_planes: str, at_once: int) -> None:
+    """Four loops; a request of 12 tokens takes three blocks of four a plane. Before one has
+    finished, all planes of its budget are expected."""
+    engine = Engine(
+        num_blocks=2 * 4 * 3 + 1,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        kv_planes=kv_planes,
+        prefix_caching=False,
+    )
+    for index in range(12):
+        engine.add(f"r{index}", [*range(index, index + 11)], 1, exit_threshold=1.0)
+    assert len(engine.step().num_scheduled_tokens) == at_once
+    engine.run()
+    assert engine.scheduler.sequences_that_fit()["full"] == pytest.approx(24 / (10 * engine.planes))

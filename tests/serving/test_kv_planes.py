@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
 
 from tests.conftest import admit_too_many, counter, kv_manager, runner_of
 from tests.serving.test_early_exit import (
@@ -124,3 +125,54 @@ def test_scores_of_prompts(make_llm: Any, prefill: str) -> None:
         tokens, depths, gaps = model.continued(case["prompt"], 3)
         assert_answers(output.outputs, [(tokens, depths, gaps)])
     assert deep > 1
+
+
+ARITHMETIC = [("bfloat16", "auto", "all"), ("bfloat16", "fp8", "all"), ("float32", "fp8", "last:4")]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype", "planes"), ARITHMETIC)
+def test_blocks_and_bytes_in_use(make_llm: Any, dtype: str, kv_dtype: str, planes: str) -> None:
+    """Early exit, and half of the budgets at 2: blocks by depth, and the bytes that they take."""
+    block, tokens = 32, 6
+    llm = make_llm(
+        GOLDEN / "qwen3",
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        kv_cache_dtype=kv_dtype,
+        block_size=block,
+        enable_prefix_caching=False,
+        additional_config={"loopus": {"kv_planes": planes, "exit_quorum": 1.0}},
+    )
+    config, layout = runner_of(llm).model.config, runner_of(llm).model.planes.layout
+    exits = {2: [1, 2, 1, 1, 2, 1], 8: [1, 3, 2, 7, 4, 1]}  # depths of the tokens
+    held = [0] * layout.planes
+    for index in range(6):
+        budget, prompt = (2, 8)[index % 2], 20 + 7 * index
+        for depth in range(1, layout.planes + 1):
+            # Positions up to that of the last token that went as deep; depth 1 has all.
+            going = [at for at, exit_ in enumerate(exits[budget]) if exit_ >= depth]
+            held[depth - 1] += -(-(prompt + going[-1]) // block) if going else 0
+        llm.llm_engine.add_request(
+            str(index),
+            {"prompt_token_ids": list(range(1, prompt + 1))},
+            SamplingParams(
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={"max_loops": budget, "exit_depths": exits[budget]},
+            ),
+        )
+    manager, most = kv_manager(llm), [0] * layout.planes
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        most = [max(pair) for pair in zip(most, manager.blocks_by_depth(), strict=True)]
+    assert most == held
+    number = {"auto": torch.bfloat16.itemsize, "fp8": 1}[kv_dtype]
+    row = 2 * config.base.num_key_value_heads * (config.hidden_size // 4) * number
+    state = config.hidden_size * {"bfloat16": 2, "float32": 4}[dtype]
+    parts = ("encoder", "reasoning", "decoder")
+    layers = sum(len(getattr(config, f"{part}_layer_indices")) for part in parts)
+    a_block = block * (layers * row + -(-state // row) * row)
+    storage = runner_of(llm).model.planes.state_pages()[0].untyped_storage().nbytes()
+    assert storage == a_block * manager.block_pool.num_gpu_blocks
+    assert sum(held) * a_block == sum(held) * block * layout.block_bytes_per_token

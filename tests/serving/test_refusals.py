@@ -43,6 +43,13 @@ REFUSED = [
     ({"kv_cache_dtype": "int8_per_token_head"}, r"='int8_per_token_head' .*use one of auto, fp8,"),
     ({"kv_cache_dtype": "nvfp4"}, r"kv_cache_dtype='nvfp4' .*use one of auto, fp8,"),
     ({"kv_cache_dtype_skip_layers": ["0"]}, r"kv_cache_dtype_skip_layers=.*leave it out"),
+    ({"additional_config": {"loopus": {"kv_planes": "last:0"}}}, r"kv_planes='last:0' must be"),
+    ({"additional_config": {"loopus": {"kv_planes": "last:9"}}}, r"'last:9' .*max_loops=8"),
+    ({"additional_config": {"loopus": {"kv_planes": "residual"}}}, r"'residual' is not offered"),
+    (
+        {"additional_config": {"loopus": {"kv_planes": "last:2", "speculate": "auto"}}},
+        r"speculate='auto' is not possible with kv_planes='last:2'.*speculate='off'",
+    ),
     ({"hf_overrides": {"max_loops": 0}}, r"max_loops=0 .*1 to 256"),
     ({"hf_overrides": {"N": 0}}, r"max_loops=0 "),
     ({"hf_overrides": {"halting_strategy": "vote"}}, r"halting_strategy='vote'.*threshold"),

@@ -38,6 +38,7 @@ class KVEstimate:
 
     dtype: str
     kv_cache_dtype: str
+    kv_planes: str
     tensor_parallel_size: int
     bytes_a_token: dict[int, int]  # by depth, on one rank
     memory_bytes: int  # on one rank
@@ -81,6 +82,7 @@ def estimate_kv(
     dtype: str | None = None,
     tensor_parallel_size: int = 1,
     kv_cache_dtype: str = "auto",
+    kv_planes: str = "all",
 ) -> KVEstimate:
     """Estimates the K/V of a model.
 
@@ -88,6 +90,7 @@ def estimate_kv(
     `ValueError` for an invalid dtype or length.
     """
     from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memory
+    from vllm_loopus.serving.knobs.engine import EngineOptions
     from vllm_loopus.serving.model.facts import layout_of
     from vllm_loopus.serving.model.kv_dtype import KV_DTYPES
     from vllm_loopus.serving.model.kv_layout import sequences_that_fit
@@ -102,7 +105,9 @@ def estimate_kv(
     length = longest if max_model_len is None else max_model_len
     if not 1 <= length <= longest:
         raise ValueError(f"max_model_len={length} must be from 1 to {longest}, the model's maximum")
-    layout = layout_of(config, DTYPE_BYTES[dtype], tensor_parallel_size, kv_cache_dtype)
+    options = EngineOptions.of({"loopus": {"kv_planes": kv_planes}})
+    options.check(config)
+    layout = layout_of(config, DTYPE_BYTES[dtype], tensor_parallel_size, kv_cache_dtype, options)
     if memory_gib is None:
         memory = int(CPU_CACHE_SHARE * free_cpu_memory()[0])
     else:
@@ -112,12 +117,15 @@ def estimate_kv(
     return KVEstimate(
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        kv_planes=kv_planes,
         tensor_parallel_size=tensor_parallel_size,
         bytes_a_token={depth: layout.allocated(depth) for depth in depths},
         memory_bytes=memory,
         max_model_len=length,
         sequences={
-            depth: round(sequences_that_fit(blocks, BLOCK_SIZE, length, depth), 2)
+            depth: round(
+                sequences_that_fit(blocks, BLOCK_SIZE, length, min(depth, layout.planes)), 2
+            )
             for depth in depths
         },
     )
@@ -137,13 +145,16 @@ def info(
     kv_cache_dtype: Annotated[
         str, typer.Option(help="As in vllm serve: auto, fp8, int8_per_token_head, ...")
     ] = "auto",
+    kv_planes: Annotated[
+        str, typer.Option(help="all, or last:m, as in additional_config.")
+    ] = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Show the cut, loops, exit rule and K/V size of a checkpoint."""
     with report_errors(ValueError):
         config = load_config(model)
         estimate = estimate_kv(
-            config, memory, max_model_len, dtype, tensor_parallel_size, kv_cache_dtype
+            config, memory, max_model_len, dtype, tensor_parallel_size, kv_cache_dtype, kv_planes
         )
         facts = _facts(model, config)
     if as_json:
