@@ -220,14 +220,16 @@ class LoopUSScheduler(Scheduler):
             if self._runs(name):
                 self._end_with_error(name, reason)
         emitting = {}
-        for name, depth in progress.exit_depths.items():
+        for name in progress.exit_depths:
             if name in self._refused:
                 continue
             emitting[name] = scheduled.get(name, 1)
             if self._runs(name):
-                self._stats.exit_depths.append(depth)
+                request = requests[name]
                 if name not in scheduled:
-                    requests[name].num_computed_tokens = requests[name].num_tokens
+                    request.num_computed_tokens = request.num_tokens
+                # All tokens but the last have been computed.
+                request.num_computed_tokens += len(progress.further.get(name, ()))
             if name not in scheduled and name in requests:
                 requests[name].num_in_flight_tokens += 1  # as if it had been scheduled
         for name, count in scheduled.items():
@@ -252,12 +254,15 @@ class LoopUSScheduler(Scheduler):
                     self._needing.add(name)
 
     def _complete(self, output: Any, progress: LoopProgress) -> None:
-        """Adds to an output of vLLM's the exit depth of its token, or why its request failed."""
+        """Adds to an output of vLLM's the exit depths of its tokens, or why its request failed."""
         name = output.request_id
         if output.finish_reason == FinishReason.ERROR:
             output.stop_reason = progress.failed.get(name) or self._refused.get(name)
         if output.new_token_ids:
-            exit_depths.send(output, progress.exit_depths[name])
+            depths = [progress.exit_depths[name], *progress.further.get(name, ())]
+            depths = depths[: len(output.new_token_ids)]  # its answer may have ended before
+            self._stats.exit_depths += depths
+            exit_depths.send(output, depths)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM, with what the loop did since they were made last."""

@@ -79,6 +79,7 @@ _ARRAYS = {
     "begun": ((), np.int64),  # the first position in flight
     "ahead": ((), np.int64),  # guessed positions in flight
     "tentative": ((), bool),  # its newest position began with a guess that is not confirmed yet
+    "greedy": ((), bool),  # its tokens are the most likely ones, whatever came before
     "spoiled": ((), bool),  # guesses were forgotten because of their states
     "lookahead": ((), np.int64),  # how many there may be
     "begins": ((), np.int64),  # how often positions have begun, guessed ones included
@@ -137,6 +138,7 @@ class Staircases:
     forced: Ints = field(init=False)
     ahead: Ints = field(init=False)
     tentative: Bools = field(init=False)
+    greedy: Bools = field(init=False)
     spoiled: Bools = field(init=False)
     lookahead: Ints = field(init=False)
     begins: Ints = field(init=False)
@@ -249,10 +251,11 @@ class Staircases:
         self.begins[sequences] += 1
         self.numbers[sequences, slot] = self.begins[sequences]
 
-    def right_guess(self, sequences: Ints, equal: Bools) -> Bools:
-        """Whether the guess of the newest token of each sequence counts as right; `equal`: whether
-        it is."""
-        number = np.minimum(self.num_generated[sequences] - 1, self._right.shape[1] - 1)
+    def right_guess(self, sequences: Ints, equal: Bools, later: int = 0) -> Bools:
+        """Whether the guess of the newest token of each sequence, or of one `later`, counts as
+        right; `equal`: whether it is."""
+        number = self.num_generated[sequences] - 1 + later
+        number = np.minimum(number, self._right.shape[1] - 1)
         replayed = self._right[sequences, number]
         return np.where(replayed == UNKNOWN, equal, replayed).astype(bool)
 

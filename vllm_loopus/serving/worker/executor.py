@@ -423,6 +423,7 @@ class PagedExecutor:
         used: Bools | None = None,
         prepared: Prepared | None = None,
         guessing: Bools | None = None,
+        beginning: Bools | None = None,
     ) -> Verdict:
         self._last_pass = None
         if prepared is not None and prepared.source is not None and prepared.call is not None:
@@ -444,7 +445,8 @@ class PagedExecutor:
         chosen = chunks.newest if used is None else chunks.newest & used
         if guessing is not None:
             rows = self._tensor(layout.spans.last_rows[guessing])
-            likely = self._likely.guess(chunks.sequence[guessing], hidden.index_select(0, rows))
+            begins = None if beginning is None else beginning[guessing]
+            likely = self._likely.guess(chunks.sequence[guessing], hidden[rows], begins)
             if (chosen := chosen & ~guessing).any():
                 self._take(hidden, layout, chunks, chosen)
             return self._verdicts.queue(likely)
