@@ -12,6 +12,7 @@ from pkgutil import resolve_name
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_loopus.architectures.loopus import LOOPUS
+from vllm_loopus.architectures.ouro.record import OURO
 from vllm_loopus.architectures.record import Architecture, LoopedConfig, LoopLayers
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
     "register",
 ]
 
-ARCHITECTURES: list[Architecture] = [LOOPUS]
+ARCHITECTURES: list[Architecture] = [LOOPUS, OURO]
 
 
 def architecture_of(config: PreTrainedConfig | None) -> Architecture | None:

@@ -35,6 +35,10 @@ class LoopedConfig(Protocol):
         """Raises `ValueError` with field, value and fix if the fields are inconsistent."""
         ...
 
+    def check_served(self) -> None:
+        """Raises `ValueError` for fields that only the reference model knows."""
+        ...
+
     def get_text_config(self) -> Any:
         """The config that contains the sizes of the layers and the vocabulary."""
         ...

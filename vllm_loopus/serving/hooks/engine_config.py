@@ -52,6 +52,7 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
             "defined; leave --runner and --convert out, and embed with a model made for it",
         )
         config.check()  # again: hf_overrides were applied after the config was built
+        config.check_served()
         _check_valid_dtype(config.get_text_config().model_type, model_config.dtype)
         context = config.exact_context
         _refuse(

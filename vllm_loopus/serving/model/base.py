@@ -1,7 +1,8 @@
 """What looped models for vLLM share."""
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,6 +17,13 @@ class LoopedModelBase(nn.Module):
     own runner calls `forward`, which takes all rows to full depth: it is what memory profiling
     measures.
     """
+
+    # vLLM loads what the first pattern with a match finds: a folder may hold other tensors.
+    allow_patterns_overrides: ClassVar[Sequence[str]] = (
+        "model*.safetensors",
+        "*.safetensors",
+        "*.bin",
+    )
 
     planes: Planes
     max_loops: int

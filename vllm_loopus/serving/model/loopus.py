@@ -127,7 +127,6 @@ class Decoder(LayerRun):
 class LoopUSForCausalLM(LoopedModelBase):
     """A LoopUS model for vLLM (`seam.LoopedModel`). Module names are those of the checkpoint."""
 
-    # The first pattern that matches any file is loaded: a folder may hold other tensors as well.
     allow_patterns_overrides = ("model*.safetensors", "*.safetensors", LEGACY_WEIGHTS, "*.bin")
     # Read by quantisation methods; Phi-3 checkpoints store these merged already.
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
