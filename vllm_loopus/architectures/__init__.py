@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_loopus.architectures.loopus import LOOPUS
 from vllm_loopus.architectures.record import Architecture, LoopedConfig, LoopLayers
+from vllm_loopus.architectures.recursive.record import RECURSIVE
 
 __all__ = [
     "ARCHITECTURES",
@@ -24,7 +25,7 @@ __all__ = [
     "register",
 ]
 
-ARCHITECTURES: list[Architecture] = [LOOPUS]
+ARCHITECTURES: list[Architecture] = [LOOPUS, RECURSIVE]
 
 
 def architecture_of(config: PreTrainedConfig | None) -> Architecture | None:
