@@ -120,7 +120,7 @@ def test_low_rank_is_the_reference(
     assert max(mixed) == 1
     for _ in range(2):
         assert_right(llm, cases)
-    assert max(mixed) == 4  # rows of all depths in one pass
+    assert max(mixed) > 1  # rows of several depths in one pass
     assert counter(llm, "vllm:prefix_cache_hits") > 0
     replayed = [
         {**case, "knobs": {"exit_depths": [case["knobs"]["max_loops"]] * NEW_TOKENS}}
