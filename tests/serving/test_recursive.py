@@ -115,7 +115,12 @@ def test_low_rank_is_the_reference(
         return original(depth)
 
     monkeypatch.setattr(RowsByDepth, "of", noted)
-    llm = make_llm(folder, skip_tokenizer_init=True, disable_log_stats=False)
+    llm = make_llm(
+        folder,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        additional_config={"loopus": {"exit_quorum": 0.3}},
+    )
     assert_right(llm, cases[3:4])
     assert max(mixed) == 1
     for _ in range(2):
@@ -204,7 +209,34 @@ def test_padded_as_for_graphs_and_with_the_product_of_a_gpu(
     from vllm_loopus.serving.worker import regions
 
     monkeypatch.setenv(regions.PADDED_ROWS, "1,2,4,8,16,24")
-    monkeypatch.setattr(RowsByDepth, "of", lambda depth: RowsByDepth(depth.long() - 1))
+    original = RowsByDepth.of
+    monkeypatch.setattr(RowsByDepth, "of", lambda depth: RowsByDepth(original(depth).index))
     folder, cases = low_rank
     llm = make_llm(folder, skip_tokenizer_init=True, max_num_batched_tokens=40, max_num_seqs=12)
     assert_right(llm, cases)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.long) for name in ("phi3", "gemma2"))]
+)
+def test_two_ranks(
+    make_llm: Any,
+    forked_processes: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """K/V heads are repeated (Llama) or divided, projections in one (Phi-3) or apart; biases of
+    layers whose outputs are added up count once."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or ranks want a memory node each
+    changes = {"num_attention_heads": 2, "hidden_size": 128} if name == "phi3" else {}
+    save_base(name, tmp_path / "base", **changes)
+    folder = recast(tmp_path / "base", tmp_path / "out", loops=2, rank=8)
+    llm = make_llm(
+        folder,
+        skip_tokenizer_init=True,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_num_batched_tokens=24,
+    )
+    assert_right(llm, cases_of(folder, 2))

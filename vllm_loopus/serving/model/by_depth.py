@@ -37,8 +37,8 @@ class RowsByDepth:
 
     @classmethod
     def of(cls, depth: torch.Tensor) -> "RowsByDepth":
-        """From depths [T] that count from 1."""
-        index = depth.long() - 1
+        """From depths [T] that count from 1; 0 in rows that only fill a pass up."""
+        index = (depth.long() - 1).clamp(min=0)
         if index.device.type != "cpu" or not len(index):
             return cls(index)
         counts = torch.bincount(index).tolist()
