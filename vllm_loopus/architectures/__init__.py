@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from vllm_loopus.architectures.loopus import LOOPUS
 from vllm_loopus.architectures.ouro.record import OURO
 from vllm_loopus.architectures.record import Architecture, LoopedConfig, LoopLayers
+from vllm_loopus.architectures.recursive.record import RECURSIVE
 
 __all__ = [
     "ARCHITECTURES",
@@ -25,7 +26,7 @@ __all__ = [
     "register",
 ]
 
-ARCHITECTURES: list[Architecture] = [LOOPUS, OURO]
+ARCHITECTURES: list[Architecture] = [LOOPUS, OURO, RECURSIVE]
 
 
 def architecture_of(config: PreTrainedConfig | None) -> Architecture | None:
