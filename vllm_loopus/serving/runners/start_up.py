@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
+
 from vllm_loopus.serving.knobs.engine import AUTO, EngineOptions
 from vllm_loopus.serving.model.facts import ModelFacts
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
@@ -39,6 +41,32 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows if text]
     return "\n".join([f"{facts.family} model:", *lines])
+
+
+def check_depth_fits(vllm_config: Any, layout: KVLayout, available: int) -> None:
+    """Raises `ValueError` if K/V memory of `available` bytes holds no sequence of the greatest
+    length at full depth. vLLM's own check does not know that fewer loops would do."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if cache.num_gpu_blocks_override is not None or model.original_max_model_len == -1:
+        return
+    blocks = cdiv(model.max_model_len, cache.block_size)
+    one = blocks * cache.block_size * layout.block_bytes_per_token
+    deepest = available // one
+    if layout.max_loops <= deepest or available <= 0:
+        return
+    tokens = available // layout.allocated(layout.max_loops) // cache.block_size * cache.block_size
+    fixes = [
+        f"lower max_loops to {deepest} or less (--hf-overrides '{{\"max_loops\": {deepest}}}')"
+        if deepest
+        else "",
+        f"lower max_model_len to {tokens} or less" if tokens else "",
+        "give K/V more memory",
+    ]
+    raise ValueError(
+        f"max_loops={layout.max_loops} does not fit: a sequence of max_model_len="
+        f"{model.max_model_len} takes {layout.max_loops * one / 2**30:.2f} GiB of K/V at that "
+        f"depth, and there are {available / 2**30:.2f} GiB; {', or '.join(filter(None, fixes))}"
+    )
 
 
 def switched_off(vllm_config: Any) -> list[tuple[str, str]]:

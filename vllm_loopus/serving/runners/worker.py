@@ -6,6 +6,7 @@ from vllm.platforms import current_platform
 
 from vllm_loopus.serving.model.cpu_kernels import permit_tiles
 from vllm_loopus.serving.runners.adapter import LoopAdapter, adopt
+from vllm_loopus.serving.runners.start_up import check_depth_fits
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -34,3 +35,9 @@ class LoopUSWorker(PlatformWorker):
             adapter = V1Adapter
         self.model_runner = adopt(self.model_runner, adapter)
         return result
+
+    def determine_available_memory(self) -> int:
+        """As in vLLM. Raises `ValueError` if no sequence fits at full depth."""
+        available: int = super().determine_available_memory()
+        check_depth_fits(self.vllm_config, self.model_runner.get_model().planes.layout, available)
+        return available
