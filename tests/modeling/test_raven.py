@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests import raven
 from tests.conftest import GOLDEN_LOOPED
 from vllm_loopus.architectures.raven.config import RavenConfig
-from vllm_loopus.architectures.raven.criteria import CRITERIA, reads_logits
+from vllm_loopus.architectures.raven.criteria import CRITERIA, CriterionRule, reads_logits
 from vllm_loopus.architectures.raven.families import tensor_names
 from vllm_loopus.architectures.raven.initial_state import load_table, noise
-from vllm_loopus.architectures.raven.reference import RavenForCausalLM, rule_of
+from vllm_loopus.architectures.raven.reference import RavenForCausalLM
 
 
 def load(model: str | Path) -> RavenForCausalLM:
@@ -48,7 +48,7 @@ def assert_case(name: str, model: RavenForCausalLM, case: dict, tokens: int | No
                 for token, logit in case["first_logits_top5"].items():
                     assert output.logits[0, -1, int(token)] == pytest.approx(logit, abs=1e-3)
                 if values := case.get("first_exit_values"):
-                    found = [float(v) for v in output.values][: len(values)]
+                    found = [float(v) for v in output.confidences][: len(values)]
                     known = [v for v in zip(found, values, strict=True) if v[1] is not None]
                     assert [f for f, _ in known] == pytest.approx([v for _, v in known], abs=1e-3)
             ids.append(int(output.logits[0, -1].argmax()))
@@ -85,7 +85,10 @@ def test_traces(name: str) -> None:
                 output = model(ids, initial_state=given, output_states=True)
                 expected = trace[f"logits_{state}"][loops - 1]
                 assert torch.allclose(output.logits[0, -1], expected, rtol=0, atol=1e-3)
-        assert torch.allclose(output.injected[0], trace["injected"], rtol=0, atol=1e-4)
+        embedded = model.embed(ids)
+        with torch.no_grad():
+            injected = model.encode(embedded, model.positions(embedded))
+        assert torch.allclose(injected[0], trace["injected"], rtol=0, atol=1e-4)
         states = torch.stack([one[0] for one in output.states])
         assert torch.allclose(states, trace[f"states_{state}"], rtol=0, atol=1e-4)
 
@@ -183,7 +186,8 @@ def test_olmo2_is_told_by_its_tensors(tmp_path: Path) -> None:
     model = load(folder)
     assert model.config.layout == "olmo2"
     block = model.transformer.core_block[0]
-    hidden, rows = torch.randn(1, 5, 64), model.rows(torch.arange(5)[None])
+    hidden = torch.randn(1, 5, 64)
+    rows = model.positions(hidden)
     with torch.no_grad():  # norms on the branches' outputs
         middle = hidden + block.norm_1(block.attn(hidden, rows))
         assert torch.equal(block(hidden, rows), middle + block.norm_2(block.mlp(middle)))
@@ -234,7 +238,7 @@ def test_missing_and_misshapen_tensors(tmp_path: Path) -> None:
         ({"max_loops": 257}, "max_loops=257 must be"),
         ({"max_loops": 4, "min_loops": 5}, "min_loops=5 .*max_loops=4"),
         ({"max_loops": "many"}, "max_loops='many' must be a whole number"),
-        ({"halting_strategy": "threshold"}, "halting_strategy='threshold'.*choose.*latent-diff"),
+        ({"halting_strategy": "threshold"}, "halting_strategy='threshold' is unknown.*latent-diff"),
         ({"exit_threshold": -1}, "exit_threshold=-1 must be"),
         ({"injection_type": "add"}, "injection_type='add' is not supported.*'linear'"),
         ({"test_time_noise": 0.1}, "test_time_noise=0.1 is not supported"),
@@ -273,7 +277,7 @@ def test_what_a_rule_says_beforehand_is_what_it_decides(criterion: str) -> None:
     torch.manual_seed(1)
     for threshold in (0.0, 0.4, 3.0):
         for least in (1, 3, 6):
-            rule = rule_of(config).with_knobs(
+            rule = CriterionRule.from_config(config).with_knobs(
                 exit_threshold=torch.full((50,), threshold),
                 min_loops=torch.full((50,), least),
                 max_loops=torch.full((50,), 6),

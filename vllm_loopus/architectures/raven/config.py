@@ -108,7 +108,7 @@ class RavenConfig(LoopFields, PreTrainedConfig):
         given = self.__dict__.get("_exit_threshold")
         if given is None:
             return default_threshold(self.halting_strategy, self.rope_theta is not None)
-        return float(given)
+        return given
 
     @exit_threshold.setter
     def exit_threshold(self, value: Any) -> None:

@@ -30,5 +30,6 @@ RAVEN = Architecture(
     layers=_layers,
     released_names={"mean_recurrence": "max_loops", "num_steps": "max_loops"},
     settle=RavenConfig.settle,
+    variant=lambda config: config.family.title,
     first_state=_first_state,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.serving.knobs.engine import AUTO, EngineOptions
-from vllm_loopus.serving.model.facts import ModelFacts
+from vllm_loopus.serving.model.facts import ModelFacts, told_depths
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.runners.selection import runner_in_use
 
@@ -20,7 +20,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
     options = EngineOptions.of(vllm_config.additional_config)
     block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     pool = kv_cache_config.num_blocks, block_size, model.max_model_len
-    fit = [f"{sequences_that_fit(*pool, d):.1f} at {d}" for d in range(1, layout.max_loops + 1)]
+    fit = [f"{sequences_that_fit(*pool, d):.1f} at {d}" for d in told_depths(layout.max_loops)]
     items = ", ".join(f"{name} {size / 1024:.2f}" for name, size in layout.items().items())
     facts = ModelFacts.of(model.hf_config, layout)
     policy = (
