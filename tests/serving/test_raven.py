@@ -305,7 +305,7 @@ def test_positions_beyond_the_table(make_llm: Any) -> None:
     llm = start(make_llm, "retro_llama3", str(raven.table("retro_llama3")))
     assert llm.llm_engine.model_config.max_model_len == 64
     (case,) = [{"prompt": [5] * 70, "tokens": [0], "num_steps": 1, "exit_threshold": 0}]
-    with pytest.raises(ValueError, match="maximum context length is 64"):
+    with pytest.raises(Exception, match="maximum context length is 64"):
         generate(llm, [case])
     # It ends where the table does.
     (output,) = generate(llm, [{**case, "prompt": [5] * 60, "tokens": [0] * 9}])
