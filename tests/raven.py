@@ -68,7 +68,7 @@ def knobs(case: dict[str, Any]) -> dict[str, Any]:
 
 def write_olmo2(folder: Path, **fields: Any) -> Path:
     """A random checkpoint of the OLMo-2 layout, as the original's conversion writes it."""
-    return write(folder, "olmo2", "retro_tinyllama", n_heads=4, num_key_value_heads=2, **fields)
+    return write(folder, "olmo2", "retro_tinyllama", **fields)
 
 
 def write(folder: Path, layout: str, like: str, **fields: Any) -> Path:

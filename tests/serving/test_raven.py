@@ -124,7 +124,31 @@ def padded(make_llm: Any, model: str, state: str, criterion: str) -> None:
         assert_right(llm, answers_of(model, state, criterion))
 
 
-WAYS = [alone_and_together, in_chunks, under_preemption, with_guesses, padded]
+def with_prompt_scores(make_llm: Any, model: str, state: str, criterion: str) -> None:
+    """The decoder computes a scored prompt from its first position, whatever passes did."""
+    from vllm import SamplingParams
+
+    llm = start(make_llm, model, raven.initial_state(model, state), criterion)
+    cases = [c for c in raven.cases(model, state, criterion) if len(c["prompt"]) > 4]
+    scored = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=len(case["tokens"]),
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=0,
+            extra_args=raven.knobs(case),
+        )
+        for case in cases
+    ]
+    prompts = [{"prompt_token_ids": case["prompt"]} for case in cases]
+    for case, output in zip(cases, llm.generate(prompts, scored, use_tqdm=False), strict=True):
+        assert list(output.outputs[0].token_ids) == case["tokens"]
+        assert exit_depths(output) == case["depths"]
+        assert len(output.prompt_logprobs) == len(case["prompt"])
+
+
+WAYS = [alone_and_together, in_chunks, under_preemption, with_guesses, padded, with_prompt_scores]
 # One setting of each way; all of them are in `test_every_case`.
 SETTINGS = [
     (alone_and_together, "huginn", "table", "kl"),
@@ -159,6 +183,41 @@ def test_every_case(
     make_llm: Any, way: Callable[..., None], model: str, state: str, criterion: str
 ) -> None:
     way(make_llm, model, state, criterion)
+
+
+@pytest.fixture
+def ranks_on_one_memory_node(forked_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM gives each rank a memory node of its own, or refuses."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize(
+    ("model", "criterion"),
+    [
+        ("huginn", "minp-kl"),
+        pytest.param("retro_llama3", "latent-diff", marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks(
+    make_llm: Any, ranks_on_one_memory_node: None, model: str, criterion: str
+) -> None:
+    """Logits are gathered for the exit rule. A single K/V head is on both ranks."""
+    llm = start(make_llm, model, raven.initial_state(model, "table"), criterion, **TWO_RANKS)
+    assert_right(llm, answers_of(model, "table", criterion))
+
+
+@pytest.mark.long
+def test_two_ranks_of_olmo2(make_llm: Any, ranks_on_one_memory_node: None, tmp_path: Path) -> None:
+    """The norm over a whole query and key, of which each rank has a part; one key is on both."""
+    for kv_heads in (2, 1):
+        folder = raven.write_olmo2(tmp_path / str(kv_heads), num_key_value_heads=kv_heads)
+        reference = RavenForCausalLM.from_pretrained(folder)
+        reference.config.halting_strategy = "kl"
+        cases = seeded_cases(reference, [0.0, 0.01, 0.1])
+        assert_right(start(make_llm, folder, None, "kl", **TWO_RANKS), cases)
 
 
 def answer(

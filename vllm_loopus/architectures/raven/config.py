@@ -32,6 +32,8 @@ class RavenConfig(LoopFields, PreTrainedConfig):
     - `halting_strategy`: one of `criteria.CRITERIA`, with `exit_threshold`, the original's number;
       None for the original's default of that criterion.
     - `layout`: the family (`families.py`); None until `settle` has looked at the checkpoint.
+    - `max_position_embeddings`: at most `block_size`, the length of training; that of a retrofit's
+      base is much longer. To be served with more, override it.
     - `tie_embeddings`: whether the LM head is the embedding, also where `tie_word_embeddings` is
       missing, whose default elsewhere is the opposite.
 
@@ -97,8 +99,8 @@ class RavenConfig(LoopFields, PreTrainedConfig):
             self.head_dim = self.n_embd // self.n_heads
         if self.padded_vocab_size is None:
             self.padded_vocab_size = self.vocab_size
-        if self.max_position_embeddings is None:
-            self.max_position_embeddings = self.block_size
+        longest = self.max_position_embeddings or self.block_size
+        self.max_position_embeddings = min(longest, self.block_size)
         if self.n_layers is None:
             self.n_layers = self.n_blocks
 
