@@ -1,18 +1,23 @@
 """Recurrent depth in the engine: the original's answers, whatever runs beside a request."""
 
 import json
+import os
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from openai import BadRequestError, OpenAI
 from safetensors.torch import save_file
 
+import vllm_loopus
 from tests import raven
 from tests.conftest import (
+    FORKED,
     GOLDEN_LOOPED,
     admit_too_many,
     counter,
@@ -22,8 +27,10 @@ from tests.conftest import (
 )
 from vllm_loopus import exit_depths
 from vllm_loopus.architectures.raven.reference import RavenForCausalLM
+from vllm_loopus.bench.server import running_server
 
 LOOPS = 16
+CHECKPOINTS = Path(vllm_loopus.__file__).parent / "checkpoints"
 GUESSES = {"speculate": {"draft_depth": 2, "lookahead": 3}}
 
 
@@ -384,3 +391,47 @@ def test_what_is_said_of_it() -> None:
     assert (facts.decoder, facts.kind) == ("layers 5-6 (2)", "Recurrent depth, Huginn")
     assert "every loop also runs the coda (2 blocks)" in facts.exit_rule
     assert sum(layout.items().values()) == layout.allocated(16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", [*raven.MODELS, "olmo2"])
+def test_vllm_serve_without_flags(tmp_path: Path, model: str) -> None:
+    """A checkpoint as on the hub, with a tokenizer: one command."""
+    folder = tmp_path / model
+    if model == "olmo2":
+        raven.write_olmo2(folder)
+    else:
+        raven.copy(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINTS / "loopus-tiny" / name, folder)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": FORKED}
+    environment["VLLM_LOGGING_LEVEL"] = "INFO"
+    log = tmp_path / "log"
+    with (
+        log.open("w") as output,
+        running_server(str(folder), environment=environment, output=output) as address,
+    ):
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def ask(knobs: dict[str, Any], seed: int | None) -> Any:
+            return client.completions.create(
+                model=str(folder),
+                prompt=[5, 6, 7, 8],
+                max_tokens=6,
+                temperature=0,
+                seed=seed,
+                logprobs=1,
+                extra_body={"ignore_eos": True, "vllm_xargs": {**knobs, "return_exit_depths": 1}},
+            ).choices[0]
+
+        first, second = ask({"max_loops": 3}, None), ask({"max_loops": 3}, None)
+        assert first.model_extra["exit_depths"] == [3] * 6
+        assert first.logprobs == second.logprobs
+        other = ask({"max_loops": 3}, 1)
+        assert other.logprobs.token_logprobs != first.logprobs.token_logprobs
+        assert ask({}, 1).model_extra["exit_depths"] == [LOOPS] * 6
+        with pytest.raises(BadRequestError, match="num_steps is called max_loops here"):
+            ask({"num_steps": 3}, None)
+    said = log.read_text()
+    assert re.search(r"Recurrent depth, .*layout|Recurrent depth, Huginn", said)
+    assert "first state" in said

@@ -164,7 +164,7 @@ def _facts(model: str, config: LoopedConfig) -> dict[str, Any]:
     files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
     return {
         "leads_to": resolve(model),
-        "family": facts.family,
+        "family": facts.kind if own else facts.family,
         "base": facts.size,
         **({} if own else {"recast_from": config.base_model_name_or_path or "unknown"}),
         "encoder": facts.encoder,

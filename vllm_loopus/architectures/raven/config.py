@@ -82,6 +82,9 @@ class RavenConfig(LoopFields, PreTrainedConfig):
     min_loops: int = 1
     halting_strategy: str = "none"
     layout: str | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     base_model_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

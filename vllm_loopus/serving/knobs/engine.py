@@ -11,7 +11,7 @@ KV_POLICIES = ("exact", "last_exited")
 PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
 SWITCH = (AUTO, "on", "off")
-NOISE = "noise"  # the first state is a function of seed and position
+NOISE, ZEROS = "noise", "zeros"  # first states: of seed and position, or none
 LOOKAHEAD, MOST_AHEAD = 7, 64  # guessed positions of a sequence: by default, and at most
 # What the OpenAI server accepts as `reasoning_effort` (vLLM's ChatCompletionRequest).
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")

@@ -4,7 +4,8 @@ from typing import Any
 
 from vllm.utils.math_utils import cdiv
 
-from vllm_loopus.serving.knobs.engine import AUTO, EngineOptions
+from vllm_loopus.architectures import record_of
+from vllm_loopus.serving.knobs.engine import AUTO, ZEROS, EngineOptions
 from vllm_loopus.serving.model.facts import ModelFacts, told_depths
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.runners.selection import runner_in_use
@@ -30,6 +31,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
         ("model", f"{_served_as(model)} ({facts.kind}, {model.dtype})"),
         *facts.rows(),
         (f"  of them at {layout.max_loops}", f"{items} (KiB, on one rank)"),
+        ("first state", _first_state(vllm_config, options)),
         ("K/V policy", policy),
         ("guesses", _guesses(options)),
         ("K/V memory", f"{kv_cache_config.num_blocks} blocks of {block_size} tokens at one depth"),
@@ -80,6 +82,18 @@ def switched_off(vllm_config: Any) -> list[tuple[str, str]]:
 def _served_as(model: Any) -> str:
     name = model.served_model_name
     return model.model if name == model.model else f"{name}, {model.model}"
+
+
+def _first_state(vllm_config: Any, options: EngineOptions) -> str:
+    """Empty for a model whose first state is computed."""
+    model = vllm_config.model_config
+    if record_of(model.hf_config).first_state is None:
+        return ""
+    if options.draws_noise:
+        return f"noise, by the request's seed ({model.seed} without one) and the position"
+    if options.initial_state == ZEROS:
+        return ZEROS
+    return f"of {model.max_model_len} positions, from {options.initial_state}"
 
 
 def _guesses(options: EngineOptions) -> str:
