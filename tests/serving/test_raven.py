@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vllm_loopus
 from tests import raven
@@ -81,6 +81,34 @@ def assert_right(llm: Any, cases: list[dict[str, Any]]) -> None:
                 assert found[int(token)] + shift == pytest.approx(logit, abs=1e-3)
 
 
+def assert_trace(llm: Any, model: str, state: str) -> None:
+    """States and constant input of a prompt, and the logits after it, are the original's."""
+    trace = load_file(GOLDEN_LOOPED / model / "trace.safetensors")
+    served, states, injected = runner_of(llm).get_model(), [], []
+    refine, encode = served.refine, served.encode
+
+    def seen_refine(*args: Any) -> Any:
+        result = refine(*args)
+        states.append(result[0].clone())
+        return result
+
+    def seen_encode(*args: Any) -> Any:
+        result = encode(*args)
+        states.append(result[0].clone())
+        injected.append(result[1].clone())
+        return result
+
+    served.refine, served.encode = seen_refine, seen_encode
+    case = {"prompt": raven.expected(model)["trace_prompt"], "num_steps": 8, "tokens": [0]}
+    (output,) = generate(llm, [{**case, "exit_threshold": None}])
+    del served.refine, served.encode
+    assert torch.allclose(injected[0], trace["injected"], rtol=0, atol=1e-4)
+    assert torch.allclose(torch.stack(states), trace[f"states_{state}"], rtol=0, atol=1e-4)
+    expected = trace[f"logits_{state}"][7].log_softmax(-1)
+    for token, value in output.logprobs[0].items():
+        assert value.logprob == pytest.approx(float(expected[token]), abs=1e-3)
+
+
 def answers_of(model: str, state: str, criterion: str) -> list[dict[str, Any]]:
     """Golden cases of an engine with one criterion: those of fixed depths too."""
     return raven.cases(model, state, *{"none", criterion})
@@ -88,6 +116,7 @@ def answers_of(model: str, state: str, criterion: str) -> list[dict[str, Any]]:
 
 def alone_and_together(make_llm: Any, model: str, state: str, criterion: str) -> None:
     llm = start(make_llm, model, raven.initial_state(model, state), criterion)
+    assert_trace(llm, model, state)
     cases = answers_of(model, state, criterion)
     for case in cases[::7]:
         assert_right(llm, [case])
@@ -153,6 +182,16 @@ def with_prompt_scores(make_llm: Any, model: str, state: str, criterion: str) ->
         assert list(output.outputs[0].token_ids) == case["tokens"]
         assert exit_depths(output) == case["depths"]
         assert len(output.prompt_logprobs) == len(case["prompt"])
+
+
+def last_exited_where_it_changes_nothing(
+    make_llm: Any, model: str, state: str, criterion: str
+) -> None:
+    chosen = raven.initial_state(model, state)
+    llm = start(make_llm, model, chosen, criterion, loopus={"kv_policy": "last_exited"})
+    cases = [c for c in answers_of(model, state, criterion) if len(set(c["depths"])) == 1]
+    for _ in range(2):
+        assert_right(llm, cases)
 
 
 WAYS = [alone_and_together, in_chunks, under_preemption, with_guesses, padded, with_prompt_scores]

@@ -171,10 +171,12 @@ class RavenConfig(LoopFields, PreTrainedConfig):
         )
 
     def settle(self, source: str, revision: str | None = None) -> None:
-        """Finds out the family from the tensors of the checkpoint.
+        """Finds out the family from the tensors of the checkpoint, if `layout` does not say it.
 
         Raises `ValueError` if they fit none.
         """
+        if self.layout is not None:
+            return
         names = tensor_names(source, revision)
         self.layout = family_of(names, self.qk_bias, self.rope_theta, source).name
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import get_safetensors_metadata
+from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 PARTS = ("prelude", "core_block", "coda")
 EVERY_BLOCK = ("attn.Wqkv.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight")
@@ -96,22 +96,37 @@ def tensor_names(source: str, revision: str | None = None) -> list[str]:
     cannot be had without reading the weights."""
     folder = Path(source)
     if folder.is_dir():
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            return list(json.loads(index.read_text())["weight_map"])
-        names: list[str] = []
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    names += tensors.keys()
-            except Exception:
-                return []
-        return names
+        return _names_in(folder)
+    try:
+        kept = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.safetensors.index.json"],
+            local_files_only=True,
+        )
+        if names := _names_in(Path(kept)):
+            return names
+    except (HfHubHTTPError, OSError, ValueError):  # nothing of it is here yet
+        pass
     try:
         return list(get_safetensors_metadata(source, revision=revision).weight_map)
     except (NotASafetensorsRepoError, HfHubHTTPError, OSError, ValueError):
         return []
+
+
+def _names_in(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return list(json.loads(index.read_text())["weight_map"])
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    names: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+        except (SafetensorError, OSError):  # it is reported when it is loaded
+            return []
+    return names
 
 
 def _listed(names: Iterable[str]) -> str:

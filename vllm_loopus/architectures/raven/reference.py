@@ -201,8 +201,7 @@ class RavenForCausalLM(LoopedReference):
         source, config = str(pretrained_model_name_or_path), kwargs.pop("config", None)
         if not isinstance(config, RavenConfig):
             config = RavenConfig.from_pretrained(source, revision=kwargs.get("revision"))
-        if config.layout is None:
-            config.settle(source, kwargs.get("revision"))
+        config.settle(source, kwargs.get("revision"))
         return super().from_pretrained(source, *args, config=config, **kwargs)
 
     @classmethod

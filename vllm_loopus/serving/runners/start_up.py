@@ -45,6 +45,14 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
     return "\n".join([f"{facts.family} model:", *lines])
 
 
+def carry_bytes(vllm_config: Any) -> int:
+    """What the exit rule keeps on the device for as many sequences as may run."""
+    config = vllm_config.model_config.hf_config
+    numbers = len(record_of(config).exit_rule.from_config(config).first_carry)
+    slots = EngineOptions.of(vllm_config.additional_config).positions_in_flight
+    return 4 * numbers * slots * int(vllm_config.scheduler_config.max_num_seqs)
+
+
 def check_depth_fits(vllm_config: Any, layout: KVLayout, available: int) -> None:
     """Raises `ValueError` if K/V memory of `available` bytes holds no sequence of the greatest
     length at full depth. vLLM's own check does not know that fewer loops would do."""
