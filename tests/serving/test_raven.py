@@ -194,7 +194,15 @@ def last_exited_where_it_changes_nothing(
         assert_right(llm, cases)
 
 
-WAYS = [alone_and_together, in_chunks, under_preemption, with_guesses, padded, with_prompt_scores]
+WAYS = [
+    alone_and_together,
+    in_chunks,
+    under_preemption,
+    with_guesses,
+    padded,
+    with_prompt_scores,
+    last_exited_where_it_changes_nothing,
+]
 # One setting of each way; all of them are in `test_every_case`.
 SETTINGS = [
     (alone_and_together, "huginn", "table", "kl"),
