@@ -255,8 +255,6 @@ class RavenForCausalLM(LoopedModelBase):
     MLP of the last block runs only on the rows that the rule is asked about (`exit_evidence`).
     """
 
-    # The first pattern that matches any file is loaded: a folder may hold other tensors as well.
-    allow_patterns_overrides = ("model*.safetensors", "*.safetensors", "*.bin")
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"Wqkv": ["Wqkv"], "fc": ["fc"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
