@@ -248,12 +248,9 @@ def ranks_on_one_memory_node(forked_processes: None, monkeypatch: pytest.MonkeyP
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("model", "criterion"),
-    [
-        ("huginn", "minp-kl"),
-        pytest.param("retro_llama3", "latent-diff", marks=pytest.mark.long),
-    ],
+    ("model", "criterion"), [("huginn", "minp-kl"), ("retro_llama3", "latent-diff")]
 )
 def test_two_ranks(
     make_llm: Any, ranks_on_one_memory_node: None, model: str, criterion: str
