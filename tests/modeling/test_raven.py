@@ -243,6 +243,8 @@ def test_missing_and_misshapen_tensors(tmp_path: Path) -> None:
         ({"injection_type": "add"}, "injection_type='add' is not supported.*'linear'"),
         ({"test_time_noise": 0.1}, "test_time_noise=0.1 is not supported"),
         ({"n_layers_in_coda": 3}, "n_layers=7 is not the sum"),
+        ({"padded_vocab_size": 300}, "padded_vocab_size=300 must be at least vocab_size=320"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.*yarn.*not supported.*llama3"),
         ({"num_key_value_heads": 3}, "n_heads=4 must be a multiple of num_key_value_heads=3"),
         ({"layout": "gpt"}, "layout='gpt' is unknown; choose one of huginn, llama, olmo2"),
     ],
@@ -254,6 +256,15 @@ def test_impossible_fields(fields: dict, message: str) -> None:
         for name, value in fields.items():
             setattr(config, name, value)
         config.check()
+
+
+def test_rope_parameters_of_newer_configs() -> None:
+    content = json.loads((GOLDEN_LOOPED / "retro_llama3" / "config.json").read_text())
+    old = RavenConfig(**content)
+    theta, scaling = content.pop("rope_theta"), content.pop("rope_scaling")
+    new = RavenConfig(**content, rope_parameters={"rope_theta": theta, **scaling})
+    assert new.rope_settings == old.rope_settings
+    assert new.family == old.family
 
 
 def test_original_names_and_defaults() -> None:

@@ -21,6 +21,7 @@ FIXED = {
     "nonlin_name": ("SiLU", "no other activation is known here"),
     "mlp_class_name": ("GatedMLP", "no other MLP is known here"),
 }
+ROPE_TYPES = ("default", "linear", "llama3")  # of retrofits: by position alone
 _COUNTS = ("n_embd", "n_heads", "intermediate_size", "vocab_size", "n_layers_in_recurrent_block")
 
 
@@ -94,7 +95,11 @@ class RavenConfig(LoopFields, PreTrainedConfig):
                 # `tie_embeddings` wins: checkpoints have one of the two, or both alike.
                 if other != "tie_word_embeddings":
                     setattr(self, name, value)
+        rope = kwargs.pop("rope_parameters", None)  # as transformers writes it today
         super().__post_init__(**kwargs)
+        if rope and self.rope_theta is None:
+            self.rope_theta = rope.get("rope_theta")
+            self.rope_scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
         self.architectures: list[str] = self.architectures or [ARCHITECTURE]
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.n_heads
@@ -199,6 +204,18 @@ class RavenConfig(LoopFields, PreTrainedConfig):
                 f"{self.n_layers_in_prelude}, n_layers_in_recurrent_block="
                 f"{self.n_layers_in_recurrent_block} and n_layers_in_coda={self.n_layers_in_coda}; "
                 "correct one of them"
+            )
+        if (self.padded_vocab_size or 0) < self.vocab_size:
+            raise ValueError(
+                f"padded_vocab_size={self.padded_vocab_size} must be at least vocab_size="
+                f"{self.vocab_size}"
+            )
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_scaling={scaling} has a type that is not supported; there are "
+                f"{', '.join(ROPE_TYPES)}"
             )
         if self.n_heads % (self.num_key_value_heads or 1):
             raise ValueError(

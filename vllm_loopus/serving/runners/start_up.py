@@ -57,7 +57,8 @@ def check_depth_fits(vllm_config: Any, layout: KVLayout, available: int) -> None
     """Raises `ValueError` if K/V memory of `available` bytes holds no sequence of the greatest
     length at full depth. vLLM's own check does not know that fewer loops would do."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    if cache.num_gpu_blocks_override is not None or model.original_max_model_len == -1:
+    fits_itself = getattr(model, "original_max_model_len", None) == -1  # vLLM lowers it
+    if cache.num_gpu_blocks_override is not None or fits_itself:
         return
     blocks = cdiv(model.max_model_len, cache.block_size)
     one = blocks * cache.block_size * layout.block_bytes_per_token
