@@ -11,6 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
+from vllm_loopus.architectures import architecture_of
 from vllm_loopus.serving.core.admission import knobs_of, parse_knobs, salt
 from vllm_loopus.serving.core.kv_manager import DepthKVCacheManager
 from vllm_loopus.serving.core.step_clock import StepClock
@@ -58,6 +59,10 @@ class LoopUSScheduler(Scheduler):
             row_budget=self.scheduler_config.max_num_batched_tokens,
             lookahead=self._options.lookahead,
         )
+        architecture = architecture_of(self._config)
+        assert architecture is not None
+        drawn = architecture.first_state is not None and self._options.draws_noise
+        self._own_seed = self.vllm_config.model_config.seed if drawn else None
         self._clock = StepClock()
         self._stats = LoopStats()
         self._refused: dict[str, str] = {}  # requests with impossible knobs, and why
@@ -99,7 +104,7 @@ class LoopUSScheduler(Scheduler):
         super().add_request(request)
 
     def _admit(self, request: "Request") -> None:
-        reason = parse_knobs(request, self._config)
+        reason = parse_knobs(request, self._config, self._own_seed)
         salt(request, self._options.last_exited)
         if reason is not None:
             self._refused[request.request_id] = reason

@@ -11,6 +11,7 @@ KV_POLICIES = ("exact", "last_exited")
 PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
 SWITCH = (AUTO, "on", "off")
+NOISE, ZEROS = "noise", "zeros"  # first states: of seed and position, or none
 LOOKAHEAD, MOST_AHEAD = 7, 64  # guessed positions of a sequence: by default, and at most
 # What the OpenAI server accepts as `reasoning_effort` (vLLM's ChatCompletionRequest).
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -36,6 +37,8 @@ class EngineOptions:
       certain (`step/wave.py`): `off`, `auto`, or `{"draft_depth": d, "lookahead": k}` for a guess
       after `d` passes and at most `k` guessed positions of a sequence in flight. Answers are the
       same.
+    - `initial_state`: of models whose first state is drawn: `noise`, a function of the request's
+      seed and the position (default), `zeros`, or a safetensors file.
     """
 
     kv_policy: str = "exact"
@@ -45,6 +48,7 @@ class EngineOptions:
     late_verdicts: str = AUTO
     reasoning_effort: Mapping[str, int] = field(default_factory=dict)
     speculate: str | Mapping[str, int] = "off"
+    initial_state: str | None = None
 
     @classmethod
     def of(cls, additional_config: object) -> "EngineOptions":
@@ -103,6 +107,11 @@ class EngineOptions:
             )
         _check_efforts(self.reasoning_effort)
         _check_speculate(self.speculate)
+        if self.initial_state is not None and not isinstance(self.initial_state, str):
+            raise ValueError(
+                f"initial_state={self.initial_state!r} must be 'noise', 'zeros' or the name of a "
+                "safetensors file"
+            )
         if self.last_exited and self.speculates:
             raise ValueError(
                 f"speculate={self.speculate!r} is not possible with kv_policy='last_exited', where "
@@ -124,6 +133,11 @@ class EngineOptions:
     def speculates(self) -> bool:
         """Whether positions may begin with guessed tokens."""
         return self.speculate != "off"
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether first states that are drawn are noise."""
+        return self.initial_state in (None, NOISE)
 
     @property
     def draft_depth(self) -> int:

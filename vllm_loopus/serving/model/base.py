@@ -28,6 +28,7 @@ class LoopedModelBase(nn.Module):
     planes: Planes
     max_loops: int
     reads_depth = False
+    reads_seed = False
     is_served = False  # from the start of the engine on; trainers then send weights in parts
 
     @abstractmethod
@@ -36,7 +37,7 @@ class LoopedModelBase(nn.Module):
 
     @abstractmethod
     def encode(
-        self, input_ids: torch.Tensor, positions: torch.Tensor
+        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
     ) -> tuple[torch.Tensor, ...]: ...
 
     @abstractmethod
@@ -79,7 +80,8 @@ class LoopedModelBase(nn.Module):
         if decoded is not None:
             return decoded
         assert inputs_embeds is None
-        state, *injected = self.encode(input_ids, positions)
+        seed = (torch.zeros_like(positions),) if self.reads_seed else ()
+        state, *injected = self.encode(input_ids, positions, *seed)
         for depth in range(1, self.max_loops + 1):
             depths = torch.full_like(positions, depth) if self.reads_depth else None
             with self.planes.at_depth(depth):

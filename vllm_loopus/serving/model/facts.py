@@ -29,9 +29,11 @@ class ModelFacts:
         """`config`: of a looped model."""
         architecture = record_of(config)
         layers, text = architecture.layers(config), config.get_text_config()
+        named = architecture.variant
+        kind = architecture.family + ("" if named is None else f", {named(config)}")
         return cls(
             family=architecture.family,
-            kind=architecture.family + ("" if text is config else f" on {text.model_type}"),
+            kind=kind + ("" if text is config else f" on {text.model_type}"),
             size=f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}",
             encoder=told_layers(layers.encoder),
             reasoning=told_layers(layers.reasoning),
@@ -45,7 +47,8 @@ class ModelFacts:
     def rows(self) -> list[tuple[str, str]]:
         """The lines to print: names and texts."""
         layers = f"encoder {self.encoder}, reasoning {self.reasoning}, decoder {self.decoder}"
-        sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in self.kv_bytes_a_token.items()]
+        depths = told_depths(self.max_loops)
+        sizes = [f"{self.kv_bytes_a_token[d] / 1024:.2f} KiB at {d}" for d in depths]
         return [
             ("layers", layers),
             ("loops", f"{self.min_loops} to {self.max_loops}"),
@@ -87,6 +90,14 @@ def layout_of_engine(vllm_config: Any) -> KVLayout:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     kv = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
     return layout_of(model.hf_config, model.dtype.itemsize, ranks, kv.itemsize)
+
+
+def told_depths(max_loops: int) -> list[int]:
+    """The depths to show figures of: all, or of many the powers of two and the last."""
+    every = range(1, max_loops + 1)
+    if max_loops <= 8:
+        return list(every)
+    return [depth for depth in every if depth & (depth - 1) == 0 or depth == max_loops]
 
 
 def told_layers(indices: Sequence[int]) -> str:

@@ -160,7 +160,9 @@ class LoopUSForCausalLM(LoopedModelBase):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.encoder.embed(input_ids)
 
-    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def encode(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return (self.encoder(self.embed_input_ids(input_ids), positions),)
 
     def refine(

@@ -209,6 +209,7 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
         options.full_prefill,
         slots,
         decoder_attends=bool(model.planes.decoder_names),
+        decodes_in_passes=model.planes.decodes_in_passes,
     )
     row_budget = vllm_config.scheduler_config.max_num_batched_tokens
     executor = PagedExecutor(

@@ -110,7 +110,7 @@ class Staircases:
 
     `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth. `slots`: positions of
     one sequence in flight, one more than may be guessed. `decoder_attends`: whether the decoder has
-    K/V; without, it computes the newest positions alone.
+    K/V; without, it computes the newest positions alone. `decodes_in_passes`: passes fill it too.
     """
 
     num_depths: int
@@ -118,6 +118,7 @@ class Staircases:
     full_prefill: bool = False
     slots: int = 1
     decoder_attends: bool = True
+    decodes_in_passes: bool = False
     reasons: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
     present: Bools = field(init=False)
@@ -202,7 +203,8 @@ class Staircases:
         self.done[index, : depth + 1] = [found[0], *found]
         self.settled[index] = self.done[index]
         if start.decoded is not None:
-            self.decoded[index, 1 : depth + 1] = start.decoded[:depth]
+            decoded = found if self.decodes_in_passes else start.decoded
+            self.decoded[index, 1 : depth + 1] = decoded[:depth]
         known = [UNKNOWN if exits is None else int(exits) for exits in start.predetermined]
         self._predetermined[index, 1 : depth + 1] = known[:depth]
         given = knobs.exit_depths  # stand for what the exit rule would decide
@@ -367,6 +369,9 @@ class Staircases:
             depth = chunks.depth - earlier
             assert (self.done[index, depth] == chunks.start).all() or self.last_exited
             self.done[index, depth] = chunks.end
+            if self.decodes_in_passes:
+                along = ~self.scored[index] & (self.decoded[index, depth] == chunks.start)
+                self.decoded[index[along], depth[along]] = chunks.end[along]
         newest = chunks.newest
         self.depths[index[newest], self.slot_of(chunks)[newest]] = chunks.depth[newest]
         if self.last_exited and not newest.all():

@@ -27,6 +27,7 @@ from vllm_loopus.serving.worker.exits import Exits, deeper_than
 from vllm_loopus.serving.worker.nonfinite import WatchedRows, cleanse
 from vllm_loopus.serving.worker.regions import PreparedCall, Ran, Regions
 from vllm_loopus.serving.worker.row_layout import ExtraSlots, RowLayout
+from vllm_loopus.serving.worker.seeds import Seeds
 from vllm_loopus.serving.worker.states import StatePages
 from vllm_loopus.serving.worker.transfer import to_device
 from vllm_loopus.serving.worker.verdicts import Verdict, Verdicts
@@ -135,6 +136,7 @@ class PagedExecutor:
         self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
         self._verdicts = Verdicts(get_tp_group(), stairs, self._cleanse)
         self._exits = Exits(model, rule, device, stairs.slots)
+        self._seeds = Seeds(model, vllm_config.model_config.seed, device)
         self._states = StatePages(planes.state_pages(), planes.state_size)
         self._injected = (
             StatePages(planes.injected_pages(), planes.injected_size)
@@ -156,6 +158,7 @@ class PagedExecutor:
     def add(self, index: int, knobs: RequestKnobs) -> None:
         """A sequence gets the row `index`."""
         self._exits.add(index, knobs)
+        self._seeds.add(index, knobs)
 
     def begin_step(self) -> None:
         """Forgets what was decoded."""
@@ -200,8 +203,8 @@ class PagedExecutor:
             self._encode_among(prepared, chunks, sampled.ids)
             return
         layout = self._tables.layout(chunks.at(1))
-        ids = self._token_ids(chunks, layout)
-        ran = self._regions.encoder(layout, ids)
+        inputs = self._seeds.with_seeds(self._token_ids(chunks, layout), chunks, layout)
+        ran = self._regions.encoder(layout, *inputs)
         self._encoded = ran.outputs
         if self._injected is not None:
             self._injected.write(ran.slots, ran.outputs[1])
