@@ -84,13 +84,12 @@ class OuroForCausalLM(LoopedModelBase):
             prefix=maybe_prefix(prefix, "lm_head"),
         )
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self.planes = Planes(
-            nn.Module(),
-            self.model.layers,
-            nn.Module(),
-            vllm_config=vllm_config,
-            state_size=config.hidden_size,
-        )
+        self.planes = self.build_planes(vllm_config)
+
+    def build_planes(self, vllm_config: VllmConfig) -> Planes:
+        """Nothing has K/V before the loop and after it."""
+        nothing, size = nn.Module(), self.config.hidden_size
+        return Planes(nothing, self.model.layers, nothing, vllm_config, state_size=size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
