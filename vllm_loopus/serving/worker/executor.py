@@ -4,7 +4,7 @@ It is given the model, block tables and a metadata builder, and knows no model r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,12 +15,12 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_loopus.modeling.exit_rule import ExitRule
 from vllm_loopus.serving.knobs.request import RequestKnobs
-from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 from vllm_loopus.serving.model.seam import LoopedModel
 from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.step.wave import NOT_READ
 from vllm_loopus.serving.worker.block_tables import BlockTables
+from vllm_loopus.serving.worker.calls import Deferred, ExitReading, LastPass, Prepared
 from vllm_loopus.serving.worker.decoded import DecodedRows
 from vllm_loopus.serving.worker.device_tokens import LikelyTokens, SampledTokens
 from vllm_loopus.serving.worker.exits import Exits, deeper_than
@@ -57,60 +57,6 @@ class Texts(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A call over `chunks` that is ready to be launched, but for its inputs."""
-
-    chunks: Chunks
-    layout: RowLayout
-    source: torch.Tensor | None  # slots of the states that it starts from
-    call: PreparedCall | None
-
-
-@dataclass
-class _LastPass:
-    """The last pass of a step, and its outputs as they would be read from the pages. With graphs
-    they lie in the output of one: nothing runs between two passes, and a graph's input is a copy.
-    """
-
-    layout: RowLayout
-    state: torch.Tensor
-    injected: torch.Tensor | None
-
-
-class _Exits:
-    """What a pass decides, on its way to the host: a reading of `step/run.py`."""
-
-    def __init__(self, executor: "PagedExecutor", verdict: Verdict, asked: Bools) -> None:
-        """`asked` [S]: which of the deciding positions the exit rule was asked about."""
-        self._executor, self._verdict, self._asked = executor, verdict, asked
-        self.then: _Deferred | None = None
-
-    def wait(self) -> Bools:
-        exits = np.zeros(len(self._asked), dtype=bool)
-        exits[self._asked] = self._verdict.wait()
-        return exits
-
-    def complete(self, leaving: Bools) -> None:
-        """Writes what goes to deeper depths, before these are read. `leaving` [S]: which of the
-        deciding positions exit in this pass."""
-        if self.then is not None:
-            self._executor.write_deeper(self.then, leaving)
-
-
-@dataclass
-class _Deferred:
-    """What is written once it is known which rows have exited: K/V and `states` of the chunks
-    `rows`, which are `of` [S] of the deciding ones, at `depth`."""
-
-    chunks: Chunks
-    layout: RowLayout
-    deciding: Ints
-    may_exit: Bools  # [S]
-    states: torch.Tensor
-    writes: DeferredWrites
-
-
 class PagedExecutor:
     """`StepExecutor` over vLLM's paged memory."""
 
@@ -144,7 +90,7 @@ class PagedExecutor:
             else None
         )
         self._encoded: tuple[torch.Tensor, ...] = ()
-        self._last_pass: _LastPass | None = None  # of this step
+        self._last_pass: LastPass | None = None  # of this step
         self._likely = LikelyTokens(model, get_tp_group(), stairs)
         self.texts: Texts
         self.sampled: SampledTokens | None = None  # tokens that the next `encode` may need
@@ -262,7 +208,7 @@ class PagedExecutor:
         passes: int,
         decides: Callable[[], Ints],
         prepared: Prepared | None = None,
-    ) -> _Exits | None:
+    ) -> ExitReading | None:
         if prepared is not None:
             shallower, layout = [], prepared.layout
             layouts = [layout]
@@ -287,7 +233,7 @@ class PagedExecutor:
             ran, state = self._run_pass(layout, state, injected, extra, call)
         if not self._stairs.last_exited:
             deciding = decides()  # here the device is busy
-        self._last_pass = _LastPass(layout, state, injected)
+        self._last_pass = LastPass(layout, state, injected)
         refined, observed = ran.outputs
         # NaN stays NaN, so the states of the last pass also show NaN of the passes before.
         self._verdicts.watch(WatchedRows.of(self._stairs, layouts, refined))
@@ -296,9 +242,10 @@ class PagedExecutor:
         # An exit depth that was given stands for what the rule would say.
         slot = self._stairs.slot_of(chunks)[deciding]
         asked = self._stairs.given_depths[chunks.sequence[deciding], slot] == 0
-        reading = _Exits(self, self._ask(chunks, deciding[asked], layout, observed), asked)
+        reading = ExitReading(self._ask(chunks, deciding[asked], layout, observed), asked)
         if writes is not None:
-            reading.then = _Deferred(chunks, layout, deciding, may_exit, refined, writes)
+            deferred = Deferred(chunks, layout, deciding, may_exit, refined, writes)
+            reading.then = partial(self._write_deeper, deferred)
         return reading
 
     def _ask(
@@ -356,7 +303,7 @@ class PagedExecutor:
             which, deeper_than(chunks.depth[which], last, self._stairs.num_depths)
         )
 
-    def write_deeper(self, deferred: _Deferred, leaving: Bools) -> None:
+    def _write_deeper(self, deferred: Deferred, leaving: Bools) -> None:
         """K/V and states of rows that exit, as `leaving` [S] says, go to all deeper depths."""
         exiting = deferred.may_exit & leaving
         extra = self._deeper(deferred.layout, deferred.chunks, deferred.deciding[exiting])
