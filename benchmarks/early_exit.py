@@ -4,6 +4,7 @@ For developers who change a step, the scheduler or the quorum; the table of docs
 the costs that benchmarks/scale.py plans with.
 
     python benchmarks/early_exit.py      # batches of 4, 16 and 64: 25 minutes to hours on two cores
+    python benchmarks/early_exit.py --size ouro --mean 2 --policies exact
     python benchmarks/early_exit.py --seqs 16 --tokens 24 --waves 2 --policies last_exited
 
 Three engines, each in a process of its own, take turns of a second until all have finished the same
@@ -89,7 +90,10 @@ def measure(setup: Setup, looped: Path, seqs: int, policy: str, args: Namespace)
         }
         idle, engines = fleet.idle_share, fleet.about
     plain = timed.get("plain")
-    row = compared(work, policy, seqs, max_depth, timed["on"], timed["off"], plain, lazy=False)
+    row = compared(
+        work, policy, seqs, max_depth, timed["on"], timed["off"], plain, lazy=False,
+        decoder_attends=setup.plan.model.decoder_attends,
+    )  # fmt: skip
     return {
         "seqs": seqs,
         "engines": engines,

@@ -25,13 +25,17 @@ PUBLISHED = {
     "loopus-qwen3-1.7b": "Thrillcrazyer/Qwen3_1.7B_LoopUS",
     "loopus-qwen3-8b": "Thrillcrazyer/Qwen3-8B_LoopUS",
     "loopus-phi-4": "Thrillcrazyer/Phi4_LoopUS",
+    "ouro-1.4b": "ByteDance/Ouro-1.4B",
+    "ouro-2.6b": "ByteDance/Ouro-2.6B",
+    "ouro-1.4b-thinking": "ByteDance/Ouro-1.4B-Thinking",
+    "ouro-2.6b-thinking": "ByteDance/Ouro-2.6B-Thinking",
 }
 # Models of the paper without known published weights: name -> base model to recast.
 UNPUBLISHED = {
     "loopus-qwen3-4b": "Qwen/Qwen3-4B",
     "loopus-tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
-PREFIX = "loopus-"
+PREFIXES = ("loopus-", "ouro-")
 REDIRECT_VARIABLE = "VLLM_MODEL_REDIRECT_PATH"
 # The redirect file configured by the user, which ours replaces. Child processes inherit both.
 CONFIGURED_VARIABLE = "LOOPUS_CONFIGURED_REDIRECTS"
@@ -146,7 +150,7 @@ def _private_folder() -> Path:
 
 def explain_unknown_alias(model: str) -> None:
     """Raises `AliasError` listing the known aliases if `model` looks like an alias but is none."""
-    if not model.startswith(PREFIX) or "/" in model or Path(model).exists():
+    if not model.startswith(PREFIXES) or "/" in model or Path(model).exists():
         return
     known = "\n".join(f"  {name} -> {to}" for name, to in sorted(known_aliases().items()))
     base = UNPUBLISHED.get(model)

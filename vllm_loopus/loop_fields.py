@@ -42,6 +42,9 @@ class LoopFields:
         """The longest sequence whose K/V does not depend on its length; None for no limit."""
         return None
 
+    def check_served(self) -> None:
+        """Raises `ValueError` for fields that only the reference model knows."""
+
     def check_loops(self) -> None:
         """Raises `ValueError` with field, value and fix if the loop's fields are inconsistent."""
         if not 1 <= self.max_loops <= MAX_RECURSION_DEPTH:

@@ -6,6 +6,7 @@ subprocess, in some of them more than once.
 
 import logging
 from importlib import metadata
+from typing import Any
 
 from packaging.version import Version
 
@@ -41,6 +42,14 @@ def unsupported_version() -> str | None:
     )
 
 
+def _is_ours(registered: Any, model: str) -> bool:
+    """Whether what vLLM has registered under a name is `model`, `module:Class`, of this package."""
+    found = getattr(registered, "module_name", None), getattr(registered, "class_name", None)
+    if found == (None, None):  # registered as a class
+        found = registered.model_cls.__module__, registered.model_cls.__name__
+    return found == tuple(model.split(":"))
+
+
 def register() -> None:
     """Registers looped models with vLLM. Importing the package registers them with transformers."""
     if (message := unsupported_version()) is not None:
@@ -59,9 +68,13 @@ def register() -> None:
     from vllm_loopus.serving.model.cpu_kernels import register_c_norms
 
     for architecture in ARCHITECTURES:
-        MODELS_CONFIG_MAP[architecture.name] = LoopedVllmConfig
-        if architecture.name not in ModelRegistry.models:
-            ModelRegistry.register_model(architecture.name, architecture.model)
+        name = architecture.name
+        if name not in ModelRegistry.models:
+            ModelRegistry.register_model(name, architecture.model)
+        elif not _is_ours(ModelRegistry.models[name], architecture.model):
+            logger.info("%s is vLLM's own model here, without early exit", name)
+            continue
+        MODELS_CONFIG_MAP[name] = LoopedVllmConfig
     apply_patches()
     filter_log()
     register_c_norms()

@@ -275,6 +275,10 @@ class FakeExecutor:
             return False
         return row.depth >= wanted_depth(prefix, self.stairs.num_depths)
 
+    def likely_token(self, row: Row, prefix: Any) -> int:
+        """What the decoder takes for most likely: where the position exits, it is right."""
+        return next_token(prefix) if self.exits(row) else guess(prefix)
+
     def check_states(self) -> FakeReading | None:
         return FakeReading(self, [], []) if self.watched else None
 
@@ -299,7 +303,12 @@ class FakeExecutor:
             self.memory[kind, self.slot(row.sequence, depth, row.end - 1)] = value
 
     def decode(
-        self, chunks: Chunks, used: Any = None, prepared: Any = None, guessing: Any = None
+        self,
+        chunks: Chunks,
+        used: Any = None,
+        prepared: Any = None,
+        guessing: Any = None,
+        beginning: Any = None,
     ) -> FakeReading:
         rows = rows_of(self.stairs, chunks)
         assert 0 < sum(row.end - row.start for row in rows) <= self.budget
@@ -326,11 +335,12 @@ class FakeExecutor:
                 torch.tensor(said).reshape(-1, 1), chunks.sequence[newest].astype(int)
             )
         reading = FakeReading(self, [], [])
-        reading.likely = np.array([guess(prefixes[at]) for at in np.flatnonzero(guesses)])
-        for index, end, token in zip(
-            chunks.sequence[guesses].tolist(), chunks.end[guesses], reading.likely, strict=True
-        ):
-            self.likely[int(self.stairs.life[index]), index, int(end)] = int(token)
+        asked = np.flatnonzero(guesses).tolist()
+        reading.likely = np.array([self.likely_token(rows[at], prefixes[at]) for at in asked])
+        for at, token in zip(asked, reading.likely.tolist(), strict=True):
+            if beginning is None or beginning[at]:
+                index = int(chunks.sequence[at])
+                self.likely[int(self.stairs.life[index]), index, int(chunks.end[at])] = token
         return reading
 
 

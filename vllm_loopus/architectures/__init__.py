@@ -12,7 +12,10 @@ from pkgutil import resolve_name
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_loopus.architectures.loopus import LOOPUS
+from vllm_loopus.architectures.ouro.record import OURO
+from vllm_loopus.architectures.raven.record import RAVEN
 from vllm_loopus.architectures.record import Architecture, LoopedConfig, LoopLayers
+from vllm_loopus.architectures.recursive.record import RECURSIVE
 
 __all__ = [
     "ARCHITECTURES",
@@ -24,7 +27,7 @@ __all__ = [
     "register",
 ]
 
-ARCHITECTURES: list[Architecture] = [LOOPUS]
+ARCHITECTURES: list[Architecture] = [LOOPUS, OURO, RAVEN, RECURSIVE]
 
 
 def architecture_of(config: PreTrainedConfig | None) -> Architecture | None:

@@ -35,6 +35,10 @@ class LoopedConfig(Protocol):
         """Raises `ValueError` with field, value and fix if the fields are inconsistent."""
         ...
 
+    def check_served(self) -> None:
+        """Raises `ValueError` for fields that only the reference model knows."""
+        ...
+
     def get_text_config(self) -> Any:
         """The config that contains the sizes of the layers and the vocabulary."""
         ...
@@ -63,6 +67,12 @@ class Architecture:
     - `served_fields`: the config fields that `hf_overrides` may change and that determine exit
       depths, by their names here. Those that are no knobs of a request are refused there.
     - `released_names`: what the checkpoint format calls some of them -> our names.
+    - `settle`: finds out what only the tensors of a checkpoint tell, from its config, source and
+      revision. None if the config says everything.
+    - `variant`: names the kind of a checkpoint, where a family has several.
+    - `first_state`: for a model whose first state is drawn, not encoded: checks the engine's option
+      `initial_state` (None if it is not given) and returns how many positions there are; None for
+      no limit. Both raise `ValueError`.
 
     Model classes are given as `module:Class` and imported when they are first used, because they
     need torch or vLLM.
@@ -77,3 +87,6 @@ class Architecture:
     layers: Callable[[Any], LoopLayers]
     served_fields: tuple[str, ...] = LOOP_FIELDS
     released_names: Mapping[str, str] = field(default_factory=dict)
+    settle: Callable[[Any, str, str | None], None] | None = None
+    variant: Callable[[Any], str] | None = None
+    first_state: Callable[[Any, str | None], int | None] | None = None

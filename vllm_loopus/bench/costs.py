@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -77,7 +77,7 @@ def simulated(costs: Costs, workload: Workload, policy: Policy, full_depth: int)
     at_best, quorum = best(costs, exits, prompt, policy)
     by_rule = simulate(costs, exits, prompt, policy)
     fixed = [[full_depth] * len(depths) for depths in exits]
-    off = simulate(costs, fixed, prompt, Policy(policy.kv, policy.max_seqs, full_depth, 1.0))
+    off = simulate(costs, fixed, prompt, replace(policy, quorum=1.0, lazy=False))
     return {
         "rate": at_best.rate,
         "ratio": at_best.rate / off.rate,

@@ -5,17 +5,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_loopus.aliases import CHECKPOINTS
-from vllm_loopus.config import ReleasedLoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
-from vllm_loopus.modeling.model import LoopUSForCausalLM
+from vllm_loopus.modeling.looped_model import LoopedReference
 
 FIRST_TOKEN = 10  # the least id in prompts: lower ones are special in the borrowed tokenizer
 SAMPLED_TEXTS, SAMPLED_LENGTH = 32, 12  # what the exit threshold is chosen on
@@ -38,6 +38,11 @@ class ModelSize:
     vocabulary: int = 32000
     max_loops: int = 8
     longest: int = 8192
+
+    # Of the exit head, in the checkpoint; and whether the decoder has K/V.
+    exit_head: ClassVar[str] = "q_head.1.weight"
+    decoder_attends: ClassVar[bool] = True
+    left_out: ClassVar[tuple[str, ...]] = ()  # sections of the report that are about LoopUS alone
 
     def base_config(self) -> dict[str, Any]:
         return {
@@ -102,10 +107,47 @@ class ModelSize:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class OuroSize(ModelSize):
+    """Shaped like Ouro: every layer is in the loop, no K/V head is shared. Its base is a Llama."""
+
+    kv_heads: int = 16
+    max_loops: int = 4
+
+    exit_head: ClassVar[str] = "model.early_exit_gate.weight"
+    decoder_attends: ClassVar[bool] = False
+    left_out: ClassVar[tuple[str, ...]] = ("cache", "uneven", "quality")
+
+    def base_config(self) -> dict[str, Any]:
+        return {
+            **super().base_config(),
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+        }
+
+    def config(self) -> dict[str, Any]:
+        return {
+            **super().base_config(),
+            "model_type": "ouro",
+            "architectures": ["OuroForCausalLM"],
+            "total_ut_steps": self.max_loops,
+            "early_exit_threshold": 2.0,
+        }
+
+    @property
+    def reasoning_weights(self) -> int:
+        return self.layers * self.layer_weights
+
+    def looped_weights(self, depth: float) -> float:
+        return depth * self.reasoning_weights + self.head_weights
+
+
 SIZES = {
     "published": ModelSize(),
     "small": ModelSize(layers=6, hidden=512, intermediate=1536, heads=8, kv_heads=4),
     "tiny": ModelSize(4, 128, 256, heads=4, kv_heads=2, head_size=32, vocabulary=512),
+    "ouro": OuroSize(),
+    "ouro-tiny": OuroSize(4, 128, 256, heads=4, kv_heads=4, head_size=32, vocabulary=512),
 }
 
 
@@ -129,12 +171,12 @@ def write_looped(size: ModelSize, folder: Path, dtype: str, mean: float, seed: i
     """
     write_config(size.config(), folder)
     torch.manual_seed(seed)
-    model = LoopUSForCausalLM(ReleasedLoopUSConfig.from_pretrained(folder))
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     with torch.no_grad():
         # A random head has about the same confidence in a token at all depths: by `threshold`
         # tokens would exit at once or never. By `cdf` they exit at all depths, where confidence is
         # low enough.
-        weight = model.q_head.get_parameter("1.weight")
+        weight = model.get_parameter(size.exit_head)
         weight.normal_(0, 1 / size.hidden**0.5)
     model = model.to(getattr(torch, dtype)).eval()
     threshold = _threshold(model, mean, seed)
@@ -147,7 +189,7 @@ def write_looped(size: ModelSize, folder: Path, dtype: str, mean: float, seed: i
 
 
 @torch.inference_mode()
-def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
+def _threshold(model: LoopedReference, mean: float, seed: int) -> float:
     """The threshold at which positions of random texts exit at `mean` on average."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(
@@ -156,12 +198,12 @@ def _threshold(model: LoopUSForCausalLM, mean: float, seed: int) -> float:
         (SAMPLED_TEXTS, SAMPLED_LENGTH),
         generator=generator,
     )
-    embedded = model.get_input_embeddings()(ids)
+    embedded = model.embed(ids)
     positions = model.positions(embedded)
     everywhere = (slice(None), slice(None))
     found = [
-        model.halting_inputs(one, everywhere)["confidence"].flatten().numpy()
-        for one in model.passes(model.encode(embedded, positions), positions)
+        model.exit_values(one, positions, everywhere)["confidence"].flatten().numpy()
+        for one in model.loop(embedded, positions)
     ]
     reached = 1 - np.cumprod(1 - np.stack(found), axis=0)  # [N, positions]
     candidates = np.unique(reached.round(6))

@@ -64,7 +64,7 @@ class Policy:
     `quorum`: the share of them whose token must have exited before a boundary, or `auto`: the
     boundary comes when one more pass would cost more, for each exit that it is expected to bring,
     than each token that has exited pays for the boundary now. `lazy`: prompts go no deeper than
-    their first token.
+    their first token. `decoder_attends`: whether the decoder has K/V to catch up with.
     """
 
     kv: str
@@ -72,6 +72,7 @@ class Policy:
     max_depth: int
     quorum: float | str = AUTO
     lazy: bool = False
+    decoder_attends: bool = True
 
 
 class _Sequence:
@@ -106,7 +107,9 @@ class _Sequence:
     def decode(self) -> int:
         """The boundary: rows through the decoder."""
         depth = self.exits.pop(0)
-        if self.takes_over:
+        if not self.policy.decoder_attends:
+            rows = 1
+        elif self.takes_over:
             rows = max(self.prompt - self.decoded[depth], 0) + (not self.prefilling)
         else:
             rows = self.end - self.decoded[depth]

@@ -31,6 +31,13 @@ class BenchPlan(StrEnum):
     TINY = "tiny"
 
 
+class BenchShape(StrEnum):
+    """Architectures of the model that is measured."""
+
+    LOOPUS = "loopus"
+    OURO = "ouro"
+
+
 class BenchDtype(StrEnum):
     """Dtypes to compute in."""
 
@@ -45,6 +52,9 @@ def bench(
         BenchPlan,
         typer.Option(help="quick: about 15 minutes on two cores; tiny: a tiny model, for a try."),
     ] = BenchPlan.FULL,
+    shape: Annotated[
+        BenchShape, typer.Option(help="Architecture of the model that is measured.")
+    ] = BenchShape.LOOPUS,
     only: Annotated[
         str | None, typer.Option(help="Sections, separated by commas: machine, decode, sweep, ...")
     ] = None,
@@ -115,7 +125,9 @@ def bench(
     else:
         with tempfile.TemporaryDirectory(dir=os.environ.get(SCRATCH)) as folder:
             with report_errors(ValueError, OSError):
-                setup = _setup(plan, only, dtype, minutes, seqs, original, original_python, folder)
+                setup = _setup(
+                    plan, shape, only, dtype, minutes, seqs, original, original_python, folder
+                )
                 if earlier is not None:
                     figures.raise_if_incomparable(about(setup, ()), earlier)
             try:
@@ -145,6 +157,7 @@ def bench(
 
 def _setup(
     plan: BenchPlan,
+    shape: BenchShape,
     only: str | None,
     dtype: BenchDtype,
     minutes: float | None,
@@ -157,13 +170,17 @@ def _setup(
     from vllm_loopus.bench.setup import ALL, PLANS, Setup, default_device, default_dtype
 
     chosen = PLANS[plan.value]
+    if shape is BenchShape.OURO:
+        chosen = replace(chosen, size="ouro-tiny" if plan is BenchPlan.TINY else "ouro", mean=2.0)
+    known = [name for name in ALL if name not in chosen.model.left_out]
+    chosen = replace(chosen, sections=tuple(name for name in chosen.sections if name in known))
     if only is not None:
         wanted = [name.strip() for name in only.split(",") if name.strip()]
         if not wanted:
-            raise ValueError(f"only={only!r} names no section; sections are {', '.join(ALL)}")
-        if unknown := [name for name in wanted if name not in ALL]:
+            raise ValueError(f"only={only!r} names no section; sections are {', '.join(known)}")
+        if unknown := [name for name in wanted if name not in known]:
             raise ValueError(
-                f"only={only!r} has unknown sections {unknown}; sections are {', '.join(ALL)}"
+                f"only={only!r} has unknown sections {unknown}; sections are {', '.join(known)}"
             )
         if "served" in wanted and "decode" not in wanted:
             raise ValueError(

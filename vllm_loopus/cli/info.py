@@ -68,9 +68,11 @@ def load_config(model: str) -> LoopedConfig:
     except OSError as error:
         raise ValueError(f"the config of {target} cannot be read: {error}") from error
     try:
-        record_of(config)
+        architecture = record_of(config)
     except ValueError as error:
         raise ValueError(f"{target} is {error}; vllm-loopus recast makes one from it") from error
+    if architecture.settle is not None:
+        architecture.settle(config, target, None)
     looped: LoopedConfig = config
     return looped
 
@@ -161,14 +163,17 @@ def info(
         print_json({**facts, "kv": asdict(estimate)})
         return
     rows = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
-    sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in estimate.bytes_a_token.items()]
+    from vllm_loopus.serving.model.facts import told_depths
+
+    depths = told_depths(config.max_loops)
+    sizes = [f"{estimate.bytes_a_token[d] / 1024:.2f} KiB at {d}" for d in depths]
     stored = "" if kv_cache_dtype == "auto" else f", K/V in {kv_cache_dtype}"
     rows += [
         ("K/V per token", f"{', '.join(sizes)} ({estimate.dtype}{stored}, one rank)"),
         (
             f"fit in {estimate.memory_bytes / 2**30:.2f} GiB",
             f"sequences of {estimate.max_model_len} tokens: "
-            + ", ".join(f"{count:.2f} at {depth}" for depth, count in estimate.sequences.items()),
+            + ", ".join(f"{estimate.sequences[d]:.2f} at {d}" for d in depths),
         ),
     ]
     print_table(("", model), rows)
@@ -183,7 +188,7 @@ def _facts(model: str, config: LoopedConfig) -> dict[str, Any]:
     files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
     return {
         "leads_to": resolve(model),
-        "family": facts.family,
+        "family": facts.kind if own else facts.family,
         "base": facts.size,
         **({} if own else {"recast_from": config.base_model_name_or_path or "unknown"}),
         "encoder": facts.encoder,

@@ -14,6 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_loopus.cli.output import JsonOption, print_json, report_errors
+from vllm_loopus.cli.recast_recursive import (
+    LoopsOption,
+    Method,
+    MethodOption,
+    RankOption,
+    TieOption,
+    check_method,
+    recast_recursively,
+)
 from vllm_loopus.recast import convert as writing
 from vllm_loopus.recast.analysis import AnalysisOptions, analyse_base, can_analyse
 from vllm_loopus.recast.base import Base
@@ -82,8 +91,13 @@ FormatOption = Annotated[
 
 
 def recast(
+    context: typer.Context,
     base: BaseArgument,
     out: OutOption,
+    method: MethodOption = Method.LOOPUS,
+    loops: LoopsOption = None,
+    lora_rank: RankOption = None,
+    tie: TieOption = "stepwise",
     encoder: EncoderOption = None,
     decoder: DecoderOption = None,
     max_loops: Annotated[int, typer.Option(help="The recursion budget N.")] = 8,
@@ -111,16 +125,34 @@ def recast(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a pretrained model to a LoopUS checkpoint that vLLM can serve.
+    """Convert a pretrained model to a looped checkpoint that vLLM can serve.
 
-    The cut is found by analysing the model's hidden states, or given by --encoder and --decoder.
+    LoopUS: the cut is found by analysing the model's hidden states, or given by --encoder and
+    --decoder. Recursive (--method recursive --loops B --lora-rank R): layers are tied.
     """
     wanted = AnalysisOptions(
         sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value
     )
     fields = {"max_loops": max_loops, "min_loops": min_loops, "exit_threshold": exit_threshold}
+    command = ["vllm-loopus", *sys.argv[1:]]
     with report_errors(ValueError, OSError):
+        check_method(context, method)
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
+        if method is Method.RECURSIVE:
+            numbers = recast_recursively(
+                base,
+                out,
+                loops=loops,
+                lora_rank=lora_rank,
+                tie=tie,
+                seed=seed,
+                device=device,
+                options=options,
+                revision=revision,
+                command=command,
+            )
+            _say_recursive(out, numbers, as_json)
+            return
         opened = Base.open(base, revision)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
         ends = {"encoder": first, "decoder": last}
@@ -144,7 +176,6 @@ def recast(
             assert found is not None
             cut = found.ranking[0].cut
         config, _ = writing.plan(opened, cut, seed, **fields)
-        command = ["vllm-loopus", *sys.argv[1:]]
         record = RecastRecord(opened, cut, config, seed, given, command, found)
         writing.recast(
             opened,
@@ -167,6 +198,20 @@ def recast(
     typer.echo(f"{out}: {cut}. {record.chosen_by}.")
     if found is not None:
         typer.echo(f"Curves: {out / 'report.html'}")
+    typer.echo(f"Serve it: vllm serve {_as_path(out)} --host 127.0.0.1")
+
+
+def _say_recursive(out: Path, numbers: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({"out": str(out), **numbers})
+        return
+    sizes = numbers["parameters"]
+    typer.echo(
+        f"{out}: {numbers['loops']} loops of {numbers['block_size']} layers, tied by "
+        f"{numbers['tie']}. Parameters: {sizes['tied']:,} tied and {sizes['lora']:,} of LoRA, "
+        f"{sizes['base']:,} in the base."
+    )
+    typer.echo(f"Report: {out / 'report.html'}")
     typer.echo(f"Serve it: vllm serve {_as_path(out)} --host 127.0.0.1")
 
 

@@ -21,7 +21,7 @@ def train(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Post-train a LoopUS model by random deep supervision, configured by a YAML file.
+    """Post-train a LoopUS model or a recursive transformer, configured by a YAML file.
 
     On several GPUs or machines: accelerate launch -m vllm_loopus.cli train CONFIG.
     """

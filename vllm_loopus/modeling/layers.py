@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from vllm_loopus.backbones import load_class
 from vllm_loopus.base_attention import SLIDING
+from vllm_loopus.base_config import ConfigWithBase
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.gate import SelectiveGate
 
@@ -24,7 +25,7 @@ class Positions:
     @classmethod
     def build(
         cls,
-        config: LoopUSConfig,
+        config: ConfigWithBase,
         rotary_embedding: nn.Module,
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -68,7 +69,7 @@ class ScaledEmbedding(nn.Embedding):
 class LayerRun(nn.Module):
     """Consecutive layers of the base model; the base class of the three parts below."""
 
-    def __init__(self, config: LoopUSConfig, indices: Iterable[int]) -> None:
+    def __init__(self, config: ConfigWithBase, indices: Iterable[int]) -> None:
         super().__init__()
         layer_class = load_class(config.backbone.hf_layer)
         indices = list(indices)

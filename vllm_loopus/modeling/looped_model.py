@@ -94,6 +94,17 @@ class LoopedReference(PreTrainedModel, GenerationMixin):
         embedded: torch.Tensor = self.get_input_embeddings()(input_ids)
         return embedded
 
+    def embedded(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The one of both that is given, embedded [B, T, H]. Raises `ValueError` otherwise."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
+        return self.embed(input_ids)
+
     @property
     def exit_rule(self) -> ExitRule:
         """The exit rule of the config, as it is now."""
@@ -123,11 +134,7 @@ class LoopedReference(PreTrainedModel, GenerationMixin):
         `attention_mask` [B, T] marks valid tokens; padding may be on either side. Raises
         `ValueError` unless exactly one of `input_ids` and `inputs_embeds` is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embed(input_ids)
+        inputs_embeds = self.embedded(input_ids, inputs_embeds)
         positions = self.positions(inputs_embeds, attention_mask, position_ids)
         rows = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
         last = _last_valid(attention_mask, inputs_embeds)
@@ -150,11 +157,8 @@ class LoopedReference(PreTrainedModel, GenerationMixin):
                 break
         assert exit_state is not None
         logits = self.decode(exit_state, positions, logits_to_keep)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return LoopedOutput(
-            loss=loss,
+            loss=loss_of(logits, labels),
             logits=logits,
             exit_depths=exits.depths,
             states=tuple(states) if output_states else None,
@@ -196,6 +200,13 @@ class LoopedReference(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> bool:
         return False
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Next-token cross-entropy of logits [B, T, V] and labels [B, T]; None without labels."""
+    if labels is None:
+        return None
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 def _last_valid(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ def analyse_base(
         raise ValueError(
             f"tokenizer={options.tokenizer or base.name} cannot be loaded: {error}"
         ) from error
-    device = _device(options.device)
+    device = device_named(options.device)
     dtype = default_dtype(device, base) if options.dtype == AUTO else getattr(torch, options.dtype)
     length = min(options.length, int(base.config.max_position_embeddings))
     if length < 2:
@@ -123,7 +123,8 @@ def analyse_base(
     return Analysis(base.name, options.sample, representation, ranking)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of this name; the best one for `auto`. Raises `ValueError`."""
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from vllm_loopus.aliases import known_aliases
+from vllm_loopus.architectures import ARCHITECTURES
 from vllm_loopus.backbones import BACKBONES
 from vllm_loopus.modeling.checkpoint import IGNORED_SUFFIXES, LEGACY_WEIGHTS
 from vllm_loopus.recast.cut import MIN_LAYERS
@@ -73,8 +74,10 @@ class Base:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @classmethod
-    def open(cls, name: str, revision: str | None = None) -> "Base":
+    def open(cls, name: str, revision: str | None = None, min_layers: int = MIN_LAYERS) -> "Base":
         """Opens a folder, an alias or `owner/name` on the hub.
+
+        `min_layers`: how many layers it must have.
 
         Raises `CheckpointError` if the model cannot be recast, or if files are missing or damaged.
         """
@@ -84,7 +87,7 @@ class Base:
                 f"revision={revision!r} has no effect for the local folder {name}; leave it out"
             )
         raw = read_config(folder)
-        config, whole = _text_config(folder, raw)
+        config, whole = _text_config(folder, raw, min_layers)
         files = weight_files(folder)
         tensors, left_out = _plain_names(folder, read_tensors(files), whole)
         return cls(
@@ -149,7 +152,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+def _text_config(
+    folder: Path, raw: Mapping[str, Any], min_layers: int
+) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """The config of the text model, and the config on disk, which may contain it as a part.
 
     Raises `CheckpointError` if it is not a plain causal LM with a supported backbone.
@@ -168,6 +173,8 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
         raise CheckpointError(
             f"{where} is a LoopUS model already; vllm-loopus convert changes its format"
         )
+    if model_type in {architecture.config_class.model_type for architecture in ARCHITECTURES}:
+        raise CheckpointError(f"{where} is a looped model already; recast the model it is made of")
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{where} is unknown to the installed transformers; supported: {', '.join(BACKBONES)}"
@@ -202,10 +209,10 @@ def _text_config(folder: Path, raw: Mapping[str, Any]) -> tuple[PreTrainedConfig
         raise CheckpointError(
             f"{where}{part} is not supported as a base; supported: {', '.join(BACKBONES)}"
         )
-    if text.num_hidden_layers < MIN_LAYERS:
+    if text.num_hidden_layers < min_layers:
         raise CheckpointError(
             f"{where} with num_hidden_layers={text.num_hidden_layers} has too few layers to cut; "
-            f"at least {MIN_LAYERS} are needed"
+            f"at least {min_layers} are needed"
         )
     text.dtype = text.dtype or config.dtype
     if text.dtype not in (None, *DTYPES.values()):

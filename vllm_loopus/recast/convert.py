@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from vllm_loopus.base_config import ConfigWithBase
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import (
     IGNORED_SUFFIXES,
@@ -154,7 +155,7 @@ def plan(
     config.dtype = base.config.dtype or DTYPES[embedding.dtype]
     tensors = {looped_name(name, cut): tensor for name, tensor in base.tensors.items()}
     tensors.update({name: LoadedTensor(tensor) for name, tensor in fresh.items()})
-    _check(expected, tensors, base.name)
+    check_tensors(expected, tensors, base.name)
     return config, tensors
 
 
@@ -179,7 +180,7 @@ def recast(
     """
     base = base if isinstance(base, Base) else Base.open(base)
     config, tensors = plan(base, Cut(base.num_layers, encoder, decoder), seed, **fields)
-    _write(out, config, tensors, base.folder, COMPANIONS, options)
+    write_checkpoint(out, config, tensors, base.folder, COMPANIONS, options)
     return config
 
 
@@ -211,8 +212,8 @@ def convert(source: str, out: Path, options: WriteOptions) -> LoopUSConfig:
                 f"{source} has {current_name(name)} twice, once as {name}; remove one of them"
             )
         tensors[current_name(name)] = tensor
-    _check(expected, tensors, source)
-    _write(out, config, tensors, folder, (*COMPANIONS, *METADATA_FILES), options)
+    check_tensors(expected, tensors, source)
+    write_checkpoint(out, config, tensors, folder, (*COMPANIONS, *METADATA_FILES), options)
     return config
 
 
@@ -244,9 +245,10 @@ def released_config(config: LoopUSConfig) -> dict[str, Any]:
     return fields
 
 
-def _check(
+def check_tensors(
     shapes: Mapping[str, torch.Size], tensors: Mapping[str, TensorSource], source: str
 ) -> None:
+    """Raises `ValueError` that names the tensors of `source` that do not fit `shapes`, if any."""
     expected = {name: tuple(shape) for name, shape in shapes.items()}
     raise_if_wrong(
         source,
@@ -260,18 +262,19 @@ def _check(
     )
 
 
-def _write(
+def write_checkpoint(
     out: Path,
-    config: LoopUSConfig,
+    config: ConfigWithBase,
     tensors: Mapping[str, TensorSource],
     source: Path,
     companions: tuple[str, ...],
     options: WriteOptions,
 ) -> None:
+    """Writes config, weights, and the files `companions` of the folder `source` to `out`."""
     needed = sum(tensor.nbytes for tensor in tensors.values())
     check_output(out, force=options.force, needed=needed, reads=source)
     with complete_folder(out) as folder:
-        if options.checkpoint_format == "lds":
+        if options.checkpoint_format == "lds" and isinstance(config, LoopUSConfig):
             text = json.dumps(released_config(copy.deepcopy(config)), indent=1)
             (folder / "config.json").write_text(text)
         else:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vllm_loopus.architectures import ARCHITECTURES
+
 BESIDE_WEIGHTS = 8 * 2**20  # bytes for the tokenizer, the report and other files
 
 
@@ -84,7 +86,8 @@ def _is_looped(folder: Path) -> bool:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") in ("loopus", "lds")
+    looped = {"lds", *(architecture.config_class.model_type for architecture in ARCHITECTURES)}
+    return isinstance(config, dict) and config.get("model_type") in looped
 
 
 @contextmanager

@@ -63,18 +63,10 @@ class RecastRecord:
         return chosen + (f". {published}" if published else "")
 
     def _provenance(self, weights: dict[str, str]) -> dict[str, Any]:
-        files = [self.base.folder / "config.json", *self.base.files]
         return {
             "made": now(),
             "command": shlex.join(self.command),
-            "base": {
-                "name": self.base.name,
-                "revision": self.base.revision,
-                "sha256": {
-                    file.name: file_hash(file) for file in tqdm(files, desc="hash the base")
-                },
-                "tensors_left_out": list(self.base.left_out),
-            },
+            "base": base_entry(self.base),
             "cut": self.cut.runs,
             "seed": self.seed,
             "weights_sha256": weights,
@@ -134,6 +126,17 @@ class ConversionRecord:
         earlier = provenance.get("conversions")
         provenance["conversions"] = [*(earlier if isinstance(earlier, list) else ()), entry]
         file.write_text(json.dumps(provenance, indent=1))
+
+
+def base_entry(base: Base) -> dict[str, Any]:
+    """What a provenance file says of the base model."""
+    files = [base.folder / "config.json", *base.files]
+    return {
+        "name": base.name,
+        "revision": base.revision,
+        "sha256": {file.name: file_hash(file) for file in tqdm(files, desc="hash the base")},
+        "tensors_left_out": list(base.left_out),
+    }
 
 
 def _object_in(file: Path) -> dict[str, Any]:

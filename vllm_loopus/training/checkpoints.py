@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import GenerationConfig, PreTrainedModel
 
-from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.recast.output import complete_folder
 from vllm_loopus.recast.provenance import file_hash, now, versions
 from vllm_loopus.training.settings import Settings
@@ -114,18 +113,19 @@ class FinalModel:
         }
 
     def _card(self, model: PreTrainedModel, folder: Path) -> ModelCard:
-        looped = isinstance(model, LoopUSForCausalLM)
+        objective = self.settings.objective
+        tag = {"looped": "loopus", "recursive": "recursive-transformer"}.get(objective)
         data = ModelCardData(
-            library_name="vllm-loopus" if looped else "transformers",
+            library_name="vllm-loopus" if tag else "transformers",
             pipeline_tag="text-generation",
-            tags=["loopus", "looped-transformer"] if looped else [],
+            tags=[tag, "looped-transformer"] if tag else [],
         )
         environment = Environment(
             loader=PackageLoader("vllm_loopus.training"), undefined=StrictUndefined
         )
         text = environment.get_template("card.md.j2").render(
             name=self.settings.output.resolve().name,
-            looped=looped,
+            objective=objective,
             config=model.config,
             settings=self.settings,
             shown=yaml.safe_dump(self.settings.model_dump(mode="json"), sort_keys=False).strip(),

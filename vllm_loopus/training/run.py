@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from transformers.integrations import is_tensorboard_available, is_wandb_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from vllm_loopus.architectures import architecture_of
+from vllm_loopus.architectures.recursive.config import RecursiveConfig
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.recast.base import find_checkpoint
@@ -23,6 +25,11 @@ from vllm_loopus.training.checkpoints import MODEL, FinalModel, last_complete
 from vllm_loopus.training.documents import Documents
 from vllm_loopus.training.metrics import MetricsFile, Progress, read_metrics
 from vllm_loopus.training.packing import collate
+from vllm_loopus.training.recursion import (
+    RecursiveTrainer,
+    TrainableRecursive,
+    check_recursive,
+)
 from vllm_loopus.training.settings import Settings, SettingsError, settings_from
 from vllm_loopus.training.stream import PackedStream, evaluation_sequences
 from vllm_loopus.training.supervision import TrainableLoopUS
@@ -30,6 +37,11 @@ from vllm_loopus.training.trainer import Flow, LoopedTrainer, PackedTrainer
 
 CONFIG = "config.yaml"
 MAX_STEPS = 2**40  # never reached: the token budget ends a run
+TRAINERS: dict[str, type[PackedTrainer]] = {
+    "looped": LoopedTrainer,
+    "recursive": RecursiveTrainer,
+    "plain": PackedTrainer,
+}
 # Settings that may differ in a resumed run, because they do not affect the results.
 FREE_TO_CHANGE = ("output", "micro_batch_size", "keep_checkpoints", "report_to")
 
@@ -72,7 +84,7 @@ def train(settings: Settings, resume: bool = False) -> Summary:
     if checkpoint is None and rank == 0:
         _create_output(settings)
 
-    trainer_class = LoopedTrainer if settings.objective == "looped" else PackedTrainer
+    trainer_class = TRAINERS[settings.objective]
     pad = tokenizer.pad_token_id or 0
     trainer = trainer_class(
         settings,
@@ -164,24 +176,19 @@ def _load_model(settings: Settings, start: Path) -> Any:
         raise SettingsError(
             f"model={settings.model!r}: config.json is not valid: {error}"
         ) from error
-    looped = isinstance(config, LoopUSConfig)
-    if settings.objective == "looped" and not looped:
-        raise SettingsError(
-            f"model={settings.model!r} is a plain {config.model_type} model; cut it first "
-            f"(vllm-loopus recast {settings.model} --out FOLDER), or set objective: plain"
-        )
-    if settings.objective == "plain" and looped:
-        raise SettingsError(
-            f"model={settings.model!r} is a LoopUS model, but objective: plain trains plain "
-            "models; set objective: looped"
-        )
+    _check_objective(settings, config)
+    looped = settings.objective != "plain"
+    served = settings.served.model_dump(exclude_none=True)
     model_class: Any = AutoModelForCausalLM
-    if looped:
+    if settings.objective == "looped":
         model_class = TrainableLoopUS
         config.confidence_input = settings.supervision.confidence_input
-        for name, value in settings.served.model_dump(exclude_none=True).items():
+        for name, value in served.items():
             setattr(config, name, value)
         config.check()
+    elif settings.objective == "recursive":
+        model_class = TrainableRecursive
+        check_recursive(config, served)
     if settings.attention == xformers_attention.NAME:
         xformers_attention.register(config)
     options = {
@@ -193,9 +200,40 @@ def _load_model(settings: Settings, start: Path) -> Any:
         model = make(config, **options)
     else:
         model = model_class.from_pretrained(start, config=config, **options)
-    if looped and not settings.supervision.train_encoder:
+    if settings.objective == "looped" and not settings.supervision.train_encoder:
         model.encoder.requires_grad_(False)
+    elif settings.objective == "recursive":
+        model.train_only(settings.recursion)
     return model
+
+
+def _check_objective(settings: Settings, config: Any) -> None:
+    """Raises `SettingsError` if the objective is not one for the model."""
+    name, objective = f"model={settings.model!r}", settings.objective
+    if isinstance(config, RecursiveConfig):
+        if objective != "recursive":
+            raise SettingsError(f"{name} is a recursive transformer; set objective: recursive")
+        return
+    looped = isinstance(config, LoopUSConfig)
+    if not looped and architecture_of(config) is not None:
+        raise SettingsError(f"{name} is a {config.model_type} model, which cannot be trained here")
+    if objective == "recursive":
+        kind = "LoopUS" if looped else f"plain {config.model_type}"
+        raise SettingsError(
+            f"{name} is a {kind} model, but objective: recursive trains recursive transformers; "
+            "make one (vllm-loopus recast BASE --method recursive --loops B --lora-rank R --out "
+            f"FOLDER), or set objective: {'looped' if looped else 'plain'}"
+        )
+    if objective == "looped" and not looped:
+        raise SettingsError(
+            f"{name} is a plain {config.model_type} model; cut it first "
+            f"(vllm-loopus recast {settings.model} --out FOLDER), or set objective: plain"
+        )
+    if objective == "plain" and looped:
+        raise SettingsError(
+            f"{name} is a LoopUS model, but objective: plain trains plain models; set objective: "
+            "looped"
+        )
 
 
 def _load_tokenizer(settings: Settings, start: Path, config: Any) -> Any:

@@ -94,6 +94,17 @@ class Supervision(Section):
         return self
 
 
+class Recursion(Section):
+    """Training of a recursive transformer (`objective: recursive`).
+
+    - `intermediate_weight`: weight of the loss at each depth below the last. 0: full depth only.
+    - `train`: `all` weights, or the `lora` alone.
+    """
+
+    intermediate_weight: NotNegative = 0.1
+    train: Literal["all", "lora"] = "all"
+
+
 class Source(Section):
     """Training data: a local file `path` (JSONL or Parquet) or a `dataset` (name:config:split).
 
@@ -164,8 +175,8 @@ class Settings(Section):
 
     - `model`: the initial model, a folder, an alias or owner/name on the hub. With
       `random_weights`, only its config and tokenizer are used.
-    - `objective`: `looped` (for a LoopUS checkpoint) or `plain`, next-token prediction for any
-      causal LM, as a control.
+    - `objective`: `looped` (for a LoopUS checkpoint), `recursive` (for a recursive transformer),
+      or `plain`, next-token prediction for any causal LM, as a control.
     - `tokens`: the number of tokens to train on. Each token of a batch counts once.
     - `batch_size`: packed sequences of a batch, over all processes; `micro_batch_size`: packed
       sequences that a process computes at a time.
@@ -174,13 +185,14 @@ class Settings(Section):
 
     model: str
     output: Annotated[Path, AfterValidator(Path.expanduser)]
-    objective: Literal["looped", "plain"] = "looped"
+    objective: Literal["looped", "recursive", "plain"] = "looped"
     random_weights: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tokens: Annotated[Tokens, Field(ge=1)]
     batch_size: Positive
     micro_batch_size: Positive | None = None
     supervision: Supervision = Supervision()
+    recursion: Recursion = Recursion()
     data: Data
     optimizer: Optimizer = Optimizer()
     served: Served = Served()

@@ -6,12 +6,10 @@ Steps after the last drawn one are not run, because they have no effect.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.confidence import head_input
 from vllm_loopus.modeling.exit_rule import ExitTracker
 from vllm_loopus.modeling.halting import HaltingRule
@@ -27,30 +25,11 @@ from vllm_loopus.training.objective import (
     token_losses,
 )
 from vllm_loopus.training.settings import Supervision
+from vllm_loopus.training.trainable import Trainable
 
 
-class TrainableLoopUS(LoopUSForCausalLM):
-    """The reference model with a `forward` that can run any function of the model.
-
-    Wrappers for data-parallel and sharded training only work for calls of `forward`.
-    """
-
-    def __init__(self, config: LoopUSConfig) -> None:
-        super().__init__(config)
-        # The modules that sharded training gathers one at a time.
-        self._no_split_modules = [config.backbone.hf_layer.partition(":")[2]]
-
-    def forward(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Calls `function(model, ...)` if `function` is callable, else the reference's forward."""
-        if callable(function):
-            return function(self, *args, **kwargs)
-        return super().forward(*(() if function is None else (function,)), *args, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but with the reference model's class name in the config."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self.config.architectures = [LoopUSForCausalLM.__name__]
-        self.config.save_pretrained(save_directory)
+class TrainableLoopUS(Trainable, LoopUSForCausalLM):
+    """A LoopUS model that can be trained."""
 
 
 def draw_steps(seed: int, batch: int, supervision: Supervision) -> list[int]:

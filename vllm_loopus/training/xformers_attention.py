@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.base_config import ConfigWithBase
 from vllm_loopus.training.settings import SettingsError
 
 NAME = "xformers"
@@ -90,7 +90,7 @@ def register(config: Any) -> None:
         ) from error
     if not torch.cuda.is_available():
         raise SettingsError("attention: xformers has kernels for CUDA only; use attention: sdpa")
-    base = config.base if isinstance(config, LoopUSConfig) else config
+    base = config.base if isinstance(config, ConfigWithBase) else config
     windowed = getattr(base, "sliding_window", None) is not None
     capped = getattr(base, "attn_logit_softcapping", None) is not None
     if windowed or capped:

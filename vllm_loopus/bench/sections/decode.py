@@ -1,7 +1,7 @@
 """Early exit on over off, off over a plain loop and the base; what ideal and simulation say."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def measure(setup: Setup, fleet: Fleet, seqs: int, seconds: float) -> dict[str, 
                 **compared(
                     work, policy, seqs, setup.plan.model.max_loops, timed[f"{policy} on"],
                     timed[f"{policy} off"], timed["plain"], lazy=True,
+                    decoder_attends=setup.plan.model.decoder_attends,
                 ),
                 "profile": shares(fleet.profile(policy, work)),
             }
@@ -74,12 +75,15 @@ def compared(
     plain: Timed | None,
     *,
     lazy: bool,
+    decoder_attends: bool = True,
 ) -> dict[str, Any]:
     """Ratios, and what the simulated policy makes of the costs of the same run. `lazy`: prompts go
-    no deeper than their first token. `peak_blocks`: K/V blocks."""
+    no deeper than their first token. `decoder_attends`: whether the decoder has K/V. `peak_blocks`:
+    K/V blocks."""
     costs = fit([*on.steps, *off.steps])
-    model = simulated(costs, work, Policy(policy, seqs, max_depth, lazy=lazy), max_depth)
-    chosen = Policy(policy, seqs, max_depth, model["quorum"], lazy)
+    ours = Policy(policy, seqs, max_depth, lazy=lazy, decoder_attends=decoder_attends)
+    model = simulated(costs, work, ours, max_depth)
+    chosen = replace(ours, quorum=model["quorum"])
     found = counts(on.steps, work.tokens * len(on.results))
     mean = work.mean_depth or max_depth
     # Round by round, by the costs of the round: a machine that slows down does so in both.

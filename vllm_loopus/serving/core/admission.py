@@ -4,6 +4,8 @@ The front end has checked them. A request that reaches the core in another way w
 gets the model's defaults, and the scheduler ends it with the reason.
 """
 
+from dataclasses import replace
+
 from vllm.v1.request import Request
 
 from vllm_loopus.serving.knobs.request import KnobError, LoopDefaults, RequestKnobs
@@ -12,14 +14,21 @@ ATTRIBUTE = "_loopus_knobs"  # of a Request
 KNOBS_IN_SALT = "|loopus:"  # separates them from the salt that the request came with
 
 
-def parse_knobs(request: Request, defaults: LoopDefaults) -> str | None:
-    """Attaches the knobs to a request. Returns why they are invalid; None if they are valid."""
+def parse_knobs(
+    request: Request, defaults: LoopDefaults, own_seed: int | None = None
+) -> str | None:
+    """Attaches the knobs to a request. Returns why they are invalid; None if they are valid.
+
+    `own_seed`: the engine's, if first states are noise of the request's seed.
+    """
     params = request.sampling_params
     given = params.extra_args if params is not None else None
     try:
         knobs, reason = RequestKnobs.of(given, defaults), None
     except KnobError as error:
         knobs, reason = RequestKnobs.of(None, defaults), str(error)
+    if own_seed is not None and params is not None and params.seed != own_seed:
+        knobs = replace(knobs, seed=params.seed)
     setattr(request, ATTRIBUTE, knobs)
     return reason
 
@@ -32,12 +41,15 @@ def knobs_of(request: Request) -> RequestKnobs:
 
 def salt(request: Request, last_exited: bool) -> None:
     """Separates the prefix caches of requests whose K/V is not that of their tokens alone: of
-    different knobs in `last_exited`, and of each request that replays `guesses`."""
+    different knobs in `last_exited`, of different seeds of the first state, and of each request
+    that replays `guesses`."""
     knobs = knobs_of(request)
     if knobs.guesses:
         suffix = f"{KNOBS_IN_SALT}{request.request_id}"
     elif last_exited:
         suffix = f"{KNOBS_IN_SALT}{knobs}"
+    elif knobs.seed is not None:
+        suffix = f"{KNOBS_IN_SALT}seed={knobs.seed}"
     else:
         return
     if (request.cache_salt or "").endswith(suffix):  # the next input of a session

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
+from vllm_loopus.architectures import architecture_of
 from vllm_loopus.serving.core.admission import knobs_of, parse_knobs, salt
 from vllm_loopus.serving.core.kv_manager import DepthKVCacheManager
 from vllm_loopus.serving.core.step_clock import StepClock
@@ -58,6 +59,10 @@ class LoopUSScheduler(Scheduler):
             row_budget=self.scheduler_config.max_num_batched_tokens,
             lookahead=self._options.lookahead,
         )
+        architecture = architecture_of(self._config)
+        assert architecture is not None
+        drawn = architecture.first_state is not None and self._options.draws_noise
+        self._own_seed = self.vllm_config.model_config.seed if drawn else None
         self._clock = StepClock()
         self._stats = LoopStats()
         self._refused: dict[str, str] = {}  # requests with impossible knobs, and why
@@ -99,7 +104,7 @@ class LoopUSScheduler(Scheduler):
         super().add_request(request)
 
     def _admit(self, request: "Request") -> None:
-        reason = parse_knobs(request, self._config)
+        reason = parse_knobs(request, self._config, self._own_seed)
         salt(request, self._options.last_exited)
         if reason is not None:
             self._refused[request.request_id] = reason
@@ -220,14 +225,16 @@ class LoopUSScheduler(Scheduler):
             if self._runs(name):
                 self._end_with_error(name, reason)
         emitting = {}
-        for name, depth in progress.exit_depths.items():
+        for name in progress.exit_depths:
             if name in self._refused:
                 continue
             emitting[name] = scheduled.get(name, 1)
             if self._runs(name):
-                self._stats.exit_depths.append(depth)
+                request = requests[name]
                 if name not in scheduled:
-                    requests[name].num_computed_tokens = requests[name].num_tokens
+                    request.num_computed_tokens = request.num_tokens
+                # All tokens but the last have been computed.
+                request.num_computed_tokens += len(progress.further.get(name, ()))
             if name not in scheduled and name in requests:
                 requests[name].num_in_flight_tokens += 1  # as if it had been scheduled
         for name, count in scheduled.items():
@@ -252,12 +259,15 @@ class LoopUSScheduler(Scheduler):
                     self._needing.add(name)
 
     def _complete(self, output: Any, progress: LoopProgress) -> None:
-        """Adds to an output of vLLM's the exit depth of its token, or why its request failed."""
+        """Adds to an output of vLLM's the exit depths of its tokens, or why its request failed."""
         name = output.request_id
         if output.finish_reason == FinishReason.ERROR:
             output.stop_reason = progress.failed.get(name) or self._refused.get(name)
         if output.new_token_ids:
-            exit_depths.send(output, progress.exit_depths[name])
+            depths = [progress.exit_depths[name], *progress.further.get(name, ())]
+            depths = depths[: len(output.new_token_ids)]  # its answer may have ended before
+            self._stats.exit_depths += depths
+            exit_depths.send(output, depths)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM, with what the loop did since they were made last."""

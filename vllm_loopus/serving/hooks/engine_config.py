@@ -39,7 +39,7 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
         """Raises `ValueError` for a config that is not of a looped model or does not fit
         together."""
         config = model_config.hf_config
-        if architecture_of(config) is None:
+        if (architecture := architecture_of(config)) is None:
             names = ", ".join(architecture.name for architecture in ARCHITECTURES)
             raise ValueError(
                 f"model_type={config.model_type!r} in config.json of {model_config.model} is not a "
@@ -53,6 +53,9 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
             "defined; leave --runner and --convert out, and embed with a model made for it",
         )
         config.check()  # again: hf_overrides were applied after the config was built
+        config.check_served()
+        if architecture.settle is not None:
+            architecture.settle(config, model_config.model, model_config.revision)
         _check_valid_dtype(config.get_text_config().model_type, model_config.dtype)
         context = config.exact_context
         _refuse(
@@ -70,7 +73,9 @@ class LoopedVllmConfig(VerifyAndUpdateConfig):
         work."""
         note_looped_model()
         _refuse_impossible(vllm_config)
-        EngineOptions.of(vllm_config.additional_config).check(vllm_config.model_config.hf_config)
+        options = EngineOptions.of(vllm_config.additional_config)
+        options.check(vllm_config.model_config.hf_config)
+        _settle_first_state(vllm_config, options.initial_state)
         select_runner(vllm_config)
         _settle_compilation(vllm_config)
         prefer_c_norms(vllm_config)
@@ -228,6 +233,30 @@ def _settle_compilation(vllm_config: "VllmConfig") -> None:
         f"cudagraph_mode={mode.name}",
         "its regions are captured whole; use FULL, FULL_DECODE_ONLY or NONE",
     )
+
+
+def _settle_first_state(vllm_config: "VllmConfig", chosen: str | None) -> None:
+    """Checks the option `initial_state`. Where it has only so many positions, sequences have no
+    more: vLLM refuses longer prompts."""
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    architecture = architecture_of(model.hf_config)
+    assert architecture is not None
+    if architecture.first_state is None:
+        if chosen is not None:
+            raise ValueError(
+                f"initial_state={chosen!r} is not possible with {architecture.family} models, "
+                "whose first state is computed from the tokens; leave it out"
+            )
+        return
+    positions = architecture.first_state(model.hf_config, chosen)
+    if positions is not None and positions < model.max_model_len:
+        logger.warning(
+            "initial_state has %d positions: max_model_len is %d instead of %d",
+            positions,
+            positions,
+            model.max_model_len,
+        )
+        model.max_model_len = scheduler.max_model_len = positions
 
 
 def _refuse(condition: bool, option: str, fix: str) -> None:

@@ -11,6 +11,7 @@ KV_POLICIES = ("exact", "last_exited")
 PREFILL_DEPTHS = ("lazy", "full")
 AUTO = "auto"
 SWITCH = (AUTO, "on", "off")
+NOISE, ZEROS = "noise", "zeros"  # first states: of seed and position, or none
 LOOKAHEAD, MOST_AHEAD = 7, 64  # guessed positions of a sequence: by default, and at most
 ALL_PLANES, LAST, RESIDUAL = "all", "last:", "residual"  # of `kv_planes`
 # What the OpenAI server accepts as `reasoning_effort` (vLLM's ChatCompletionRequest).
@@ -40,6 +41,8 @@ class EngineOptions:
     - `kv_planes`: `all` keeps K/V at every depth. `last:m` keeps it up to depth m: deeper passes,
       and the decoder after them, read the K/V of depth m at all positions, their own included, and
       write none. An approximation; K/V stays a function of depth and tokens.
+    - `initial_state`: of models whose first state is drawn: `noise`, a function of the request's
+      seed and the position (default), `zeros`, or a safetensors file.
     """
 
     kv_policy: str = "exact"
@@ -50,6 +53,7 @@ class EngineOptions:
     reasoning_effort: Mapping[str, int] = field(default_factory=dict)
     speculate: str | Mapping[str, int] = "off"
     kv_planes: str = ALL_PLANES
+    initial_state: str | None = None
 
     @classmethod
     def of(cls, additional_config: object) -> "EngineOptions":
@@ -109,6 +113,11 @@ class EngineOptions:
         _check_efforts(self.reasoning_effort)
         _check_speculate(self.speculate)
         self._check_kv_planes()
+        if self.initial_state is not None and not isinstance(self.initial_state, str):
+            raise ValueError(
+                f"initial_state={self.initial_state!r} must be 'noise', 'zeros' or the name of a "
+                "safetensors file"
+            )
         if self.last_exited and self.speculates:
             raise ValueError(
                 f"speculate={self.speculate!r} is not possible with kv_policy='last_exited', where "
@@ -157,6 +166,11 @@ class EngineOptions:
     def speculates(self) -> bool:
         """Whether positions may begin with guessed tokens."""
         return self.speculate != "off"
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether first states that are drawn are noise."""
+        return self.initial_state in (None, NOISE)
 
     @property
     def draft_depth(self) -> int:

@@ -27,7 +27,14 @@ REQUEST_KNOBS = (
     GUESSES,
     RETURN_EXIT_DEPTHS,
 )
-OF_THE_ENGINE = ("kv_policy", "prefill_depth", "exit_quorum", "overlap", "late_verdicts")
+OF_THE_ENGINE = (
+    "kv_policy",
+    "prefill_depth",
+    "exit_quorum",
+    "overlap",
+    "late_verdicts",
+    "initial_state",
+)
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # of the three APIs
 SIMILARITY = 0.8
 LOOPISH = re.compile(r"loop|(?<![a-z])exits?(?![a-z])")

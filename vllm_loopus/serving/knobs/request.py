@@ -44,7 +44,8 @@ class RequestKnobs:
     `exit_depths` gives the exit depths of the first generated tokens. The exit rule decides for all
     tokens after them. `speculate`: whether positions may begin with guessed tokens, where the
     engine does that. `guesses`: for the first generated tokens, whether the guess counts as right,
-    1 or 0, whatever the tokens: a replay for benchmarks, whose answers mean nothing.
+    1 or 0, whatever the tokens: a replay for benchmarks, whose answers mean nothing. `seed`: of the
+    first state, where that is noise; None for the engine's.
     """
 
     max_loops: int
@@ -53,6 +54,7 @@ class RequestKnobs:
     exit_depths: tuple[int, ...] = ()
     speculate: bool = True
     guesses: tuple[int, ...] = ()
+    seed: int | None = None
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None, defaults: LoopDefaults) -> "RequestKnobs":

@@ -16,12 +16,12 @@ NAME = "exit_depth"  # among the values of tokens, in a vLLM that carries such
 SPAN = "_loopus_exit_depths_from"  # of a completion: that list, and where its tokens begin
 
 
-def send(output: Any, depth: int) -> None:
-    """Puts the exit depth of its token into an engine core's output."""
+def send(output: Any, depths: list[int]) -> None:
+    """Puts the exit depths of its tokens into an engine core's output."""
     if hasattr(output, "token_values"):
-        output.token_values = {NAME: [depth]}
+        output.token_values = {NAME: depths}
     else:
-        output.routed_experts = np.array([depth], dtype=np.uint16)
+        output.routed_experts = np.array(depths, dtype=np.uint16)
 
 
 def attach(request_state: Any, completion: Any) -> None:

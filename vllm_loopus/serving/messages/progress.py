@@ -42,6 +42,7 @@ class LoopProgress:
     - `taken`: blocks that sequences took. `wanted`: how many blocks of deeper planes a sequence
       needs before it can continue, if any.
     - `exit_depths`: for each request that got a token, the depth at which it exited.
+    - `further`: of those that got several tokens, the exit depths of the others.
     - `failed`: requests that cannot continue, and why. Of the other fields, only `taken` has them.
     - `stalled`: how often a sequence was left out of a pass for lack of blocks.
     - `boundary_rows`: rows of encoder and decoder together; 0 without a decoder call.
@@ -54,6 +55,7 @@ class LoopProgress:
     taken: dict[str, list[TakenBlock]] = field(default_factory=dict)
     wanted: dict[str, int] = field(default_factory=dict)
     exit_depths: dict[str, int] = field(default_factory=dict)
+    further: dict[str, list[int]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     stalled: int = 0
     boundary_rows: int = 0

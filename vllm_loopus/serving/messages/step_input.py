@@ -54,6 +54,8 @@ class NewSequence:
     - `block_ids`: by depth. Those of depths from 2 on, and those of the first `cached` positions at
       depth 1, come from the prefix cache.
     - `max_tokens`: the most tokens that it may generate in all, None for no limit.
+    - `greedy`: its tokens are the most likely ones, whatever came before. It may get several in one
+      step.
     - `scores_prompt`: the log-probabilities of its prompt are wanted.
     """
 
@@ -64,6 +66,7 @@ class NewSequence:
     knobs: RequestKnobs
     num_generated: int = 0
     max_tokens: int | None = None
+    greedy: bool = False
     scores_prompt: bool = False
 
 

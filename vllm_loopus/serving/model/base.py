@@ -1,7 +1,8 @@
 """What looped models for vLLM share."""
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,9 +18,17 @@ class LoopedModelBase(nn.Module):
     measures.
     """
 
+    # vLLM loads what the first pattern with a match finds: a folder may hold other tensors.
+    allow_patterns_overrides: ClassVar[Sequence[str]] = (
+        "model*.safetensors",
+        "*.safetensors",
+        "*.bin",
+    )
+
     planes: Planes
     max_loops: int
     reads_depth = False
+    reads_seed = False
     is_served = False  # from the start of the engine on; trainers then send weights in parts
 
     @abstractmethod
@@ -28,7 +37,7 @@ class LoopedModelBase(nn.Module):
 
     @abstractmethod
     def encode(
-        self, input_ids: torch.Tensor, positions: torch.Tensor
+        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
     ) -> tuple[torch.Tensor, ...]: ...
 
     @abstractmethod
@@ -71,7 +80,8 @@ class LoopedModelBase(nn.Module):
         if decoded is not None:
             return decoded
         assert inputs_embeds is None
-        state, *injected = self.encode(input_ids, positions)
+        seed = (torch.zeros_like(positions),) if self.reads_seed else ()
+        state, *injected = self.encode(input_ids, positions, *seed)
         for depth in range(1, self.max_loops + 1):
             depths = torch.full_like(positions, depth) if self.reads_depth else None
             with self.planes.at_depth(depth):

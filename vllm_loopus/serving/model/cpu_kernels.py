@@ -55,10 +55,14 @@ def round_fp8(layer: Any) -> None:
     """
     if not current_platform.is_cpu() or layer.kv_cache_dtype not in KEPT:
         return
+    if hasattr(layer.impl, "rounds_fp8"):  # a layer may be part of loop and decoder
+        return
     kept = KEPT[layer.kv_cache_dtype]
     kind: Any = type(layer.impl)
 
     class Rounding(kind):
+        rounds_fp8 = True
+
         def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, *rest: Any) -> None:
             key = _with_half(key, kept, layer._k_scale_float)
             value = _with_half(value, kept, layer._v_scale_float)

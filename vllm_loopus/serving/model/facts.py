@@ -31,9 +31,11 @@ class ModelFacts:
         """`config`: of a looped model."""
         architecture = record_of(config)
         layers, text = architecture.layers(config), config.get_text_config()
+        named = architecture.variant
+        kind = architecture.family + ("" if named is None else f", {named(config)}")
         return cls(
             family=architecture.family,
-            kind=architecture.family + ("" if text is config else f" on {text.model_type}"),
+            kind=kind + ("" if text is config else f" on {text.model_type}"),
             size=f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}",
             encoder=told_layers(layers.encoder),
             reasoning=told_layers(layers.reasoning),
@@ -47,7 +49,8 @@ class ModelFacts:
     def rows(self) -> list[tuple[str, str]]:
         """The lines to print: names and texts."""
         layers = f"encoder {self.encoder}, reasoning {self.reasoning}, decoder {self.decoder}"
-        sizes = [f"{size / 1024:.2f} KiB at {d}" for d, size in self.kv_bytes_a_token.items()]
+        depths = told_depths(self.max_loops)
+        sizes = [f"{self.kv_bytes_a_token[d] / 1024:.2f} KiB at {d}" for d in depths]
         return [
             ("layers", layers),
             ("loops", f"{self.min_loops} to {self.max_loops}"),
@@ -94,6 +97,14 @@ def layout_of_engine(vllm_config: Any) -> KVLayout:
     kv_dtype = vllm_config.cache_config.cache_dtype
     options = EngineOptions.of(vllm_config.additional_config)
     return layout_of(model.hf_config, model.dtype.itemsize, ranks, kv_dtype, options)
+
+
+def told_depths(max_loops: int) -> list[int]:
+    """The depths to show figures of: all, or of many the powers of two and the last."""
+    every = range(1, max_loops + 1)
+    if max_loops <= 8:
+        return list(every)
+    return [depth for depth in every if depth & (depth - 1) == 0 or depth == max_loops]
 
 
 def told_layers(indices: Sequence[int]) -> str:

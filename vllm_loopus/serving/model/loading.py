@@ -19,6 +19,7 @@ def load_checked(
     quantised: bool,
     rename: Callable[[str], str] = str,
     mapper: WeightsMapper | None = LlamaModel.hf_to_vllm_mapper,
+    takes: Callable[[str, torch.Tensor], bool] = lambda name, tensor: False,
 ) -> set[str]:
     """Loads `weights` of the checkpoint `source`; once the engine serves, also a part of one.
 
@@ -27,6 +28,7 @@ def load_checked(
     - `rename`: from names in the file to those in `expected`.
     - `mapper`: from there to the modules; by default it merges q, k, v and gate, up where they are
       split, as vLLM's Llama does.
+    - `takes`: loads a tensor that vLLM's loader has no place for; False for all others.
 
     Returns the names of the parameters. Raises `ValueError` that names the tensors that do not fit
     or hold NaN or infinity, and the files that cannot be read.
@@ -34,11 +36,11 @@ def load_checked(
     weights = explaining_read_errors(weights, source)
     loader = AutoWeightsLoader(model)
     if quantised:
-        return loader.load_weights(
-            ((rename(name), tensor) for name, tensor in weights), mapper=mapper
-        )
+        renamed = ((rename(name), tensor) for name, tensor in weights)
+        return loader.load_weights((w for w in renamed if not takes(*w)), mapper=mapper)
     dtype = next(model.parameters()).dtype
     check = CheckpointCheck(expected(), dtype, rename)
-    loaded = loader.load_weights(check.checked(weights), mapper=mapper)
+    rest = (weight for weight in check.checked(weights) if not takes(*weight))
+    loaded = loader.load_weights(rest, mapper=mapper)
     check.raise_if_wrong(source, partial=model.is_served)
     return loaded

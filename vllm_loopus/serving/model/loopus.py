@@ -127,7 +127,6 @@ class Decoder(LayerRun):
 class LoopUSForCausalLM(LoopedModelBase):
     """A LoopUS model for vLLM (`seam.LoopedModel`). Module names are those of the checkpoint."""
 
-    # The first pattern that matches any file is loaded: a folder may hold other tensors as well.
     allow_patterns_overrides = ("model*.safetensors", "*.safetensors", LEGACY_WEIGHTS, "*.bin")
     # Read by quantisation methods; Phi-3 checkpoints store these merged already.
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
@@ -161,7 +160,9 @@ class LoopUSForCausalLM(LoopedModelBase):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.encoder.embed(input_ids)
 
-    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def encode(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return (self.encoder(self.embed_input_ids(input_ids), positions),)
 
     def refine(

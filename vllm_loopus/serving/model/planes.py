@@ -119,12 +119,14 @@ class Planes:
         vllm_config: VllmConfig,
         state_size: int,
         injected_size: int = 0,
+        decodes_in_passes: bool = False,
     ) -> None:
         """
         - `encoder`, `reasoning`, `decoder`: what runs before, in and after the loop, built; encoder
           and decoder may have no attention layer.
         - `state_size`: numbers in a state. `injected_size`: numbers in the constant input of a
           position, 0 for a model without one. Both have the model's dtype, the default one here.
+        - `decodes_in_passes`: a pass also runs the decoder's attention layers.
         """
         self.slot_rows: torch.Tensor | None = None
         self.deferred: DeferredWrites | None = None
@@ -139,6 +141,8 @@ class Planes:
         self.reasoning_names = [layer.layer_name for layer in looped]
         self.decoder_names = [layer.layer_name for layer in decoding]
         self.layer_names = self.reasoning_names + self.decoder_names
+        self.decodes_in_passes = decodes_in_passes
+        self.pass_names = self.layer_names if decodes_in_passes else self.reasoning_names
         self.state_size, self.injected_size = state_size, injected_size
         self.kv_dtype = like.kv_cache_dtype
         self.state_dtype = torch.get_default_dtype()

@@ -15,14 +15,21 @@ class LoopedModel(Protocol):
 
     - `planes`: its memory by depth, and the attention layers of encoder, loop and decoder.
     - `reads_depth`: whether a pass needs to know the depth of each row.
+    - `reads_seed`: whether the encoder needs the seed of each row's request.
     """
 
     planes: Planes
     reads_depth: bool
+    reads_seed: bool
 
-    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def encode(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """Token ids [T] at positions [T] -> the first state `h^0` [T, H]; and for a model that
-        injects it again in every pass, a constant input [T, I]."""
+        injects it again in every pass, a constant input [T, I].
+
+        `seed` [T], int64: of each row's request, for a model that `reads_seed` and for no other.
+        """
         ...
 
     def refine(
@@ -32,7 +39,7 @@ class LoopedModel(Protocol):
         depth: torch.Tensor | None = None,
         injected: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass: `h^{r-1}` [T, H] -> `h^r` [T, H], and what the exit rule looks at [T, E].
+        """One pass: `h^{r-1}` [T, H] -> `h^r` [T, H], and what the exit rule looks at [T, ...].
 
         `depth` [T]: r of each row, if the model `reads_depth`. `injected` [T, I]: the constant
         input that `encode` gave for each row, if any.
@@ -40,8 +47,8 @@ class LoopedModel(Protocol):
         ...
 
     def exit_evidence(self, observed: torch.Tensor) -> torch.Tensor:
-        """The evidence of the exit rule (`modeling/exit_rule.py`), float32 [S], of some of the rows
-        that `refine` gave to look at, [S, E]."""
+        """The evidence of the exit rule (`modeling/exit_rule.py`), float32 [S] or [S, V], of some
+        of the rows that `refine` gave to look at, [S, ...]."""
         ...
 
     def decode(

@@ -210,6 +210,7 @@ def build_sequences(runner: LoopRunner) -> RunningSequences:
         slots,
         decoder_attends=bool(model.planes.decoder_names),
         planes=len(groups),
+        decodes_in_passes=model.planes.decodes_in_passes,
     )
     row_budget = vllm_config.scheduler_config.max_num_batched_tokens
     executor = PagedExecutor(

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from vllm_loopus.serving.knobs.engine import ALL_PLANES, AUTO, EngineOptions
-from vllm_loopus.serving.model.facts import ModelFacts
+from vllm.utils.math_utils import cdiv
+
+from vllm_loopus.architectures import record_of
+from vllm_loopus.serving.knobs.engine import ALL_PLANES, AUTO, ZEROS, EngineOptions
+from vllm_loopus.serving.model.facts import ModelFacts, told_depths
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.runners.selection import runner_in_use
 
@@ -18,7 +21,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
     options = EngineOptions.of(vllm_config.additional_config)
     block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     pool = kv_cache_config.num_blocks, block_size, model.max_model_len
-    fit = [f"{sequences_that_fit(*pool, d):.1f} at {d}" for d in range(1, layout.planes + 1)]
+    fit = [f"{sequences_that_fit(*pool, d):.1f} at {d}" for d in told_depths(layout.planes)]
     items = ", ".join(f"{name} {size / 1024:.2f}" for name, size in layout.items().items())
     facts = ModelFacts.of(model.hf_config, layout)
     policy = (
@@ -28,6 +31,7 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
         ("model", f"{_served_as(model)} ({facts.kind}, {model.dtype})"),
         *facts.rows(),
         (f"  of them at {layout.max_loops}", f"{items} (KiB, on one rank)"),
+        ("first state", _first_state(vllm_config, options)),
         ("K/V policy", policy),
         ("K/V planes", "" if options.kv_planes == ALL_PLANES else options.kv_planes),
         ("K/V dtype", _kv_dtype(vllm_config.cache_config.cache_dtype)),
@@ -41,6 +45,41 @@ def start_up_summary(vllm_config: Any, layout: KVLayout, kv_cache_config: Any) -
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows if text]
     return "\n".join([f"{facts.family} model:", *lines])
+
+
+def carry_bytes(vllm_config: Any) -> int:
+    """What the exit rule keeps on the device for as many sequences as may run."""
+    config = vllm_config.model_config.hf_config
+    numbers = len(record_of(config).exit_rule.from_config(config).first_carry)
+    slots = EngineOptions.of(vllm_config.additional_config).positions_in_flight
+    return 4 * numbers * slots * int(vllm_config.scheduler_config.max_num_seqs)
+
+
+def check_depth_fits(vllm_config: Any, layout: KVLayout, available: int) -> None:
+    """Raises `ValueError` if K/V memory of `available` bytes holds no sequence of the greatest
+    length at full depth. vLLM's own check does not know that fewer loops would do."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    fits_itself = getattr(model, "original_max_model_len", None) == -1  # vLLM lowers it
+    if cache.num_gpu_blocks_override is not None or fits_itself:
+        return
+    blocks = cdiv(model.max_model_len, cache.block_size)
+    one = blocks * cache.block_size * layout.block_bytes_per_token
+    deepest = available // one
+    if layout.max_loops <= deepest or available <= 0:
+        return
+    tokens = available // layout.allocated(layout.max_loops) // cache.block_size * cache.block_size
+    fixes = [
+        f"lower max_loops to {deepest} or less (--hf-overrides '{{\"max_loops\": {deepest}}}')"
+        if deepest
+        else "",
+        f"lower max_model_len to {tokens} or less" if tokens else "",
+        "give K/V more memory",
+    ]
+    raise ValueError(
+        f"max_loops={layout.max_loops} does not fit: a sequence of max_model_len="
+        f"{model.max_model_len} takes {layout.max_loops * one / 2**30:.2f} GiB of K/V at that "
+        f"depth, and there are {available / 2**30:.2f} GiB; {', or '.join(filter(None, fixes))}"
+    )
 
 
 def switched_off(vllm_config: Any) -> list[tuple[str, str]]:
@@ -58,6 +97,18 @@ def _served_as(model: Any) -> str:
 
 def _kv_dtype(name: str) -> str:
     return "" if name == AUTO else f"{name}; states keep the model's"
+
+
+def _first_state(vllm_config: Any, options: EngineOptions) -> str:
+    """Empty for a model whose first state is computed."""
+    model = vllm_config.model_config
+    if record_of(model.hf_config).first_state is None:
+        return ""
+    if options.draws_noise:
+        return f"noise, by the request's seed ({model.seed} without one) and the position"
+    if options.initial_state == ZEROS:
+        return ZEROS
+    return f"of {model.max_model_len} positions, from {options.initial_state}"
 
 
 def _guesses(options: EngineOptions) -> str:

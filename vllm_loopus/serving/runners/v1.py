@@ -5,17 +5,20 @@ stored the tokens.
 """
 
 from dataclasses import replace
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from vllm_loopus.serving.knobs.request import RequestKnobs
 from vllm_loopus.serving.messages.blocks import BlockIds
 from vllm_loopus.serving.messages.step_input import LoopSchedule, NewSequence, StepInput
 from vllm_loopus.serving.runners.adapter import LoopAdapter, max_tokens, scores_prompt
+from vllm_loopus.serving.runners.greedy import is_greedy
 from vllm_loopus.serving.runners.v1_prompt_scores import V1PromptScores
 from vllm_loopus.serving.worker.transfer import HostCopy
 
@@ -50,6 +53,9 @@ class V1Adapter(LoopAdapter):
         self._shown: list[str] = []  # the requests in vLLM's batch
         self._same_batch = False
         self._inputs_of: dict[int, Any] = {}  # by number of requests
+        self._own_processors = bool(self.vllm_config.model_config.logits_processors) or bool(
+            entry_points(group=LOGITSPROCS_GROUP)
+        )
         self.prompt_scores = V1PromptScores(self, self._score_part)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -131,6 +137,7 @@ class V1Adapter(LoopAdapter):
                     new.num_computed_tokens,
                     knobs[new.req_id],
                     max_tokens=max_tokens(new),
+                    greedy=self._greedy(new.sampling_params),
                     scores_prompt=self._begin_scores(new),
                 )
             )
@@ -150,11 +157,12 @@ class V1Adapter(LoopAdapter):
         new: NewRequestData | None = self._unseen.get(request_id)
         if new is not None:  # preempted before its first token
             tokens, generated, most = list(new.prompt_token_ids or ()), 0, max_tokens(new)
+            params = new.sampling_params
         else:
             state = self.requests[request_id]
             tokens = [*(state.prompt_token_ids or ()), *state.output_token_ids]
             generated = len(state.output_token_ids)
-            most = state.sampling_params.max_tokens
+            params, most = state.sampling_params, state.sampling_params.max_tokens
             self._resumed.add(request_id)
         return NewSequence(
             request_id,
@@ -164,8 +172,13 @@ class V1Adapter(LoopAdapter):
             knobs,
             num_generated=generated,
             max_tokens=most,
+            greedy=self._greedy(params),
             scores_prompt=new is not None and self._begin_scores(new),
         )
+
+    def _greedy(self, params: Any) -> bool:
+        """Whether several tokens of a request may be taken in one step."""
+        return not self._own_processors and is_greedy(params)
 
     def _begin_scores(self, new: NewRequestData) -> bool:
         """Whether the prompt of a request is to be scored."""
@@ -230,14 +243,22 @@ class V1Adapter(LoopAdapter):
     def _to_list(self, sampled_token_ids: torch.Tensor) -> list[list[int]]:
         """The tokens of those that have exited and have not failed; none for the others."""
         if (copy := self._tokens) is None:
-            return super()._to_list(sampled_token_ids)
+            every: list[list[int]] = super()._to_list(sampled_token_ids)
+            if self._decoded is not None:
+                self._progress = self._sequences.finish()
+                self._sequences.further(self.input_batch.req_ids, every)
+            return every
         self._tokens = None
         self._progress = self._sequences.finish()
         emitted = self._progress.exit_depths
         with self._sequences.runner.clock.waiting(more=True):
             tokens = copy.wait().tolist()
         names = self.input_batch.req_ids
-        return [token if name in emitted else [] for name, token in zip(names, tokens, strict=True)]
+        every = [
+            token if name in emitted else [] for name, token in zip(names, tokens, strict=True)
+        ]
+        self._sequences.further(names, every)
+        return every
 
     def _get_prompt_logprobs_dict(
         self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]

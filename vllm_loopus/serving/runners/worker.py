@@ -6,6 +6,7 @@ from vllm.platforms import current_platform
 
 from vllm_loopus.serving.model.cpu_kernels import permit_tiles
 from vllm_loopus.serving.runners.adapter import LoopAdapter, adopt
+from vllm_loopus.serving.runners.start_up import carry_bytes, check_depth_fits
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -34,3 +35,13 @@ class LoopUSWorker(PlatformWorker):
             adapter = V1Adapter
         self.model_runner = adopt(self.model_runner, adapter)
         return result
+
+    def determine_available_memory(self) -> int:
+        """As in vLLM, without what exit rules keep. Raises `ValueError` if no sequence fits at full
+        depth."""
+        available: int = super().determine_available_memory()
+        planes = self.model_runner.get_model().planes
+        if planes.decodes_in_passes and self.cache_config.kv_cache_memory_bytes is None:
+            available -= carry_bytes(self.vllm_config)
+        check_depth_fits(self.vllm_config, planes.layout, available)
+        return available

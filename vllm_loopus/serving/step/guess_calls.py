@@ -7,12 +7,13 @@ import numpy as np
 from vllm_loopus.serving.messages.costs import StepCosts
 from vllm_loopus.serving.step.chunks import Chunks, Ints
 from vllm_loopus.serving.step.clock import DeviceClock
+from vllm_loopus.serving.step.further import FurtherTokens
 from vllm_loopus.serving.step.interface import DecoderReading, StepExecutor
 from vllm_loopus.serving.step.quorum import Quorum
 from vllm_loopus.serving.step.report import StepReport
 from vllm_loopus.serving.step.staircase import UNKNOWN, Staircases
 from vllm_loopus.serving.step.unread import Call, UnreadPasses
-from vllm_loopus.serving.step.wave import Waves, without
+from vllm_loopus.serving.step.wave import Waves, undecoded
 
 
 class GuessCalls:
@@ -33,6 +34,7 @@ class GuessCalls:
         waiting: bool,
     ) -> None:
         self.waves = waves
+        self.further = FurtherTokens(stairs)
         self.active = False
         # How many positions after the newest certain ones may begin [S].
         self.room_ahead: Callable[[Ints], Ints] = np.zeros_like
@@ -45,7 +47,7 @@ class GuessCalls:
         self._thrifty = False
         # Chunks whose guesses are on their way, with the life of their sequences: in the decoder
         # call of the step, and in calls of their own.
-        self._with_tokens: tuple[Chunks, Ints] | None = None
+        self._with_tokens: tuple[tuple[Chunks, Ints], Chunks] | None = None
         self._alone: list[tuple[tuple[Chunks, Ints], DecoderReading, list[Call]]] = []
         self._decoded: list[Chunks] = []  # read since `take_decoded`, of calls of their own
 
@@ -104,17 +106,35 @@ class GuessCalls:
         if self._waiting:
             self._read_alone()
 
-    def decode_with(self, active: Ints, batch: Chunks, report: StepReport) -> DecoderReading:
-        """Decodes `batch`, whose tokens are to be sampled, and what guesses now."""
-        leaving = batch.sequence[batch.newest]
-        chunks = without(self._to_decode(active, self._budget - batch.rows, leaving), batch)
-        if not len(chunks):
+    def decode_with(
+        self, active: Ints, batch: Chunks, report: StepReport, passing: bool = False
+    ) -> DecoderReading:
+        """Decodes `batch`, whose tokens are to be sampled, what has exited behind it, and what
+        guesses now. `passing`: the exits of the pass under way are not known yet."""
+        leaving, left = batch.sequence[batch.newest], self._budget - batch.rows
+        guesses = self._to_decode(active, left, leaving)
+        left -= guesses.rows
+        self._stairs.advance_decoder(batch)
+        parts = []
+        for chunks in self.further.chunks(leaving, guesses.sequence, passing):
+            behind = undecoded(chunks, self._stairs.decoded)
+            if (left := left - behind.rows) < 0:
+                break
+            self._stairs.advance_decoder(behind)  # several of a sequence may be at one depth
+            parts.append(behind)
+        parts.append(undecoded(guesses, self._stairs.decoded))
+        self._stairs.advance_decoder(parts[-1])
+        behind = Chunks.join(parts)
+        if not len(behind):
             return self._executor.decode(batch)
-        both = Chunks.join([batch, chunks])
-        reading = self._executor.decode(both, guessing=np.arange(len(both)) >= len(batch))
-        self._stairs.advance_decoder(chunks)
-        report.guess_decoder_rows += chunks.rows
-        self._with_tokens = self._begun(chunks)
+        both = Chunks.join([batch, behind])
+        likely = np.arange(len(both)) >= len(batch)
+        begins = np.arange(len(both)) >= len(both) - len(guesses)
+        reading = self._executor.decode(both, guessing=likely, beginning=begins)
+        for chunks in parts:
+            self.further.expect(chunks)
+        report.guess_decoder_rows += behind.rows
+        self._with_tokens = self._begun(parts[-1]), behind
         return reading
 
     def _begun(self, chunks: Chunks) -> tuple[Chunks, Ints]:
@@ -139,8 +159,11 @@ class GuessCalls:
         self._read_alone()
         decoded, self._decoded = self._decoded, []
         if reading is not None and self._with_tokens is not None:
-            self.waves.fill(*self._with_tokens, reading.tokens())
-            decoded.append(self._with_tokens[0])
+            (begun, life), behind = self._with_tokens
+            tokens = reading.tokens()
+            self.waves.fill(begun, life, tokens[len(behind) - len(begun) :])
+            self.further.fill(tokens)
+            decoded.append(behind)
             self._with_tokens = None
         return decoded
 

@@ -82,11 +82,13 @@ class StepExecutor(Protocol):
         used: Bools | None = None,
         prepared: Any = None,
         guessing: Bools | None = None,
+        beginning: Bools | None = None,
     ) -> DecoderReading:
         """Launches the decoder and keeps the hidden states of the newest positions of the chunks,
         of those `used` [C] and not `guessing` [C]. Of those guessing the reading has the most
-        likely tokens; it decides nothing else. `prepared`: what `prepare_decoder` returned for the
-        same chunks."""
+        likely tokens; it decides nothing else. The next positions begin with those of `beginning`
+        [C], by default of all that guess. `prepared`: what `prepare_decoder` returned for the same
+        chunks."""
         ...
 
     def check_states(self) -> Reading | None:

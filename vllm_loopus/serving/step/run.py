@@ -152,7 +152,7 @@ class StepRunner:
             if batch.rows > self._budget:
                 return False
             self.clock.decoder()
-            self._ahead_reading = self.guesses.decode_with(active, batch, self.report)
+            self._ahead_reading = self.guesses.decode_with(active, batch, self.report, True)
         else:
             self._prepare(active, 0)
             if (prepared := self._decoder) is None:

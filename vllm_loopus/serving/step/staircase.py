@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from vllm_loopus.serving.knobs.request import RequestKnobs
 from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
+from vllm_loopus.serving.step.given import with_row
 
 UNKNOWN = 2  # of `_predetermined`: the exit rule computes it
 
@@ -83,6 +84,7 @@ _ARRAYS = {
     "begun": ((), np.int64),  # the first position in flight
     "ahead": ((), np.int64),  # guessed positions in flight
     "tentative": ((), bool),  # its newest position began with a guess that is not confirmed yet
+    "greedy": ((), bool),  # its tokens are the most likely ones, whatever came before
     "spoiled": ((), bool),  # guesses were forgotten because of their states
     "lookahead": ((), np.int64),  # how many there may be
     "begins": ((), np.int64),  # how often positions have begun, guessed ones included
@@ -113,8 +115,8 @@ class Staircases:
 
     `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth. `slots`: positions of
     one sequence in flight, one more than may be guessed. `decoder_attends`: whether the decoder has
-    K/V; without, it computes the newest positions alone. `planes`: depths that have K/V of their
-    own, all by default.
+    K/V; without, it computes the newest positions alone. `decodes_in_passes`: passes fill it too.
+    `planes`: depths that have K/V of their own, all by default.
     """
 
     num_depths: int
@@ -122,6 +124,7 @@ class Staircases:
     full_prefill: bool = False
     slots: int = 1
     decoder_attends: bool = True
+    decodes_in_passes: bool = False
     planes: int = 0
     reasons: dict[int, str] = field(default_factory=dict)  # why a sequence failed
 
@@ -143,6 +146,7 @@ class Staircases:
     forced: Ints = field(init=False)
     ahead: Ints = field(init=False)
     tentative: Bools = field(init=False)
+    greedy: Bools = field(init=False)
     spoiled: Bools = field(init=False)
     lookahead: Ints = field(init=False)
     begins: Ints = field(init=False)
@@ -207,13 +211,13 @@ class Staircases:
         self.done[index, : len(found) + 1] = [found[0], *found]
         self.settled[index] = self.done[index]
         if start.decoded is not None:
-            found = list(start.decoded)[:depth]
-            self.decoded[index, 1 : len(found) + 1] = found
+            decoded = list(found if self.decodes_in_passes else start.decoded)[:depth]
+            self.decoded[index, 1 : len(decoded) + 1] = decoded
         known = [UNKNOWN if exits is None else int(exits) for exits in start.predetermined]
         self._predetermined[index, 1 : depth + 1] = known[:depth]
         given = knobs.exit_depths  # stand for what the exit rule would decide
-        self._given = _with_row(self._given, index, given, 0)
-        self._right = _with_row(self._right, index, knobs.guesses, UNKNOWN)
+        self._given = with_row(self._given, index, given, 0)
+        self._right = with_row(self._right, index, knobs.guesses, UNKNOWN)
         last = min(knobs.max_loops, depth)
         exits = self._predetermined[index, : last + 1] != 0
         if given:
@@ -258,10 +262,11 @@ class Staircases:
         self.begins[sequences] += 1
         self.numbers[sequences, slot] = self.begins[sequences]
 
-    def right_guess(self, sequences: Ints, equal: Bools) -> Bools:
-        """Whether the guess of the newest token of each sequence counts as right; `equal`: whether
-        it is."""
-        number = np.minimum(self.num_generated[sequences] - 1, self._right.shape[1] - 1)
+    def right_guess(self, sequences: Ints, equal: Bools, later: int = 0) -> Bools:
+        """Whether the guess of the newest token of each sequence, or of one `later`, counts as
+        right; `equal`: whether it is."""
+        number = self.num_generated[sequences] - 1 + later
+        number = np.minimum(number, self._right.shape[1] - 1)
         replayed = self._right[sequences, number]
         return np.where(replayed == UNKNOWN, equal, replayed).astype(bool)
 
@@ -384,6 +389,9 @@ class Staircases:
             as_far = self.done[index, depth] == chunks.start
             assert (as_far | (depth > self.planes)).all() or self.last_exited
             self.done[index, depth] = chunks.end
+            if self.decodes_in_passes:
+                along = ~self.scored[index] & (self.decoded[index, depth] == chunks.start)
+                self.decoded[index[along], depth[along]] = chunks.end[along]
         newest = chunks.newest
         self.depths[index[newest], self.slot_of(chunks)[newest]] = chunks.depth[newest]
         if self.last_exited and not newest.all():
@@ -487,13 +495,3 @@ class Staircases:
         """How many rows are positions before those in flight."""
         before = np.minimum(chunks.end, self.begun[chunks.sequence]) - chunks.start
         return int(np.maximum(before, 0).sum())
-
-
-def _with_row(table: Ints, index: int, given: Sequence[int], none: int) -> Ints:
-    """`table` [S, G] with the row `given`, followed by `none` in any case."""
-    if len(given) >= table.shape[1]:
-        more = 2 * len(given) + 1 - table.shape[1]
-        table = np.pad(table, ((0, 0), (0, more)), constant_values=none)
-    table[index] = none
-    table[index, : len(given)] = given
-    return table

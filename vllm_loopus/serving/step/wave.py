@@ -197,15 +197,8 @@ class Waves:
         stairs.life[sequences] += 1
 
 
-def without(chunks: Chunks, others: Chunks) -> Chunks:
-    """`chunks` of a decoder call, without the rows that chunks of `others` have at the same
-    depth."""
-    if not len(chunks) or not len(others):
-        return chunks
-    last = others[others.newest]
-    place = np.full(int(max(chunks.sequence.max(), last.sequence.max())) + 1, -1)
-    place[last.sequence] = np.arange(len(last))
-    at = place[chunks.sequence]
-    same: Bools = (at >= 0) & (last.depth[at] == chunks.depth)
-    start = np.where(same, np.maximum(chunks.start, last.end[at]), chunks.start)
+def undecoded(chunks: Chunks, decoded: Ints) -> Chunks:
+    """`chunks`, one for each sequence, from where the decoder's watermarks `decoded` [S, N + 1] are
+    at their depths, at least the newest row of each."""
+    start = np.minimum(decoded[chunks.sequence, chunks.depth], chunks.end - 1)
     return Chunks(chunks.sequence, chunks.depth, start, chunks.end, chunks.newest)

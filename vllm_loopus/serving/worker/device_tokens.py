@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm.distributed.parallel_state import GroupCoordinator
 
 from vllm_loopus.serving.model.seam import LoopedModel
-from vllm_loopus.serving.step.chunks import Ints
+from vllm_loopus.serving.step.chunks import Bools, Ints
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.worker.transfer import to_device
 
@@ -28,15 +29,20 @@ class LikelyTokens:
         self._model, self._group, self._stairs = model, group, stairs
         self._ids = torch.zeros(0, dtype=torch.int32)  # [S]
 
-    def guess(self, sequences: Ints, hidden: torch.Tensor) -> torch.Tensor:
-        """The tokens [n] for the decoder's hidden states [n, H] of `sequences` [n]."""
+    def guess(self, sequences: Ints, hidden: torch.Tensor, begins: Bools | None) -> torch.Tensor:
+        """The most likely tokens [n] for the decoder's hidden states [n, H] of `sequences` [n].
+        Those of `begins` [n] are guesses; None: all."""
         likely = self._model.get_top_tokens(hidden).to(torch.int32)
         ids: torch.Tensor = self._group.broadcast(likely, src=0)
         if len(self._ids) < self._stairs.capacity:
             grown = ids.new_zeros(self._stairs.capacity)
             grown[: len(self._ids)] = self._ids
             self._ids = grown
-        self._ids.index_copy_(0, to_device(sequences, ids.device), ids)
+        guesses = ids
+        if begins is not None and not begins.all():
+            sequences = sequences[begins]
+            guesses = ids.index_select(0, to_device(np.flatnonzero(begins), ids.device))
+        self._ids.index_copy_(0, to_device(sequences, ids.device), guesses)
         return ids
 
     def of(self, sequences: Ints) -> torch.Tensor:

@@ -4,7 +4,7 @@ It is given the model, block tables and a metadata builder, and knows no model r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,12 +15,12 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_loopus.modeling.exit_rule import ExitRule
 from vllm_loopus.serving.knobs.request import RequestKnobs
-from vllm_loopus.serving.model.deferred_writes import DeferredWrites
 from vllm_loopus.serving.model.seam import LoopedModel
 from vllm_loopus.serving.step.chunks import Bools, Chunks, Ints
 from vllm_loopus.serving.step.staircase import Staircases
 from vllm_loopus.serving.step.wave import NOT_READ
 from vllm_loopus.serving.worker.block_tables import BlockTables
+from vllm_loopus.serving.worker.calls import Deferred, ExitReading, LastPass, Prepared
 from vllm_loopus.serving.worker.decoded import DecodedRows
 from vllm_loopus.serving.worker.device_tokens import LikelyTokens, SampledTokens
 from vllm_loopus.serving.worker.exits import Exits, deeper_than
@@ -28,6 +28,7 @@ from vllm_loopus.serving.worker.flight_states import DepthStates, Places
 from vllm_loopus.serving.worker.nonfinite import WatchedRows, cleanse
 from vllm_loopus.serving.worker.regions import PreparedCall, Ran, Regions
 from vllm_loopus.serving.worker.row_layout import ExtraSlots, RowLayout
+from vllm_loopus.serving.worker.seeds import Seeds
 from vllm_loopus.serving.worker.states import StatePages
 from vllm_loopus.serving.worker.transfer import to_device
 from vllm_loopus.serving.worker.verdicts import Verdict, Verdicts
@@ -57,60 +58,6 @@ class Texts(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A call over `chunks` that is ready to be launched, but for its inputs."""
-
-    chunks: Chunks
-    layout: RowLayout
-    source: Places | None  # of the states that it starts from
-    call: PreparedCall | None
-
-
-@dataclass
-class _LastPass:
-    """The last pass of a step, and its outputs as they would be read from the pages. With graphs
-    they lie in the output of one: nothing runs between two passes, and a graph's input is a copy.
-    """
-
-    layout: RowLayout
-    state: torch.Tensor
-    injected: torch.Tensor | None
-
-
-class _Exits:
-    """What a pass decides, on its way to the host: a reading of `step/run.py`."""
-
-    def __init__(self, executor: "PagedExecutor", verdict: Verdict, asked: Bools) -> None:
-        """`asked` [S]: which of the deciding positions the exit rule was asked about."""
-        self._executor, self._verdict, self._asked = executor, verdict, asked
-        self.then: _Deferred | None = None
-
-    def wait(self) -> Bools:
-        exits = np.zeros(len(self._asked), dtype=bool)
-        exits[self._asked] = self._verdict.wait()
-        return exits
-
-    def complete(self, leaving: Bools) -> None:
-        """Writes what goes to deeper depths, before these are read. `leaving` [S]: which of the
-        deciding positions exit in this pass."""
-        if self.then is not None:
-            self._executor.write_deeper(self.then, leaving)
-
-
-@dataclass
-class _Deferred:
-    """What is written once it is known which rows have exited: K/V and `states` of the chunks
-    `rows`, which are `of` [S] of the deciding ones, at `depth`."""
-
-    chunks: Chunks
-    layout: RowLayout
-    deciding: Ints
-    may_exit: Bools  # [S]
-    states: torch.Tensor
-    writes: DeferredWrites
-
-
 class PagedExecutor:
     """`StepExecutor` over vLLM's paged memory."""
 
@@ -136,6 +83,7 @@ class PagedExecutor:
         self._regions = Regions(model, vllm_config, attention_group, tables.block_size, device)
         self._verdicts = Verdicts(get_tp_group(), stairs, self._cleanse)
         self._exits = Exits(model, rule, device, stairs.slots)
+        self._seeds = Seeds(model, vllm_config.model_config.seed, device)
         self._pages = StatePages(planes.state_pages(), planes.state_size, planes.state_dtype)
         beyond = stairs.num_depths - stairs.planes
         self._states = DepthStates(self._pages, planes.state_size, stairs.slots, beyond, device)
@@ -145,7 +93,7 @@ class PagedExecutor:
             else None
         )
         self._encoded: tuple[torch.Tensor, ...] = ()
-        self._last_pass: _LastPass | None = None  # of this step
+        self._last_pass: LastPass | None = None  # of this step
         self._likely = LikelyTokens(model, get_tp_group(), stairs)
         self.texts: Texts
         self.sampled: SampledTokens | None = None  # tokens that the next `encode` may need
@@ -160,6 +108,7 @@ class PagedExecutor:
         """A sequence gets the row `index`. `scored`: positions of its prompt if it is scored."""
         self._exits.add(index, knobs)
         self._states.add(index, scored)
+        self._seeds.add(index, knobs)
 
     def begin_step(self) -> None:
         """Forgets what was decoded."""
@@ -204,8 +153,8 @@ class PagedExecutor:
             self._encode_among(prepared, chunks, sampled.ids)
             return
         layout = self._tables.layout(chunks.at(1))
-        ids = self._token_ids(chunks, layout)
-        ran = self._regions.encoder(layout, ids)
+        inputs = self._seeds.with_seeds(self._token_ids(chunks, layout), chunks, layout)
+        ran = self._regions.encoder(layout, *inputs)
         self._encoded = ran.outputs
         if self._injected is not None:
             self._injected.write(ran.slots, ran.outputs[1])
@@ -263,7 +212,7 @@ class PagedExecutor:
         passes: int,
         decides: Callable[[], Ints],
         prepared: Prepared | None = None,
-    ) -> _Exits | None:
+    ) -> ExitReading | None:
         if prepared is not None:
             shallower, layout = [], prepared.layout
             layouts = [layout]
@@ -288,7 +237,7 @@ class PagedExecutor:
             ran, state = self._run_pass(layout, state, injected, extra, call)
         if not self._stairs.last_exited:
             deciding = decides()  # here the device is busy
-        self._last_pass = _LastPass(layout, state, injected)
+        self._last_pass = LastPass(layout, state, injected)
         refined, observed = ran.outputs
         # NaN stays NaN, so the states of the last pass also show NaN of the passes before.
         self._verdicts.watch(WatchedRows.of(self._stairs, layouts, refined))
@@ -297,9 +246,10 @@ class PagedExecutor:
         # An exit depth that was given stands for what the rule would say.
         slot = self._stairs.slot_of(chunks)[deciding]
         asked = self._stairs.given_depths[chunks.sequence[deciding], slot] == 0
-        reading = _Exits(self, self._ask(chunks, deciding[asked], layout, observed), asked)
+        reading = ExitReading(self._ask(chunks, deciding[asked], layout, observed), asked)
         if writes is not None:
-            reading.then = _Deferred(chunks, layout, deciding, may_exit, refined, writes)
+            deferred = Deferred(chunks, layout, deciding, may_exit, refined, writes)
+            reading.then = partial(self._write_deeper, deferred)
         return reading
 
     def _ask(
@@ -361,7 +311,7 @@ class PagedExecutor:
         """The deepest depth at which each of `sequences` has K/V."""
         return np.minimum(self._stairs.max_depth[sequences], self._stairs.planes)
 
-    def write_deeper(self, deferred: _Deferred, leaving: Bools) -> None:
+    def _write_deeper(self, deferred: Deferred, leaving: Bools) -> None:
         """K/V and states of rows that exit, as `leaving` [S] says, go to all deeper depths."""
         exiting = deferred.may_exit & leaving
         extra = self._deeper(deferred.layout, deferred.chunks, deferred.deciding[exiting])
@@ -420,6 +370,7 @@ class PagedExecutor:
         used: Bools | None = None,
         prepared: Prepared | None = None,
         guessing: Bools | None = None,
+        beginning: Bools | None = None,
     ) -> Verdict:
         self._last_pass = None
         if prepared is not None and prepared.source is not None and prepared.call is not None:
@@ -441,7 +392,8 @@ class PagedExecutor:
         chosen = chunks.newest if used is None else chunks.newest & used
         if guessing is not None:
             rows = self._tensor(layout.spans.last_rows[guessing])
-            likely = self._likely.guess(chunks.sequence[guessing], hidden.index_select(0, rows))
+            begins = None if beginning is None else beginning[guessing]
+            likely = self._likely.guess(chunks.sequence[guessing], hidden[rows], begins)
             if (chosen := chosen & ~guessing).any():
                 self._take(hidden, layout, chunks, chosen)
             return self._verdicts.queue(likely)

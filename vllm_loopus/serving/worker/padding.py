@@ -44,6 +44,7 @@ class RowBuffers:
     state: torch.Tensor  # [R, H]
     injected: torch.Tensor | None = None  # [R, I], for a model with a constant input
     depth: torch.Tensor | None = None  # [R], for a model whose passes read the depth
+    seed: torch.Tensor | None = None  # [R], for a model whose encoder reads the seed
 
 
 class Padding:

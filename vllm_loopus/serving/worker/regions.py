@@ -240,8 +240,9 @@ class Regions:
             )
 
         planes = model.planes
-        self.encoder = region("encode", planes.encoder_names, "ids")
-        self.reasoning = region("refine", planes.reasoning_names, "state", "depth", "injected")
+        seed = ["seed"] if model.reads_seed else []
+        self.encoder = region("encode", planes.encoder_names, "ids", *seed)
+        self.reasoning = region("refine", planes.pass_names, "state", "depth", "injected")
         self.decoder = region("decode", planes.decoder_names, "state", selects=True)
         self._device = device
 
@@ -311,6 +312,7 @@ def _buffers(model: LoopedModel, rows: int, dtype: torch.dtype, device: torch.de
         state=torch.zeros(rows, planes.state_size, dtype=dtype, device=device),
         injected=injected if planes.injected_size else None,
         depth=depth if model.reads_depth else None,
+        seed=torch.zeros_like(depth) if model.reads_seed else None,
     )
 
 

@@ -61,6 +61,7 @@ class RunningSequences:
         self._scored: dict[int, str] = {}
         self._active = np.zeros(0, dtype=np.int64)  # of this step
         self._everyone = False
+        self._further: dict[str, list[int]] = {}  # exit depths of further tokens of this step
         self._stalled = 0  # sequences that could not begin, for lack of blocks
         executor.texts = self
         runner.successors = lambda sequences: self._successors(sequences, self._known + 1)
@@ -110,6 +111,7 @@ class RunningSequences:
         # A prompt that is scored has its chunks in the decoder alone.
         guesses = new.knobs.speculate and not new.scores_prompt
         self.stairs.lookahead[index] = self._options.lookahead if guesses else 0
+        self.stairs.greedy[index] = new.greedy
         if self.runner.guesses is not None:
             self.runner.guesses.waves.plan.add(index)
         self._names[index], self._tokens[index] = new.request_id, list(new.tokens)
@@ -175,6 +177,19 @@ class RunningSequences:
         self._known[index] += 1
         self._newest[index] = token
 
+    def further(self, request_ids: Sequence[str], tokens: list[list[int]]) -> None:
+        """Appends to the `tokens` [n] that requests got, none or one each, those that came along
+        with it. Called after `finish`, before `sampled`."""
+        if self.runner.guesses is None:
+            return
+        got = {self._index[n]: some for n, some in zip(request_ids, tokens, strict=True) if some}
+        sequences = np.array([*got], dtype=np.int64)
+        newest = np.array([some[0] for some in got.values()], dtype=np.int64)
+        found = self.runner.guesses.further.after(sequences, newest)
+        for index, (more, depths) in found.items():
+            got[index] += more
+            self._further[self._names[index]] = depths
+
     def wanting(self) -> Ints:
         """The sequences of this step that want a token."""
         stairs = self.stairs
@@ -226,17 +241,25 @@ class RunningSequences:
         stairs, active, guesses = self.stairs, self._active, self.runner.guesses
         if guesses is None:
             return
-        waits = ~stairs.in_flight[active] & (stairs.ahead[active] > 0)
-        index = active[stairs.tentative[active] | waits]
-        index = index[self._known[index] == stairs.certain(index) + 1]
-        slot = np.where(stairs.tentative[index], 0, 1)
-        equal = stairs.guesses[index, slot] == self._newest[index]
-        right = stairs.right_guess(index, equal)
-        right &= self._known[index] < self._limit[index]
-        guesses.confirm(index[right], self.runner.quorum)
-        wrong = index[~right]
-        guesses.waves.reject(wrong)
-        self._tables.forget(wrong, stairs.done[wrong, 0], stairs.slots)
+        while True:  # once for each token that a sequence got, several at most
+            waits = ~stairs.in_flight[active] & (stairs.ahead[active] > 0)
+            index = active[stairs.tentative[active] | waits]
+            certain = stairs.certain(index)
+            index, certain = (those[self._known[index] > certain] for those in (index, certain))
+            if not len(index):
+                return
+            token = self._newest[index]
+            for at in np.flatnonzero(self._known[index] > certain + 1).tolist():
+                token[at] = self._tokens[index[at]][certain[at]]
+            slot = np.where(stairs.tentative[index], 0, 1)
+            right = stairs.right_guess(index, stairs.guesses[index, slot] == token)
+            right &= certain + 1 < self._limit[index]
+            guesses.confirm(index[right], self.runner.quorum)
+            wrong = index[~right]
+            guesses.waves.reject(wrong)
+            self._tables.forget(wrong, stairs.done[wrong, 0], stairs.slots)
+            # Those whose next token is known, too.
+            stairs.finish(index[right & (self._known[index] > certain + 1)])
 
     def _successors(self, sequences: Ints, known: Ints) -> Chunks:
         """The next positions, at depth 1, of those of `sequences` that generate, have not ended
@@ -340,7 +363,9 @@ class RunningSequences:
         self._settle()
         report, stairs, active = self.runner.report, self.stairs, self._active
         report.times.gap, report.times.host = self.runner.clock.gap, self.runner.clock.host
+        self._further = {}
         progress = LoopProgress(
+            further=self._further,
             boundary_rows=report.boundary_rows,
             stalled=report.stalled + self._stalled,
             times=report.times,

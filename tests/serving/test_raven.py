@@ -1,0 +1,481 @@
+"""Recurrent depth in the engine: the original's answers, whatever runs beside a request."""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import BadRequestError, OpenAI
+from safetensors.torch import load_file, save_file
+
+import vllm_loopus
+from tests import raven
+from tests.conftest import (
+    FORKED,
+    GOLDEN_LOOPED,
+    admit_too_many,
+    counter,
+    kv_manager,
+    runner_of,
+    spy_on_steps,
+)
+from vllm_loopus import exit_depths
+from vllm_loopus.architectures.raven.reference import RavenForCausalLM
+from vllm_loopus.bench.server import running_server
+
+LOOPS = 16
+CHECKPOINTS = Path(vllm_loopus.__file__).parent / "checkpoints"
+GUESSES = {"speculate": {"draft_depth": 2, "lookahead": 3}}
+
+
+def start(
+    make_llm: Any, model: str | Path, state: str | None, criterion: str = "none", **options: Any
+) -> Any:
+    """An engine of `model` (a golden one, or a folder). `state`: the option `initial_state`."""
+    loopus = options.pop("loopus", {}) | ({} if state is None else {"initial_state": state})
+    overrides = {"halting_strategy": criterion, "max_loops": LOOPS} | options.pop("overrides", {})
+    return make_llm(
+        GOLDEN_LOOPED / model,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        hf_overrides=overrides,
+        additional_config={"loopus": loopus},
+        **options,
+    )
+
+
+def generate(llm: Any, cases: list[dict[str, Any]]) -> list[Any]:
+    from vllm import SamplingParams
+
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=len(case["tokens"]),
+            ignore_eos=True,
+            detokenize=False,
+            seed=case.get("seed"),
+            logprobs=5,
+            extra_args=raven.knobs(case),
+        )
+        for case in cases
+    ]
+    prompts = [{"prompt_token_ids": case["prompt"]} for case in cases]
+    return [o.outputs[0] for o in llm.generate(prompts, sampling, use_tqdm=False)]
+
+
+def assert_right(llm: Any, cases: list[dict[str, Any]]) -> None:
+    for case, output in zip(cases, generate(llm, cases), strict=True):
+        assert list(output.token_ids) == case["tokens"], case
+        assert exit_depths(output) == case["depths"], case
+        if first := case.get("first_logits_top5"):
+            # Logits up to a constant: log-probabilities of the same five tokens.
+            found = {token: value.logprob for token, value in output.logprobs[0].items()}
+            shift = max(first.values()) - max(found.values())
+            for token, logit in first.items():
+                assert found[int(token)] + shift == pytest.approx(logit, abs=1e-3)
+
+
+def assert_trace(llm: Any, model: str, state: str) -> None:
+    """States and constant input of a prompt, and the logits after it, are the original's."""
+    trace = load_file(GOLDEN_LOOPED / model / "trace.safetensors")
+    served, states, injected = runner_of(llm).get_model(), [], []
+    refine, encode = served.refine, served.encode
+
+    def seen_refine(*args: Any) -> Any:
+        result = refine(*args)
+        states.append(result[0].clone())
+        return result
+
+    def seen_encode(*args: Any) -> Any:
+        result = encode(*args)
+        states.append(result[0].clone())
+        injected.append(result[1].clone())
+        return result
+
+    served.refine, served.encode = seen_refine, seen_encode
+    case = {"prompt": raven.expected(model)["trace_prompt"], "num_steps": 8, "tokens": [0]}
+    (output,) = generate(llm, [{**case, "exit_threshold": None}])
+    del served.refine, served.encode
+    assert torch.allclose(injected[0], trace["injected"], rtol=0, atol=1e-4)
+    assert torch.allclose(torch.stack(states), trace[f"states_{state}"], rtol=0, atol=1e-4)
+    expected = trace[f"logits_{state}"][7].log_softmax(-1)
+    for token, value in output.logprobs[0].items():
+        assert value.logprob == pytest.approx(float(expected[token]), abs=1e-3)
+
+
+def answers_of(model: str, state: str, criterion: str) -> list[dict[str, Any]]:
+    """Golden cases of an engine with one criterion: those of fixed depths too."""
+    return raven.cases(model, state, *{"none", criterion})
+
+
+def alone_and_together(make_llm: Any, model: str, state: str, criterion: str) -> None:
+    llm = start(make_llm, model, raven.initial_state(model, state), criterion)
+    assert_trace(llm, model, state)
+    cases = answers_of(model, state, criterion)
+    for case in cases[::7]:
+        assert_right(llm, [case])
+    for _ in range(2):
+        assert_right(llm, cases)
+    assert counter(llm, "vllm:prefix_cache_hits") > 0
+
+
+def in_chunks(make_llm: Any, model: str, state: str, criterion: str) -> None:
+    options = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+    llm = start(make_llm, model, raven.initial_state(model, state), criterion, **options)
+    steps = spy_on_steps(llm)
+    assert_right(llm, answers_of(model, state, criterion))
+    assert max(rows for step in steps for rows in step.passes) == 16
+
+
+def under_preemption(make_llm: Any, model: str, state: str, criterion: str) -> None:
+    options = {"max_model_len": 64, "num_gpu_blocks_override": 2 * LOOPS + 1, "max_num_seqs": 4}
+    llm = start(make_llm, model, raven.initial_state(model, state), criterion, **options)
+    admit_too_many(llm)
+    cases = [c for c in answers_of(model, state, criterion) if len(c["prompt"]) > 16]
+    assert_right(llm, cases)
+    assert counter(llm, "vllm:num_preemptions") > 0 or kv_manager(llm).short_of_planes > 0
+
+
+def with_guesses(make_llm: Any, model: str, state: str, criterion: str) -> None:
+    chosen = raven.initial_state(model, state)
+    llm = start(make_llm, model, chosen, criterion, loopus=GUESSES)
+    steps = spy_on_steps(llm)
+    assert_right(llm, answers_of(model, state, criterion))
+    assert any(step.guesses for step in steps)
+
+
+def padded(make_llm: Any, model: str, state: str, criterion: str) -> None:
+    from vllm_loopus.serving.worker import regions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(regions.PADDED_ROWS, "1,2,4,8,16,24")
+        options = {"max_num_batched_tokens": 40, "max_num_seqs": 12}
+        llm = start(make_llm, model, raven.initial_state(model, state), criterion, **options)
+        assert_right(llm, answers_of(model, state, criterion))
+
+
+def with_prompt_scores(make_llm: Any, model: str, state: str, criterion: str) -> None:
+    """The decoder computes a scored prompt from its first position, whatever passes did."""
+    from vllm import SamplingParams
+
+    llm = start(make_llm, model, raven.initial_state(model, state), criterion)
+    cases = [c for c in raven.cases(model, state, criterion) if len(c["prompt"]) > 4]
+    scored = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=len(case["tokens"]),
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=0,
+            extra_args=raven.knobs(case),
+        )
+        for case in cases
+    ]
+    prompts = [{"prompt_token_ids": case["prompt"]} for case in cases]
+    for case, output in zip(cases, llm.generate(prompts, scored, use_tqdm=False), strict=True):
+        assert list(output.outputs[0].token_ids) == case["tokens"]
+        assert exit_depths(output) == case["depths"]
+        assert len(output.prompt_logprobs) == len(case["prompt"])
+
+
+def last_exited_where_it_changes_nothing(
+    make_llm: Any, model: str, state: str, criterion: str
+) -> None:
+    chosen = raven.initial_state(model, state)
+    llm = start(make_llm, model, chosen, criterion, loopus={"kv_policy": "last_exited"})
+    cases = [c for c in answers_of(model, state, criterion) if len(set(c["depths"])) == 1]
+    for _ in range(2):
+        assert_right(llm, cases)
+
+
+WAYS = [
+    alone_and_together,
+    in_chunks,
+    under_preemption,
+    with_guesses,
+    padded,
+    with_prompt_scores,
+    last_exited_where_it_changes_nothing,
+]
+# One setting of each way; all of them are in `test_every_case`.
+SETTINGS = [
+    (alone_and_together, "huginn", "table", "kl"),
+    (in_chunks, "huginn", "zero", "entropy-diff"),
+    (under_preemption, "retro_llama3", "table", "latent-diff"),
+    (with_guesses, "huginn", "table", "argmax-stability"),
+    (padded, "retro_tinyllama", "zero", "latent-diff"),
+]
+EVERY = [
+    (way, model, state, criterion)
+    for model in raven.MODELS
+    for criterion in raven.criteria(model)[1:]
+    for state in ("zero", "table")
+    for way in WAYS
+]
+
+
+def told(value: Any) -> str:
+    return value.__name__ if callable(value) else str(value)
+
+
+@pytest.mark.parametrize(("way", "model", "state", "criterion"), SETTINGS, ids=told)
+def test_golden_cases(
+    make_llm: Any, way: Callable[..., None], model: str, state: str, criterion: str
+) -> None:
+    way(make_llm, model, state, criterion)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("way", "model", "state", "criterion"), EVERY, ids=told)
+def test_every_case(
+    make_llm: Any, way: Callable[..., None], model: str, state: str, criterion: str
+) -> None:
+    way(make_llm, model, state, criterion)
+
+
+@pytest.fixture
+def ranks_on_one_memory_node(forked_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM gives each rank a memory node of its own, or refuses."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "criterion"), [("huginn", "minp-kl"), ("retro_llama3", "latent-diff")]
+)
+def test_two_ranks(
+    make_llm: Any, ranks_on_one_memory_node: None, model: str, criterion: str
+) -> None:
+    """Logits are gathered for the exit rule. A single K/V head is on both ranks."""
+    llm = start(make_llm, model, raven.initial_state(model, "table"), criterion, **TWO_RANKS)
+    assert_right(llm, answers_of(model, "table", criterion))
+
+
+@pytest.mark.long
+def test_two_ranks_of_olmo2(make_llm: Any, ranks_on_one_memory_node: None, tmp_path: Path) -> None:
+    """The norm over a whole query and key, of which each rank has a part; one key is on both."""
+    for kv_heads in (2, 1):
+        folder = raven.write_olmo2(tmp_path / str(kv_heads), num_key_value_heads=kv_heads)
+        reference = RavenForCausalLM.from_pretrained(folder)
+        reference.config.halting_strategy = "kl"
+        cases = seeded_cases(reference, [0.0, 0.01, 0.1])
+        assert_right(start(make_llm, folder, None, "kl", **TWO_RANKS), cases)
+
+
+def answer(
+    model: RavenForCausalLM, prompt: list[int], tokens: int, state: str, **rule: Any
+) -> dict[str, Any]:
+    """A case as the reference answers it. `rule`: `num_steps`, `exit_threshold`, `seed`."""
+    model.config.max_loops, seed = rule["num_steps"], rule.get("seed")
+    model.config.exit_threshold = rule["exit_threshold"]
+    ids, depths, gap = list(prompt), [], 1.0
+    with torch.no_grad():
+        for _ in range(tokens):
+            output = model(
+                torch.tensor([ids]), initial_state=state, seed=seed or 0, logits_to_keep=1
+            )
+            best = output.logits[0, -1].topk(2)
+            gap = min(gap, float(best.values[0] - best.values[1]))
+            ids.append(int(best.indices[0]))
+            depths.append(int(output.exit_depths))
+    found = {"prompt": prompt, "tokens": ids[len(prompt) :], "depths": depths, "gap": gap}
+    return {**found, **rule}
+
+
+def seeded_cases(model: RavenForCausalLM, thresholds: list[float]) -> list[dict[str, Any]]:
+    rng, prompt = random.Random(2), [random.Random(4).randrange(320) for _ in range(40)]
+    return [
+        answer(
+            model,
+            prompt[: rng.choice([3, 17, 40])],
+            5,
+            "noise",
+            num_steps=rng.choice([3, 8]),
+            exit_threshold=rng.choice(thresholds),
+            seed=seed,
+        )
+        for seed in [None, 0, 1, 1, 2**63 - 1, -5, 1, None]
+    ]
+
+
+def test_noise_by_seed(make_llm: Any) -> None:
+    """The default. Requests share prefixes if their first states are the same, and only then."""
+    reference = RavenForCausalLM.from_pretrained(GOLDEN_LOOPED / "retro_tinyllama")
+    reference.config.halting_strategy = "latent-diff"
+    cases = seeded_cases(reference, [0.0, 0.2, 0.4])
+    llm = start(make_llm, "retro_tinyllama", None, "latent-diff")
+    hits, long = [], max(cases, key=lambda case: len(case["prompt"]))
+    for seed in (11, 11, 12, None, 0):
+        before = counter(llm, "vllm:prefix_cache_hits")
+        generate(llm, [{**long, "seed": seed}])
+        hits.append(counter(llm, "vllm:prefix_cache_hits") - before > 0)
+    assert hits == [False, True, False, False, True]  # the engine's own seed is 0
+    for _ in range(2):
+        assert_right(llm, cases)
+    assert_right(llm, cases[2:3])
+
+
+def test_olmo2(make_llm: Any, tmp_path: Path) -> None:
+    """No golden answers: engine and reference agree, in a batch and from the prefix cache."""
+    folder = raven.write_olmo2(tmp_path)
+    reference = RavenForCausalLM.from_pretrained(folder)
+    reference.config.halting_strategy = "kl"
+    cases = seeded_cases(reference, [0.0, 0.01, 0.1])
+    assert min(case["gap"] for case in cases) > 1e-4
+    llm = start(make_llm, folder, None, "kl")
+    for _ in range(2):
+        assert_right(llm, cases)
+
+
+def test_depth_far_beyond_training(make_llm: Any) -> None:
+    """64 planes; what they take is said at the start."""
+    from vllm_loopus.serving.runners.start_up import start_up_summary
+
+    deep = {"overrides": {"max_loops": 64}, "kv_cache_memory_bytes": 2**27}
+    llm = start(make_llm, "retro_llama3", "zeros", **deep)
+    reference = RavenForCausalLM.from_pretrained(GOLDEN_LOOPED / "retro_llama3")
+    rules = [{"num_steps": steps, "exit_threshold": 0.0} for steps in (64, 33, 1)]
+    assert_right(llm, [answer(reference, [5, 6, 7], 4, "zeros", **rule) for rule in rules])
+    runner = runner_of(llm)
+    said = start_up_summary(
+        runner.vllm_config, runner.get_model().planes.layout, runner.kv_cache_config
+    )
+    assert re.search("loops +1 to 64\n", said)
+    assert "KiB at 64" in said
+    assert "injected" in said
+
+
+REFUSED = [
+    ({"overrides": {"max_loops": 0}}, r"max_loops=0 must be from 1 to 256"),
+    (
+        {"overrides": {"halting_strategy": "threshold"}},
+        r"halting_strategy='threshold' is unknown.*kl",
+    ),
+    ({"state": "ones"}, r"initial_state='ones' .*no such file exists.*'zeros'"),
+    ({"loopus": {"initial_state": 3}}, r"initial_state=3 must be 'noise'"),
+    ({"state": "{tmp}/other"}, r"initial_state=.*has no tensor 's0'"),
+    ({"state": "{tmp}/narrow"}, r"initial_state=.*shape \[8, 32\].*\[positions, 64\]"),
+    ({"state": "{tmp}/nan"}, r"initial_state=.*NaN"),
+    ({"state": "{tmp}/text"}, r"initial_state=.*cannot be read"),
+    (
+        {"overrides": {"max_loops": 200}},
+        r"max_loops=200 .*max_model_len=128.*lower max_loops to \d",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("states")
+    save_file({"s1": torch.zeros(8, 64)}, folder / "other")
+    save_file({"s0": torch.zeros(8, 32)}, folder / "narrow")
+    save_file({"s0": torch.full((8, 64), torch.nan)}, folder / "nan")
+    (folder / "text").write_text("no tensors")
+    return folder
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:50])
+def test_refused(make_llm: Any, wrong_files: Path, options: dict[str, Any], message: str) -> None:
+    given = dict(options)
+    state = given.pop("state", "zeros" if "loopus" not in given else None)
+    if state is not None:
+        state = state.replace("{tmp}", str(wrong_files))
+    with pytest.raises(Exception, match=r"(?s)" + message) as caught:
+        start(make_llm, "huginn", state, **given)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_only_for_models_whose_first_state_is_drawn(make_llm: Any) -> None:
+    from tests.conftest import GOLDEN
+
+    with pytest.raises(ValueError, match="initial_state='zeros' is not possible with LoopUS"):
+        make_llm(
+            GOLDEN / "qwen3",
+            skip_tokenizer_init=True,
+            additional_config={"loopus": {"initial_state": "zeros"}},
+        )
+
+
+def test_tensors_of_no_family(make_llm: Any, tmp_path: Path) -> None:
+    folder = raven.copy("huginn", tmp_path, qk_bias=False)
+    with pytest.raises(Exception, match="fit no family of model_type='huginn_raven'"):
+        make_llm(folder, skip_tokenizer_init=True)
+
+
+def test_positions_beyond_the_table(make_llm: Any) -> None:
+    llm = start(make_llm, "retro_llama3", str(raven.table("retro_llama3")))
+    assert llm.llm_engine.model_config.max_model_len == 64
+    (case,) = [{"prompt": [5] * 70, "tokens": [0], "num_steps": 1, "exit_threshold": 0}]
+    with pytest.raises(Exception, match="maximum context length is 64"):
+        generate(llm, [case])
+    # It ends where the table does.
+    (output,) = generate(llm, [{**case, "prompt": [5] * 60, "tokens": [0] * 9}])
+    assert len(output.token_ids) <= 5
+    assert output.finish_reason == "length"
+
+
+def test_what_is_said_of_it() -> None:
+    from vllm_loopus.architectures.raven.config import RavenConfig
+    from vllm_loopus.serving.model.facts import ModelFacts, layout_of
+
+    content = json.loads((GOLDEN_LOOPED / "huginn" / "config.json").read_text())
+    config = RavenConfig(**{**content, "halting_strategy": "kl"})
+    layout = layout_of(config, dtype_bytes=4)
+    facts = ModelFacts.of(config, layout)
+    assert (facts.encoder, facts.reasoning) == ("layers 0-1 (2)", "layers 2-4 (3)")
+    assert (facts.decoder, facts.kind) == ("layers 5-6 (2)", "Recurrent depth, Huginn")
+    assert "every loop also runs the coda (2 blocks)" in facts.exit_rule
+    assert sum(layout.items().values()) == layout.allocated(16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", [*raven.MODELS, "olmo2"])
+def test_vllm_serve_without_flags(tmp_path: Path, model: str) -> None:
+    """A checkpoint as on the hub, with a tokenizer: one command."""
+    folder = tmp_path / model
+    if model == "olmo2":
+        raven.write_olmo2(folder)
+    else:
+        raven.copy(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINTS / "loopus-tiny" / name, folder)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": FORKED}
+    environment["VLLM_LOGGING_LEVEL"] = "INFO"
+    log = tmp_path / "log"
+    with (
+        log.open("w") as output,
+        running_server(str(folder), environment=environment, output=output) as address,
+    ):
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def ask(knobs: dict[str, Any], seed: int | None) -> Any:
+            return client.completions.create(
+                model=str(folder),
+                prompt=[5, 6, 7, 8],
+                max_tokens=6,
+                temperature=0,
+                seed=seed,
+                logprobs=1,
+                extra_body={"ignore_eos": True, "vllm_xargs": {**knobs, "return_exit_depths": 1}},
+            ).choices[0]
+
+        first, second = ask({"max_loops": 3}, None), ask({"max_loops": 3}, None)
+        assert first.model_extra["exit_depths"] == [3] * 6
+        assert first.logprobs == second.logprobs
+        other = ask({"max_loops": 3}, 1)
+        assert other.logprobs.token_logprobs != first.logprobs.token_logprobs
+        assert ask({}, 1).model_extra["exit_depths"] == [LOOPS] * 6
+        with pytest.raises(BadRequestError, match="num_steps is called max_loops here"):
+            ask({"num_steps": 3}, None)
+    said = log.read_text()
+    assert re.search(r"Recurrent depth, .*layout|Recurrent depth, Huginn", said)
+    assert "first state" in said
