@@ -14,6 +14,7 @@ from tests.serving.test_early_exit import (
     MIXED,
     SCARCE,
     SETTINGS,
+    assert_same,
     by_rule,
     generate,
     name_of,
@@ -176,3 +177,18 @@ def test_blocks_and_bytes_in_use(make_llm: Any, dtype: str, kv_dtype: str, plane
     storage = runner_of(llm).model.planes.state_pages()[0].untyped_storage().nbytes()
     assert storage == a_block * manager.block_pool.num_gpu_blocks
     assert sum(held) * a_block == sum(held) * block * layout.block_bytes_per_token
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("last", [1, 3])
+def test_last_exited(make_llm: Any, last: int) -> None:
+    """Alone as in one batch; where no token exits deeper than m, as with all planes."""
+    cases = cases_of(MIXED[0], 8)
+    loopus = {"kv_policy": "last_exited", "kv_planes": f"last:{last}"}
+    llm = start(make_llm, MIXED[0], loopus, enable_prefix_caching=False)
+    shallow = [{**case, "N": min(case["N"], last)} for case in cases]
+    together = [generate(llm, of, max_tokens=LONG) for of in (cases, shallow)]
+    assert max(d for output in together[0] for d in exit_depths(output)) == 8
+    assert_same([generate(llm, [case], max_tokens=LONG)[0] for case in cases], together[0])
+    llm = start(make_llm, MIXED[0], {"kv_policy": "last_exited"}, enable_prefix_caching=False)
+    assert_same(generate(llm, shallow, max_tokens=LONG), together[1])
