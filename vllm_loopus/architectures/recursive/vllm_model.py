@@ -136,7 +136,9 @@ class RecursiveForCausalLM(LoopedModelBase):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed(input_ids)
 
-    def encode(self, input_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def encode(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return (self.embed_input_ids(input_ids),)
 
     def refine(
