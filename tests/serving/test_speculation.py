@@ -151,6 +151,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"allowed_token_ids": list(range(100, 200))},
     {"max_tokens": 1},
     {"max_tokens": 3},
+    {"stop_token_ids": list(range(0, 512, 3))},
 ]
 
 
