@@ -36,6 +36,13 @@ def test_positions_that_exited_come_along() -> None:
     assert found.passes * 3 * found.rows == pytest.approx(1 + 2 + 2 + 2 + 2)
 
 
+def test_what_exited_behind_gives_its_token_in_the_same_boundary() -> None:
+    """The second token exits while the first one goes to 3: both leave after the third pass."""
+    costs = Costs(c0=1.0, c1=0.0, d0=0.5, d1=0.0, d2=0.0)
+    found = simulate_waves(costs, [[3, 1]], [[1, 1]], 1, 1, 7)
+    assert 1e3 / found.rate * 2 == pytest.approx(3 * 1.0 + 2 * 0.5)
+
+
 def test_a_boundary_where_anything_is_decoded() -> None:
     costs = Costs(c0=1.0, c1=0.0, d0=0.5, d1=0.0, d2=0.0)
     every = simulate_waves(costs, [[4] * TOKENS], [[1] * TOKENS], 1, 1, 7)

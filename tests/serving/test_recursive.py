@@ -240,3 +240,16 @@ def test_two_ranks(
         max_num_batched_tokens=24,
     )
     assert_right(llm, cases_of(folder, 2))
+
+
+@pytest.mark.long
+def test_fewer_loops_than_the_checkpoint_has(
+    make_llm: Any, low_rank: tuple[Path, list[Case]]
+) -> None:
+    folder, cases = low_rank
+    llm = make_llm(folder, skip_tokenizer_init=True, hf_overrides={"max_loops": 2})
+    shallow = [case for case in cases if case["knobs"]["max_loops"] <= 2]
+    assert len(shallow) > 2
+    assert_right(llm, shallow)
+    with pytest.raises(ValueError, match="max_loops=5 must be from 1 to 4"):
+        make_llm(folder, skip_tokenizer_init=True, hf_overrides={"max_loops": 5})

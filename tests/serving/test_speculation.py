@@ -115,12 +115,17 @@ def test_preemption_in_a_wave(make_llm: Any, long_answers: Any, wave: tuple[int,
     llm = speculating(make_llm, MIXED[0], wave, max_num_seqs=8)
     engine, stairs, cut = llm.llm_engine, runner_of(llm)._sequences.stairs, 0
     answers: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
+    at_once = set()
     with both_outcomes(llm):
         for number, case in enumerate(cases):
             params = params_of(case, max_tokens=LONG)
             engine.add_request(str(number), {"prompt_token_ids": case["prompt"]}, params)
         for step in range(1, 1000):
             for output in engine.step():
+                length = len(output.outputs[0].token_ids)
+                at_once.add(length - lengths.get(output.request_id, 0))
+                lengths[output.request_id] = length
                 if output.finished:
                     answers[output.request_id] = output.outputs[0]
             if step % 9 == 0 and step < 60:
@@ -129,6 +134,7 @@ def test_preemption_in_a_wave(make_llm: Any, long_answers: Any, wave: tuple[int,
             if not engine.has_unfinished_requests():
                 break
     assert cut > 0
+    assert max(at_once) > 1 or wave == (2, 3), "several tokens in one step"
     found = [answers[str(number)] for number in range(len(cases))]
     assert_same(found, reference)
     assert pool(llm).get_num_free_blocks() == pool(llm).num_gpu_blocks - 1
@@ -145,6 +151,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"allowed_token_ids": list(range(100, 200))},
     {"max_tokens": 1},
     {"max_tokens": 3},
+    {"stop_token_ids": list(range(0, 512, 3))},
 ]
 
 

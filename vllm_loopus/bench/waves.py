@@ -3,8 +3,8 @@
 
 Each sequence has positions in flight at falling depths. In every pass all of them go one depth
 deeper. After it, the newest one that has made `draft_depth` passes guesses the next, and those that
-have exited give their tokens in order, one each boundary. A wrong guess costs all positions after
-it. It shares no code with the engine.
+have exited give their tokens in order, as far as guesses were right. A wrong guess costs all
+positions after it. It shares no code with the engine.
 """
 
 from collections.abc import Sequence
@@ -55,17 +55,18 @@ class _Wave:
         self.flight.append(0)
         return True
 
-    def emit(self) -> bool:
-        """Whether the oldest position gives its token after this pass."""
-        if self.flight[0] < self.exit_of(0):
-            return False
-        if self.right[self.token] and len(self.flight) > 1:
-            self.flight.pop(0)
-        else:
+    def emit(self) -> int:
+        """How many tokens there are after this pass."""
+        first = self.token
+        while self.token < len(self.exits) and self.flight[0] >= self.exit_of(0):
+            right = self.right[self.token] and len(self.flight) > 1
+            self.token += 1
+            if right:
+                self.flight.pop(0)
+                continue
             self.flight = [0]
-            self.done = [min(computed, self.token + 1) for computed in self.done]
-        self.token += 1
-        return True
+            self.done = [min(computed, self.token) for computed in self.done]
+        return self.token - first
 
 
 def simulate_waves(
