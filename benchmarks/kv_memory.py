@@ -9,7 +9,8 @@ numbers.
 The pool holds `--hold` sequences at full depth with K/V of the model's dtype, and not one more.
 Engines with different settings answer the same requests, enough to fill all of them, in turn;
 ratios are to the engine with K/V of the model's dtype and all planes. Exit depths are replayed:
-`--means 8 3` for full depth and for independent depths with a mean of 3.
+`--means 8 3` for full depth and for independent depths with a mean of 3. The last column is in CPU
+time, which neighbours on the machine change less; it means something with OMP_NUM_THREADS=1.
 """
 
 import os
@@ -49,7 +50,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     report = begin()
     print("| K/V | policy | mean depth | KiB a token | sequences at once | preemptions | tokens/s, "
-          "over all planes |\n|---|---|---|---|---|---|---|")  # fmt: skip
+          "over all planes | tokens per CPU second, over all planes |\n" + 8 * "|---" + "|")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(write_config(SIZES[args.size].config(), Path(folder) / "model"))
         rows = [row for policy in args.policies for row in measure(args, model, policy)]
@@ -70,11 +71,13 @@ def measure(args: Namespace, model: str, policy: str) -> list[dict[str, Any]]:
         work = requests(args, engines[FIRST], mean)
         watched = {name: watch(llm) for name, llm in engines.items()}
         taken: dict[str, list[float]] = {name: [] for name in engines}
+        worked: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(args.rounds + 1):  # the first is for warming up
             for name, llm in engines.items():
-                began = time.perf_counter()
+                began, cpu = time.perf_counter(), time.process_time()
                 llm.generate(*work, use_tqdm=False)
                 taken[name].append(time.perf_counter() - began)
+                worked[name].append(time.process_time() - cpu)
         for name, llm in engines.items():
             pairs = list(zip(taken[FIRST], taken[name], strict=True))[1:]
             layout = layout_of(llm)
@@ -87,12 +90,15 @@ def measure(args: Namespace, model: str, policy: str) -> list[dict[str, Any]]:
                     "at_once": watched[name]["running"],
                     "preemptions": watched[name]["preemptions"],
                     "ratio": median(first / own for first, own in pairs),
+                    "cpu_ratio": median(worked[FIRST][1:]) / median(worked[name][1:]),
                     "tokens_a_second": len(work[0]) * args.tokens / median(taken[name][1:]),
                 }
             )
             print(
                 "| {setting} | {policy} | {mean_depth:.0f} | {0:.1f} | {at_once} | {preemptions} | "
-                "{ratio:.2f} |".format(rows[-1]["bytes_a_token"] / 1024, **rows[-1]),
+                "{ratio:.2f} | {cpu_ratio:.2f} |".format(
+                    rows[-1]["bytes_a_token"] / 1024, **rows[-1]
+                ),
                 flush=True,
             )
     for llm in engines.values():

@@ -15,12 +15,12 @@ from vllm_loopus.serving.worker.nonfinite import cleanse
 from vllm_loopus.serving.worker.states import StatePages
 
 BLOCK = 32
-FEW = {"num_gpu_blocks_override": 8 * 4 + 1}
+FEW = {"num_gpu_blocks_override": 8 * 3 + 1}
 # Products of matrices differ by rounding between a batch and one sequence, and K/V near the middle
 # between two fp8 numbers turns that into one of their steps. Such answers may differ where the best
 # two tokens are this close.
 CERTAIN = 0.05
-QUICK = [("qwen3", "fp8"), ("phi3", "fp8_e5m2")]
+QUICK = [("qwen3", "fp8")]
 SLOW = [(b, d) for b in BACKBONES for d in ("fp8", "fp8_e5m2") if (b, d) not in QUICK]
 
 
@@ -66,7 +66,7 @@ def assert_same(outputs: list[Any], expected: list[Any]) -> None:
 )
 def test_alone_in_chunks_from_hits_and_preempted(make_llm: Any, setting: Any) -> None:
     every = by_rule(setting[0])[setting[1]]
-    cases = every[:: len(every) // 5][:5]
+    cases = every[:: len(every) // 4][:4]
     asked = {"max_tokens": LONG, "logprobs": 2}
     llm = start(make_llm, setting, kv_cache_dtype="fp8", enable_prefix_caching=False)
     expected = [generate(llm, [case], **asked)[0] for case in cases]

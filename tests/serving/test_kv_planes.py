@@ -70,7 +70,7 @@ def assert_answers(outputs: list[Any], answers: list[Any]) -> None:
 )
 def test_what_a_position_sees(make_llm: Any, setting: Any, last: int) -> None:
     """Alone, in one batch, in chunks and from prefix hits, after preemptions."""
-    cases = cases_of(setting, 6)
+    cases = cases_of(setting, 4)
     expected = reference_answers(setting, last, cases, LONG)
     assert max(d for _, depths, _ in expected for d in depths) == 8
     shared = {"kv_planes": f"last:{last}"}
@@ -94,7 +94,7 @@ def test_what_a_position_sees(make_llm: Any, setting: Any, last: int) -> None:
     assert counter(llm, "vllm:num_preemptions") > 0
 
 
-@pytest.mark.parametrize("prefill", ["lazy", "full"])
+@pytest.mark.parametrize("prefill", ["lazy", pytest.param("full", marks=pytest.mark.long)])
 def test_scores_of_prompts(make_llm: Any, prefill: str) -> None:
     """A scored prompt goes to the exit depth of its last position as a whole."""
     setting, last = MIXED[0], 2
