@@ -49,8 +49,10 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     report = begin()
-    print("| K/V | policy | mean depth | KiB a token | sequences at once | preemptions | tokens/s, "
-          "over all planes | tokens per CPU second, over all planes |\n" + 8 * "|---" + "|")  # fmt: skip
+    print(
+        "| K/V | policy | mean depth | KiB a token | sequences at once | preemptions "
+        "| tokens/s, over all planes | per CPU second |\n" + 8 * "|---" + "|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(write_config(SIZES[args.size].config(), Path(folder) / "model"))
         rows = [row for policy in args.policies for row in measure(args, model, policy)]
@@ -94,11 +96,10 @@ def measure(args: Namespace, model: str, policy: str) -> list[dict[str, Any]]:
                     "tokens_a_second": len(work[0]) * args.tokens / median(taken[name][1:]),
                 }
             )
+            kib = rows[-1]["bytes_a_token"] / 1024
             print(
-                "| {setting} | {policy} | {mean_depth:.0f} | {0:.1f} | {at_once} | {preemptions} | "
-                "{ratio:.2f} | {cpu_ratio:.2f} |".format(
-                    rows[-1]["bytes_a_token"] / 1024, **rows[-1]
-                ),
+                "| {setting} | {policy} | {mean_depth:.0f} | {kib:.1f} | {at_once} | {preemptions} "
+                "| {ratio:.2f} | {cpu_ratio:.2f} |".format(kib=kib, **rows[-1]),
                 flush=True,
             )
     for llm in engines.values():
