@@ -66,11 +66,11 @@ def assert_same(outputs: list[Any], expected: list[Any]) -> None:
 )
 def test_alone_in_chunks_from_hits_and_preempted(make_llm: Any, setting: Any) -> None:
     every = by_rule(setting[0])[setting[1]]
-    cases = every[:: len(every) // 4][:4]
+    cases = every[:: len(every) // 5][:5]
     asked = {"max_tokens": LONG, "logprobs": 2}
     llm = start(make_llm, setting, kv_cache_dtype="fp8", enable_prefix_caching=False)
     expected = [generate(llm, [case], **asked)[0] for case in cases]
-    assert len({depth for output in expected for depth in exit_depths(output)}) > 3
+    assert len({depth for output in expected for depth in exit_depths(output)}) > 2
     assert_same(generate(llm, cases, **asked), expected)
 
     llm = start(make_llm, setting, kv_cache_dtype="fp8", max_num_batched_tokens=16, max_num_seqs=8)
