@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import GOLDEN, golden_cases
-from tests.serving.looped_answers import OURO
+from tests.serving.looped_answers import OURO, ouro_cases
 
 MODEL = GOLDEN / "qwen3"
-PROMPTS = [[t % 320 for t in case["prompt"]] for case in golden_cases("qwen3")[:4]]
+PROMPTS = {
+    MODEL: [case["prompt"] for case in golden_cases("qwen3")[:4]],
+    OURO: [case["prompt"] for case in ouro_cases()[:4]],
+}
 GROUP = 32
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -154,13 +157,14 @@ def test_answers_are_those_of_the_weights(
         temperature=0, max_tokens=1, logprobs=20, detokenize=False,
         extra_args={"exit_threshold": 2.0},
     )  # fmt: skip
-    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS[source]], params, use_tqdm=False)
     farthest = 0.0
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
+    for prompt, output in zip(PROMPTS[source], outputs, strict=True):
         right = model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].log_softmax(-1)
         for token, value in output.outputs[0].logprobs[0].items():
             farthest = max(farthest, abs(value.logprob - right[token].item()))
-    assert farthest < METHODS[method][2]
+    # Every loop of Ouro goes through the same rounding again: 0.3 without quantisation.
+    assert farthest < METHODS[method][2] * (4 if source == OURO else 1)
 
 
 def test_an_unknown_method_is_named(make_llm: Any, tmp_path: Path) -> None:
