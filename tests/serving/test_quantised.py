@@ -157,7 +157,9 @@ def test_answers_are_those_of_the_weights(
         temperature=0, max_tokens=1, logprobs=20, detokenize=False,
         extra_args={"exit_threshold": 2.0},
     )  # fmt: skip
-    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS[source]], params, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in PROMPTS[source]], params, use_tqdm=False
+    )
     farthest = 0.0
     for prompt, output in zip(PROMPTS[source], outputs, strict=True):
         right = model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].log_softmax(-1)
