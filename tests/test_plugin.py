@@ -129,3 +129,26 @@ def test_version_range(monkeypatch: pytest.MonkeyPatch, version: str, supported:
 def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "installed_vllm", lambda: None)
     assert "vllm-loopus[cpu]" in (plugin.unsupported_version() or "")
+
+
+def test_names_of_vllm_stay_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its whole list, and a name of ours if vLLM has a model for it."""
+    from vllm.model_executor.models import registry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_loopus.architectures import ARCHITECTURES
+    from vllm_loopus.serving.hooks.engine_config import LoopedVllmConfig
+
+    plugin.register()
+    models = registry.ModelRegistry.models
+    for name, (module, kind) in registry._VLLM_MODELS.items():
+        assert models[name].module_name in (module, f"vllm.model_executor.models.{module}")
+        assert models[name].class_name == kind
+        assert MODELS_CONFIG_MAP.get(name) is not LoopedVllmConfig
+    assert {one.name for one in ARCHITECTURES} <= models.keys()
+
+    theirs = registry._LazyRegisteredModel("vllm.model_executor.models.ouro", "OuroForCausalLM")
+    monkeypatch.setitem(models, "OuroForCausalLM", theirs)
+    monkeypatch.delitem(MODELS_CONFIG_MAP, "OuroForCausalLM")
+    plugin.register()
+    assert models["OuroForCausalLM"] is theirs and "OuroForCausalLM" not in MODELS_CONFIG_MAP

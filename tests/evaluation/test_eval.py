@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from tests.conftest import GOLDEN
 from vllm_loopus.aliases import EMBEDDED
+from vllm_loopus.architectures.recursive.config import RecursiveConfig
 from vllm_loopus.cli.main import app
 from vllm_loopus.evaluation import engines, run
 from vllm_loopus.evaluation.models import Setting, looped_model
@@ -227,3 +229,14 @@ def _score(lm: Any, ids: list[int], length: int) -> tuple[float, bool]:
     wanted = torch.tensor(ids[-length:])
     found = logits[range(length), wanted].sum().item()
     return found, bool((logits.argmax(-1) == wanted).all())
+
+
+def test_a_model_without_an_exit_rule_has_one_setting(tmp_path: Path) -> None:
+    base = AutoConfig.from_pretrained(EMBEDDED["loopus-tiny-base"])
+    RecursiveConfig(base_config=base.to_dict(), loops=2).save_pretrained(tmp_path)
+    assert looped_model(str(tmp_path), None, None, None).settings == (Setting(2),)
+    assert looped_model(str(tmp_path), 1, False, None).settings == (Setting(1),)
+    with pytest.raises(ValueError, match=r"--early-exit has no effect .* halting_strategy is none"):
+        looped_model(str(tmp_path), None, True, None)
+    with pytest.raises(ValueError, match=r"exit_threshold=0\.5 has no effect"):
+        looped_model(str(tmp_path), None, None, 0.5)

@@ -156,6 +156,7 @@ def test_names_of_the_checkpoint_and_ours() -> None:
         ({"early_exit_threshold": float("nan")}, "early_exit_threshold=nan must be a finite"),
         ({"halting_strategy": "kl"}, "halting_strategy='kl' is unknown; choose one of cdf"),
         ({"min_loops": 5}, "min_loops=5 must be from 1 to max_loops=4"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types has 'sliding_attention'"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
     ],

@@ -129,6 +129,9 @@ def test_fields_of_a_checkpoint_that_do_not_fit(recast: Path) -> None:
     config.max_loops = 3
     with pytest.raises(ValueError, match="max_loops=3 must be from 1 to 2: the checkpoint has"):
         config.check()
+    config.max_loops = 0
+    with pytest.raises(ValueError, match="max_loops=0 must be from 1"):
+        config.check()
     config.max_loops, config.halting_strategy = 2, "cdf"
     with pytest.raises(ValueError, match="halting_strategy='cdf' is unknown; choose one of none"):
         config.check()

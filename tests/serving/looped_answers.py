@@ -8,6 +8,8 @@ from tests.conftest import GOLDEN_LOOPED
 from vllm_loopus import exit_depths
 
 OURO = GOLDEN_LOOPED / "ouro"
+# Arguments of an engine for it: the most loops that its golden answers have.
+OURO_LOOPS: dict[str, Any] = {"skip_tokenizer_init": True, "hf_overrides": {"total_ut_steps": 6}}
 
 
 def ouro_cases() -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import counter
 from tests.serving.fake_executor import EagerQuorum
+from tests.serving.looped_answers import OURO, OURO_LOOPS, assert_right, ouro_cases
 from tests.serving.test_early_exit import MIXED, assert_golden, by_rule, generate, start
 from vllm_loopus.serving.worker.nonfinite import WatchedRows
 
@@ -145,6 +146,14 @@ def test_two_ranks_that_guess(make_llm: Any, forked_processes: None) -> None:
     assert_golden_and_alike(llm)
     assert counter(llm, "vllm:loopus_confirmed_guesses") > 0
     assert counter(llm, "vllm:loopus_rejected_guesses") > 0
+
+
+@pytest.mark.long
+def test_two_ranks_of_ouro(make_llm: Any, forked_processes: None) -> None:
+    llm = make_llm(OURO, tensor_parallel_size=2, disable_log_stats=False, **OURO_LOOPS)
+    llm.collective_rpc(disturb)
+    assert llm.collective_rpc(heads_of_rank) == [2, 2]
+    assert_right(llm, ouro_cases())
 
 
 def test_a_worker_process(make_llm: Any, forked_processes: None) -> None:

@@ -9,18 +9,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import admit_too_many, counter, kv_manager, runner_of, spy_on_steps
-from tests.serving.looped_answers import OURO, assert_right, copy_of, generate, ouro_cases
+from tests.serving.looped_answers import (
+    OURO,
+    OURO_LOOPS,
+    assert_right,
+    copy_of,
+    generate,
+    ouro_cases,
+)
 from vllm_loopus import exit_depths
 
 CASES = ouro_cases()
 LOOPS = max(case["knobs"]["max_loops"] for case in CASES)
-SIX = {"skip_tokenizer_init": True, "hf_overrides": {"total_ut_steps": LOOPS}}
 GUESSING = {"speculate": {"draft_depth": 1, "lookahead": 3}}
 
 
 def test_alone_in_one_batch_and_from_the_prefix_cache(make_llm: Any) -> None:
     """The decoder has no K/V and no rows to catch up: one row for each token."""
-    llm = make_llm(OURO, disable_log_stats=False, **SIX)
+    llm = make_llm(OURO, disable_log_stats=False, **OURO_LOOPS)
     first = generate(llm, CASES[40:41], logprobs=5)[0].logprobs[0]
     reference = CASES[40]["first_logits_top5"]
     scores = {int(token): value for token, value in reference.items()}
@@ -37,7 +43,7 @@ def test_alone_in_one_batch_and_from_the_prefix_cache(make_llm: Any) -> None:
 
 def test_scored_prompts(make_llm: Any) -> None:
     """All rows of such a prompt go through the LM head, at the depth that its last one exits at."""
-    llm = make_llm(OURO, max_num_batched_tokens=16, max_num_seqs=4, **SIX)
+    llm = make_llm(OURO, max_num_batched_tokens=16, max_num_seqs=4, **OURO_LOOPS)
     case = next(case for case in CASES if len(case["prompt"]) > 16 and case["depths"][0] < 4)
     plain, scored = generate(llm, [case]), generate(llm, [case], prompt_logprobs=1)
     assert plain[0].token_ids == scored[0].token_ids
@@ -50,7 +56,7 @@ def test_chunks_and_guesses(make_llm: Any) -> None:
         max_num_batched_tokens=16,
         max_num_seqs=8,
         additional_config={"loopus": {**GUESSING, "exit_quorum": "auto"}},
-        **SIX,
+        **OURO_LOOPS,
     )
     steps = spy_on_steps(llm)
     assert_right(llm, CASES)
@@ -66,7 +72,7 @@ def test_preemption(make_llm: Any) -> None:
         max_model_len=64,
         num_gpu_blocks_override=2 * LOOPS + 1,
         max_num_seqs=4,
-        **SIX,
+        **OURO_LOOPS,
     )
     admit_too_many(llm)
     assert_right(llm, short)
@@ -78,7 +84,7 @@ def test_preemption(make_llm: Any) -> None:
 @pytest.mark.parametrize("lookahead", [1, 7])
 def test_guesses(make_llm: Any, draft_depth: int, lookahead: int) -> None:
     options = {"speculate": {"draft_depth": draft_depth, "lookahead": lookahead}}
-    llm = make_llm(OURO, additional_config={"loopus": options}, **SIX)
+    llm = make_llm(OURO, additional_config={"loopus": options}, **OURO_LOOPS)
     for _ in range(2):
         assert_right(llm, CASES)
 
@@ -95,7 +101,7 @@ def test_guesses(make_llm: Any, draft_depth: int, lookahead: int) -> None:
     ],
 )
 def test_options(make_llm: Any, options: dict[str, Any]) -> None:
-    llm = make_llm(OURO, max_num_seqs=24, additional_config={"loopus": options}, **SIX)
+    llm = make_llm(OURO, max_num_seqs=24, additional_config={"loopus": options}, **OURO_LOOPS)
     assert_right(llm, CASES)
 
 
@@ -104,7 +110,7 @@ def test_padded_as_for_graphs(make_llm: Any, monkeypatch: pytest.MonkeyPatch) ->
     from vllm_loopus.serving.worker import regions
 
     monkeypatch.setenv(regions.PADDED_ROWS, "1,2,4,8,16,24")
-    llm = make_llm(OURO, max_num_batched_tokens=40, max_num_seqs=12, **SIX)
+    llm = make_llm(OURO, max_num_batched_tokens=40, max_num_seqs=12, **OURO_LOOPS)
     assert_right(llm, CASES)
 
 
@@ -112,7 +118,7 @@ def test_padded_as_for_graphs(make_llm: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_last_exited_where_it_changes_nothing(make_llm: Any) -> None:
     same = [case for case in CASES if len(set(case["depths"])) == 1]
     options = {"additional_config": {"loopus": {"kv_policy": "last_exited"}}}
-    assert_right(make_llm(OURO, **options, **SIX), same)
+    assert_right(make_llm(OURO, **options, **OURO_LOOPS), same)
 
 
 @pytest.mark.parametrize(

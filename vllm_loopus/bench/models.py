@@ -147,6 +147,7 @@ SIZES = {
     "small": ModelSize(layers=6, hidden=512, intermediate=1536, heads=8, kv_heads=4),
     "tiny": ModelSize(4, 128, 256, heads=4, kv_heads=2, head_size=32, vocabulary=512),
     "ouro": OuroSize(),
+    "ouro-small": OuroSize(hidden=512, intermediate=1536, heads=8, kv_heads=8),
     "ouro-tiny": OuroSize(4, 128, 256, heads=4, kv_heads=4, head_size=32, vocabulary=512),
 }
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vllm_loopus.architectures import architecture_of, record_of
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
+from vllm_loopus.modeling.fixed_depth import NONE
 from vllm_loopus.recast.base import find_checkpoint, is_snapshot
 
 HASHED_WHOLE = 2**30  # bytes; of larger files only size and modification time are hashed
@@ -137,6 +138,14 @@ def looped_model(
     if exit_threshold is not None:
         config.exit_threshold = exit_threshold
     config.check()
+    if config.halting_strategy == NONE:
+        given = "--early-exit" if early_exit else f"exit_threshold={exit_threshold}"
+        if early_exit or exit_threshold is not None:
+            raise ValueError(
+                f"{given} has no effect for {name}, whose halting_strategy is {NONE}: all tokens "
+                "run to max_loops; leave it out"
+            )
+        return Model(name, folder, config, (Setting(config.max_loops),))
     limit = record.exit_rule.from_config(config).limit_name
     if limit != "exit_threshold" and exit_threshold is not None:
         raise ValueError(

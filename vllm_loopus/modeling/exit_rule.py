@@ -18,8 +18,9 @@ COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt}
 
 @dataclass(frozen=True)
 class ExitRule(ABC):
-    """Decides from the *evidence*, one number for each row and pass, and from the *carry*, the
-    `len(first_carry)` numbers that the rule keeps for each row between passes (often none).
+    """Decides from the *evidence*, one number or the logits of each row and pass, and from the
+    *carry*, the `len(first_carry)` numbers that the rule keeps for each row between passes (often
+    none).
 
     - `strategy`: its name, `halting_strategy` of the config.
     - `exit_threshold`, `min_loops`, `max_loops`: knobs, numbers or tensors [B].

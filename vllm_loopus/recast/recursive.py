@@ -93,20 +93,33 @@ class Residual:
         return self._factors.pop(name)
 
     def _factorise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        pair = (source.load().to(self.device, torch.float32) for source in (self.own, self.tied))
-        own, tied = pair
+        own, tied = (t.load().to(self.device, torch.float64) for t in (self.own, self.tied))
         difference = own - tied
-        total = difference.square().sum().item()
-        if total == 0:
+        if not difference.any():
             # Any A serves. One that reads all inputs can be trained as any other LoRA.
             generator = torch.Generator().manual_seed(self.seed)
             inputs = torch.randn(difference.shape[1], self.rank, generator=generator)
             self.kept = 1.0
             return torch.linalg.qr(inputs).Q.T.contiguous(), torch.zeros(len(own), self.rank)
-        u, s, v = torch.linalg.svd(difference, full_matrices=False)
-        r = self.rank
-        self.kept = min(s[:r].square().sum().item() / s.square().sum().item(), 1.0)
-        return v[:r].cpu().contiguous(), (u[:, :r] * s[:r]).cpu().contiguous()
+        a, b, self.kept = truncated_svd(difference, self.rank)
+        return a.float().cpu().contiguous(), b.float().cpu().contiguous()
+
+
+def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`V_r^T` [r, in], `U_r S_r` [out, r], and the share of the squared norm within rank r.
+
+    From the eigenvectors of the Gram matrix of the shorter side, in four times less time than all
+    singular vectors take. In float64 its loss of digits is below float32's.
+    """
+    wide = len(matrix) <= matrix.shape[1]
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
+    kept = min((values[:rank].sum() / values.sum()).item(), 1.0)
+    if not wide:
+        return vectors.T, matrix @ vectors, kept
+    scale = values[:rank].sqrt()
+    scale = scale.clamp(min=1e-10 * scale[0].item())  # A without zeros to divide by
+    return (vectors.T @ matrix) / scale[:, None], vectors * scale, kept
 
 
 @dataclass(frozen=True)

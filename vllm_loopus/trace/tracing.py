@@ -47,7 +47,7 @@ def set_knobs(config: LoopedConfig, **knobs: Any) -> ExitRule:
         if value is not None:
             if name not in record.served_fields:
                 raise ValueError(
-                    f"{name}={value} is not a field of a {record.family} model; it has "
+                    f"{name}={value} is not a field of {record.family} checkpoints; they have "
                     f"{', '.join(record.served_fields)}"
                 )
             setattr(config, name, value)

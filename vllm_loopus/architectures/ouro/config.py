@@ -59,7 +59,12 @@ class OuroConfig(LoopFields, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        kwargs.pop("layer_types", None)  # all of them attend to everything: see `check`
+        types = kwargs.pop("layer_types", None) or []
+        if other := set(types) - {"full_attention"}:
+            raise ValueError(
+                f"layer_types has {', '.join(map(repr, sorted(other)))}; Ouro is supported with "
+                "full_attention in every layer, as all published models have it"
+            )
         super().__post_init__(**kwargs)
         self.architectures: list[str] = self.architectures or [ARCHITECTURE]
         self.check()

@@ -7,6 +7,7 @@ from vllm_loopus.loop_fields import MAX_RECURSION_DEPTH, check_choice
 from vllm_loopus.modeling.fixed_depth import NONE
 
 ARCHITECTURE = "RecursiveForCausalLM"
+ALL = -1  # default of `max_loops`: as many as there are
 TIES = ("stepwise", "average", "lower")
 
 
@@ -34,7 +35,7 @@ class RecursiveConfig(ConfigWithBase):
     loops: int = 1
     lora_rank: int = 0
     tie: str = TIES[0]
-    max_loops: int = 0
+    max_loops: int = ALL
     min_loops: int = 1
     halting_strategy: str = NONE
     exit_threshold: int | float = 1.0
@@ -43,7 +44,8 @@ class RecursiveConfig(ConfigWithBase):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.architectures: list[str] = self.architectures or [ARCHITECTURE]
-        self.max_loops = self.max_loops or self.loops
+        if self.max_loops == ALL:
+            self.max_loops = self.loops
         # transformers builds a config without arguments to find the defaults; do not check that.
         if self.base_config is not None:
             self.check()
