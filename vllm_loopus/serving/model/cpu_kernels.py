@@ -64,8 +64,12 @@ def round_fp8(layer: Any) -> None:
         rounds_fp8 = True
 
         def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, *rest: Any) -> None:
-            key = _with_half(key, kept, layer._k_scale_float)
-            value = _with_half(value, kept, layer._v_scale_float)
+            scales = layer._k_scale_float, layer._v_scale_float
+            if scales[0] == scales[1] and key.shape == value.shape:  # half as many operations
+                key, value = _with_half(torch.stack([key, value]), kept, scales[0]).unbind()
+            else:
+                key = _with_half(key, kept, scales[0])
+                value = _with_half(value, kept, scales[1])
             super().do_kv_cache_update(layer, key, value, *rest)
 
     layer.impl.__class__ = Rounding
