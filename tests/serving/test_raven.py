@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,6 +277,24 @@ def test_two_ranks_of_olmo2(make_llm: Any, ranks_on_one_memory_node: None, tmp_p
         reference.config.halting_strategy = "kl"
         cases = seeded_cases(reference, [0.0, 0.01, 0.1])
         assert_right(start(make_llm, folder, None, "kl", **TWO_RANKS), cases)
+
+
+def test_memory_of_a_depth() -> None:
+    """What does not fit is refused with what does; planes count, not loops."""
+    from vllm_loopus.serving.model.kv_layout import KVLayout
+    from vllm_loopus.serving.runners.start_up import check_depth_fits
+
+    cache = SimpleNamespace(block_size=32, num_gpu_blocks_override=None)
+    model = SimpleNamespace(max_model_len=100, original_max_model_len=None)
+    config = SimpleNamespace(model_config=model, cache_config=cache)
+    sizes = {"encoder": 0, "reasoning": 1, "decoder": 0, "kv_bytes": 100, "state_bytes": 100}
+    one = 128 * 200  # 4 blocks of 32 tokens of 200 bytes, at one depth
+    check_depth_fits(config, KVLayout.of(max_loops=8, **sizes), 8 * one)
+    check_depth_fits(config, KVLayout.of(max_loops=8, planes=2, **sizes), 2 * one)
+    with pytest.raises(ValueError, match=r"max_loops=8 .*to 7 or less.*max_model_len to 96 or"):
+        check_depth_fits(config, KVLayout.of(max_loops=8, **sizes), 8 * one - 1)
+    with pytest.raises(ValueError, match=r"max_loops=8 does not fit.*GiB; lower max_model_len"):
+        check_depth_fits(config, KVLayout.of(max_loops=8, planes=2, **sizes), one - 1)
 
 
 def answer(

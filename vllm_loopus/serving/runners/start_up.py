@@ -65,7 +65,7 @@ def check_depth_fits(vllm_config: Any, layout: KVLayout, available: int) -> None
     blocks = cdiv(model.max_model_len, cache.block_size)
     one = blocks * cache.block_size * layout.block_bytes_per_token
     deepest = available // one
-    if layout.max_loops <= deepest or available <= 0:
+    if layout.planes <= deepest or available <= 0:
         return
     tokens = available // layout.allocated(layout.max_loops) // cache.block_size * cache.block_size
     fixes = [
@@ -77,7 +77,7 @@ def check_depth_fits(vllm_config: Any, layout: KVLayout, available: int) -> None
     ]
     raise ValueError(
         f"max_loops={layout.max_loops} does not fit: a sequence of max_model_len="
-        f"{model.max_model_len} takes {layout.max_loops * one / 2**30:.2f} GiB of K/V at that "
+        f"{model.max_model_len} takes {layout.planes * one / 2**30:.2f} GiB of K/V at that "
         f"depth, and there are {available / 2**30:.2f} GiB; {', or '.join(filter(None, fixes))}"
     )
 
