@@ -114,6 +114,7 @@ def test_a_path_means_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("name", "message"),
     [
         ("loopus-qwen3-40b", "is not a known alias"),
+        ("ouro-7b", "is not a known alias"),
         ("loopus-qwen3-4b", "recast Qwen/Qwen3-4B"),
     ],
 )

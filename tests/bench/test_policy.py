@@ -1,5 +1,7 @@
 """The simulated policy, on cases that can be counted by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,15 @@ def test_one_sequence_at_one_depth(kv: str) -> None:
     # Six passes of one row; each boundary has one token and one row.
     assert (found.passes, found.rows) == (2, 1)
     assert found.rate == pytest.approx(1e3 * 3 / (6 * 11 + 3 * 7.5))
+
+
+@pytest.mark.parametrize("kv", ["exact", "last_exited"])
+def test_a_decoder_without_kv_has_nothing_to_catch_up(kv: str) -> None:
+    """Each token has one row in it, whatever the depths; with K/V, the prompt of ten as well."""
+    costs, exits = replace(COSTS, c0=0, c1=0, d0=0, d1=0), [[2, 1, 2]]
+    policy = Policy(kv, 1, 2, 1.0, decoder_attends=False)
+    assert simulate(costs, exits, 10, policy).rate == pytest.approx(1e3 / costs.d2)
+    assert simulate(costs, exits, 10, replace(policy, decoder_attends=True)).rate < 1e3 / costs.d2
 
 
 def test_a_deeper_token_takes_the_ones_before_it_along() -> None:
