@@ -27,13 +27,17 @@ from vllm_loopus.recast import convert as writing
 from vllm_loopus.recast.analysis import AnalysisOptions, analyse_base, can_analyse
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.cut import Cut, ScoredCut, parse_decoder, parse_encoder, range_text
+from vllm_loopus.recast.gguf_file import find_gguf, write_plain
 from vllm_loopus.recast.output import check_output
-from vllm_loopus.recast.provenance import ConversionRecord, RecastRecord
+from vllm_loopus.recast.provenance import ConversionRecord, RecastRecord, unpacked_record
 
 DEFAULTS = AnalysisOptions()
 
 BaseArgument = Annotated[
-    str, typer.Argument(help="The pretrained model: a folder, an alias, or owner/name on the hub.")
+    str,
+    typer.Argument(
+        help="The pretrained model: a folder, a GGUF file, an alias, or owner/name on the hub."
+    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write; created only when complete.")]
 EncoderOption = Annotated[
@@ -160,7 +164,7 @@ def recast(
         by_hand = len(given) == len(ends)
         # Check everything before the long part starts.
         writing.plan(opened, Cut(opened.num_layers, first or 0, last or 0), seed, **fields)
-        check_output(out, force=force, needed=opened.nbytes, reads=opened.folder)
+        check_output(out, force=force, needed=opened.nbytes, reads=opened.source)
         if not analysis and not by_hand:
             raise ValueError("--no-analysis needs a cut; give --encoder and --decoder")
         found = None
@@ -267,15 +271,24 @@ def analyze(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A LoopUS checkpoint: folder, alias, owner/name.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A LoopUS checkpoint: folder, alias, owner/name. Or a GGUF file."),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write; created only when complete.")],
     checkpoint_format: FormatOption = Format.LOOPUS,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a LoopUS checkpoint to the other format; tensors are copied byte for byte."""
+    """Convert a LoopUS checkpoint to the other format; tensors are copied byte for byte.
+
+    A GGUF file is written as a plain checkpoint in float32, for training and evaluation.
+    """
     with report_errors(ValueError, OSError):
+        if (file := find_gguf(source)) is not None:
+            _convert_gguf(file, out, as_json)
+            return
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
         record = ConversionRecord(source, checkpoint_format.value, ["vllm-loopus", *sys.argv[1:]])
         config = writing.convert(source, out, replace(options, finish=record.write))
@@ -284,6 +297,15 @@ def convert(
         print_json(result)
     else:
         typer.echo(f"{out}: {source} in format {checkpoint_format.value}")
+
+
+def _convert_gguf(file: Path, out: Path, as_json: bool) -> None:
+    command = ["vllm-loopus", *sys.argv[1:]]
+    write_plain(file, out, lambda opened: unpacked_record(opened, command))
+    if as_json:
+        print_json({"out": str(out), "format": "plain"})
+    else:
+        typer.echo(f"{out}: {file} as a plain checkpoint in float32")
 
 
 def _by_hand(
