@@ -178,8 +178,8 @@ def _text(value: Any) -> str | None:
 def write_plain(path: Path, out: Path, provenance: Callable[[GgufFile], dict[str, Any]]) -> None:
     """Writes a GGUF file as a plain checkpoint to the folder `out`, which must not exist.
 
-    `provenance`: gives the content of `provenance.json`. Raises `FileExistsError`, `OSError` without
-    enough space, and `CheckpointError` if the file cannot be read.
+    `provenance`: gives the content of `provenance.json`. Raises `FileExistsError`, `OSError`
+    without enough space, and `CheckpointError` if the file cannot be read.
     """
     file = GgufFile.open(path)
     file.config()

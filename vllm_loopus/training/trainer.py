@@ -25,6 +25,7 @@ from vllm_loopus.training.supervision import (
     measure_by_depth,
     supervised_step,
 )
+from vllm_loopus.training.vocabulary import plain_scores
 
 POSITION = "data_position.json"
 NOT_DECAYED = ("A_log",)
@@ -170,12 +171,23 @@ class PackedTrainer(Trainer):
         """The `loss` of a micro-batch and the values to log: its terms, and `right` tokens."""
         carried = inputs["carried"]
         labelled = carried.labelled
-        logits = model(
-            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-        ).logits.flatten(0, 1)[labelled.where]
-        losses = token_losses(logits, labelled.targets)
-        right = (logits.detach().argmax(-1) == labelled.targets).sum()
-        return {"loss": language_modelling_loss(losses, counts), "right": right}
+        losses, right = self._scores(model, inputs["input_ids"], inputs["position_ids"], labelled)
+        return {"loss": language_modelling_loss(losses, counts), "right": right.sum()}
+
+    def _scores(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labelled: Labelled,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token losses and right tokens [n] of a plain model."""
+        with plain_scores(self.accelerator.unwrap_model(model), labelled) as scores:
+            logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        if scores is not None:
+            return scores.losses, scores.right
+        logits = logits.flatten(0, 1)[labelled.where]
+        return token_losses(logits, labelled.targets), logits.argmax(-1) == labelled.targets
 
     # Log
 
@@ -259,10 +271,8 @@ class PackedTrainer(Trainer):
         labelled: Labelled,
     ) -> dict[str, torch.Tensor]:
         """Sums over the labelled tokens of a micro-batch."""
-        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        logits = logits.flatten(0, 1)[labelled.where]
-        right = logits.argmax(-1) == labelled.targets
-        return {"loss": token_losses(logits, labelled.targets).sum(), "accuracy": right.sum()}
+        losses, right = self._scores(model, input_ids, position_ids, labelled)
+        return {"loss": losses.sum(), "accuracy": right.sum()}
 
     @staticmethod
     def named(name: str, value: Any, prefix: str) -> dict[str, float]:
