@@ -4,11 +4,11 @@ For developers who change the training; docs/log.md has the numbers. Models of `
 
     python benchmarks/training_step.py --plain runs/smollm2/base --looped runs/smollm2/test/recast
 
-In turn, on the same rows: forward and backward of the plain model; its layers alone, forward without
-gradient and forward with backward; its LM head with the loss; and the supervised steps of the looped
-model. `expected` is the time of the layer and head passes that these steps take by their definition,
-at the plain model's speed; `ratio` is what they took, divided by that. Times are CPU seconds of one
-thread, so that others at work on the machine hardly change them. `--only` gives the peak memory.
+In turn, on the same rows: forward and backward of the plain model; its layers alone, forward
+without gradient and forward with backward; and the supervised steps of the looped model. `expected`
+is the time of the layer and head passes that these steps take by their definition, at the plain
+model's speed; `ratio` is what they took, divided by that. Times are CPU seconds of one thread, so
+that others at work on the machine hardly change them. `--only` gives the peak memory.
 """
 
 import argparse
@@ -68,9 +68,7 @@ def main() -> None:
         found = []
         for step in steps:
             with bf16:
-                result = supervised_step(
-                    looped, ids, positions, carried, step, supervision, counts
-                )
+                result = supervised_step(looped, ids, positions, carried, step, supervision, counts)
             result["loss"].backward()
             found.append(float(result["loss"].detach()))
         return found
@@ -113,7 +111,9 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     forward, both = median["layers, forward"] / count, median["layers, both"] / count
     head = median["plain"] - median["layers, both"]  # forward and backward
-    parts = {name: len(getattr(looped, name).layers) for name in ("encoder", "reasoning", "decoder")}
+    parts = {
+        name: len(getattr(looped, name).layers) for name in ("encoder", "reasoning", "decoder")
+    }
     forwards, boths, heads, done, decoded = parts["encoder"], 0, 0.0, 0, False
     for step in steps:
         forwards += (step - done) * parts["reasoning"]

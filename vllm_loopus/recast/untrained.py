@@ -1,8 +1,8 @@
 """The loss of untrained cuts: what is left of a base model after passes that nobody trained.
 
-A loop has to write what it reads. Where the reasoning block of a cut returns states of the kind that
-it takes, the untrained model is still close to its base; where it does not, the gate mixes states
-that have nothing in common, and training begins with repairing that.
+A loop has to write what it reads. Where the reasoning block of a cut returns states of the kind
+that it takes, the untrained model is still close to its base; where it does not, the gate mixes
+states that have nothing in common, and training begins with repairing that.
 
 All cuts are measured in one forward of the base: after each of its layers, that layer runs on the
 states of every cut that needs it there.
@@ -41,7 +41,11 @@ class UntrainedLosses:
 
 @torch.inference_mode()
 def untrained_losses(
-    base: Base, cuts: Sequence[Cut], sequences: Sequence[torch.Tensor], model: HiddenStates, seed: int
+    base: Base,
+    cuts: Sequence[Cut],
+    sequences: Sequence[torch.Tensor],
+    model: HiddenStates,
+    seed: int,
 ) -> UntrainedLosses:
     """Measures the cuts on token sequences [T], and shows a progress bar.
 

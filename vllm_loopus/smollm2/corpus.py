@@ -14,6 +14,8 @@ import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.message import Message
+from email.parser import Parser
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,11 +51,11 @@ def documents(packages: tuple[str, ...] = PACKAGES) -> Iterator[Document]:
     for name in packages:
         spec = find_spec(name)
         if spec is not None and spec.submodule_search_locations:
-            licence = _licence(metadata.metadata(_distribution(name)))
+            licence = _licence(_about(metadata.distribution(_distribution(name))))
             yield from _modules(Path(spec.submodule_search_locations[0]), name, licence)
     for found in sorted(metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
-        about = found.metadata
-        text = about.get("Description") or str(about.get_payload() or "")
+        about = _about(found)
+        text = about.get("Description") or str(about.get_payload())
         yield Document(f"readme/{about['Name']}", "README files", _licence(about), text)
 
 
@@ -81,7 +83,11 @@ def _distribution(module: str) -> str:
     return metadata.packages_distributions()[module][0]
 
 
-def _licence(about: metadata.PackageMetadata) -> str:
+def _about(distribution: metadata.Distribution) -> Message:
+    return Parser().parsestr(distribution.read_text("METADATA") or "")
+
+
+def _licence(about: Message) -> str:
     stated = about.get("License-Expression") or about.get("License") or ""
     if len(stated) > 60 or not stated:
         classifiers = about.get_all("Classifier") or []
@@ -128,11 +134,11 @@ def write(out: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str, dict[str
         counts[document.source][held_out] += 1
         counts[document.source][2] += len(text)
         licences[document.source].add(document.licence)
-    for source, (train, held_out, characters) in counts.items():
+    for source, (train, apart, characters) in counts.items():
         sources[source] = {
             "licences": sorted(licences[source]),
             "documents": train,
-            "held_out_documents": held_out,
+            "held_out_documents": apart,
             "characters": characters,
         }
     with complete_folder(out) as folder:
