@@ -7,6 +7,7 @@ wrapper the model was saved with.
 import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,6 +79,11 @@ class Base:
             return None
         _, *parts = self.folder.parent.parent.name.split("--")  # models--owner--name
         return "/".join(parts)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """The number of tensors of each dtype, the most frequent first."""
+        return dict(Counter(tensor.dtype for tensor in self.tensors.values()).most_common())
 
     @property
     def nbytes(self) -> int:

@@ -96,6 +96,9 @@ class RecastRecord:
             seed=self.seed,
             representation=self.analysis and self.analysis.representation,
             ranking=self.analysis.ranking[:RUNNERS_UP] if self.analysis else (),
+            base_loss=self.analysis.untrained.base
+            if self.analysis and self.analysis.untrained
+            else None,
             sample=self.analysis.sample if self.analysis else "",
             parts=parts,
             chosen_by=self.chosen_by,

@@ -107,7 +107,8 @@ class Sweep:
         for cut in self.cuts:
             if self.ends[cut] == layer + 1:
                 update = given if self.first else self.passing.pop(cut)
-                self.before[cut] = self.gate(update, self.before[cut])
+                place = self.gate.A_log.device
+                self.before[cut] = self.gate(update.to(place), self.before[cut].to(place))
                 self.decoding[cut] = self.before[cut]
 
 

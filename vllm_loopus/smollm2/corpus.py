@@ -9,6 +9,7 @@ kept once, so that no paragraph is in both parts.
 import ast
 import hashlib
 import json
+import random
 import re
 import sysconfig
 from collections import defaultdict
@@ -25,7 +26,7 @@ from vllm_loopus.recast.output import complete_folder
 # Packages of the locked environment whose documentation is prose, not only signatures.
 PACKAGES = ("numpy", "networkx", "matplotlib", "nltk", "scipy", "pandas", "sympy")
 HELD_OUT = 12  # one in so many documents is held out
-SHORTEST = 400  # characters of a document
+SHORTEST, LONGEST = 400, 2000  # characters of a row: a document, or some of its paragraphs
 DOCSTRING = 200  # characters of a docstring
 DOCTEST = re.compile(r"^\s*(>>>|\.\.\. ).*$")
 LINE = re.compile(r"^\s*[-=~^*#]{3,}\s*$")
@@ -102,6 +103,17 @@ def prose(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
+def pieces(paragraphs: list[str]) -> Iterator[str]:
+    """Runs of whole paragraphs of about `LONGEST` characters at most."""
+    waiting = ""
+    for paragraph in paragraphs:
+        if waiting and len(waiting) + len(paragraph) > LONGEST:
+            yield waiting
+            waiting = ""
+        waiting = f"{waiting}\n\n{paragraph}".strip("\n")
+    yield waiting
+
+
 def is_held_out(name: str) -> bool:
     """Whether the document with this name is held out."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
@@ -113,7 +125,7 @@ def write(out: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str, dict[str
     Returns what `sources.json` has: by source, its licences, documents and characters.
     """
     sources: dict[str, dict[str, object]] = {}
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # both parts, characters
     licences: dict[str, set[str]] = defaultdict(set)
     seen: set[bytes] = set()
     rows: dict[bool, list[str]] = {True: [], False: []}
@@ -125,15 +137,15 @@ def write(out: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str, dict[str
             if key not in seen:
                 seen.add(key)
                 paragraphs.append(paragraph)
-        text = "\n\n".join(paragraphs).strip()
-        if len(text) < SHORTEST:
-            continue
         held_out = is_held_out(document.name)
-        row = {"text": text, "name": document.name, "source": document.source}
-        rows[held_out].append(json.dumps(row))
-        counts[document.source][held_out] += 1
-        counts[document.source][2] += len(text)
-        licences[document.source].add(document.licence)
+        found = [text for text in pieces(paragraphs) if len(text) >= SHORTEST]
+        for text in found:
+            row = {"text": text, "name": document.name, "source": document.source}
+            rows[held_out].append(json.dumps(row))
+        if found:
+            counts[document.source][held_out] += 1
+            counts[document.source][2] += sum(map(len, found))
+            licences[document.source].add(document.licence)
     for source, (train, apart, characters) in counts.items():
         sources[source] = {
             "licences": sorted(licences[source]),
@@ -141,6 +153,8 @@ def write(out: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str, dict[str
             "held_out_documents": apart,
             "characters": characters,
         }
+    for part in rows.values():  # the first rows, which are evaluated, come from all sources
+        random.Random(0).shuffle(part)
     with complete_folder(out) as folder:
         (folder / "train.jsonl").write_text("\n".join(rows[False]) + "\n")
         (folder / "held-out.jsonl").write_text("\n".join(rows[True]) + "\n")

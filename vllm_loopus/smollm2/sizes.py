@@ -30,7 +30,7 @@ SIZES = {
         settings={
             "batch_size": 2,
             "optimizer.warmup_tokens": 600,
-            "data.eval_documents": 3,
+            "data.eval_documents": 2,
             "eval_every": 6,
             "save_every": 6,
             "log_every": 2,

@@ -24,6 +24,7 @@ from vllm_loopus.training.objective import (
     token_confidence_loss,
 )
 from vllm_loopus.training.settings import Supervision
+from vllm_loopus.training.thresholds import ThresholdSums
 from vllm_loopus.training.trainable import Trainable
 from vllm_loopus.training.vocabulary import token_scores
 
@@ -162,7 +163,7 @@ def measure_by_depth(
 
     At depths 1..N (`max_loops`): `loss`, `accuracy` (right tokens) and `confidence`, [N] each. At
     the exit depths by the config's halting rule, as in serving: `exit_depth`, `exit_accuracy` and
-    `exit_loss`, scalars.
+    `exit_loss`, scalars. By threshold: see `ThresholdSums`.
     """
     embedded = model.encoder.embed_tokens(input_ids)
     positions = model.positions(embedded, None, position_ids)
@@ -174,11 +175,13 @@ def measure_by_depth(
         name: torch.zeros((), device=where.device)
         for name in ("exit_depth", "exit_accuracy", "exit_loss")
     }
+    thresholds = ThresholdSums(rule, len(where), where.device)
     by_depth: dict[str, list[torch.Tensor]] = {"loss": [], "accuracy": [], "confidence": []}
     for loop_pass in model.passes(model.encode(embedded, positions), positions):
         halting_inputs = model.halting_inputs(loop_pass, (row, column))
         losses, hits = scores_at(model, loop_pass.state, positions, labelled)
         right = hits.float()
+        thresholds.add(loop_pass.depth, losses, halting_inputs)
         now = exits.update(loop_pass.depth, rule.evidence(halting_inputs))
         at_exit["exit_depth"] += loop_pass.depth * now.sum()
         at_exit["exit_accuracy"] += (right * now).sum()
@@ -186,4 +189,5 @@ def measure_by_depth(
         found = {"loss": losses, "accuracy": right, "confidence": halting_inputs["confidence"]}
         for name, values in found.items():
             by_depth[name].append(values.sum())
-    return {**{name: torch.stack(sums) for name, sums in by_depth.items()}, **at_exit}
+    means = {name: torch.stack(sums) for name, sums in by_depth.items()}
+    return {**means, **at_exit, **thresholds.found()}

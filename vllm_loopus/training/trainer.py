@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from vllm_loopus.training.metrics import evaluation_progress
 from vllm_loopus.training.objective import Counts, Labelled, language_modelling_loss, token_losses
 from vllm_loopus.training.packing import Document, collate
 from vllm_loopus.training.schedule import CosineByTokens, cosine_by_tokens
@@ -25,6 +26,7 @@ from vllm_loopus.training.supervision import (
     measure_by_depth,
     supervised_step,
 )
+from vllm_loopus.training.thresholds import DEPTH, LOSS, THRESHOLDS
 from vllm_loopus.training.vocabulary import plain_scores
 
 POSITION = "data_position.json"
@@ -228,7 +230,16 @@ class PackedTrainer(Trainer):
         model.eval()
         sums: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=self.args.device)
-        for micro_batch in self._evaluation_micro_batches(eval_dataset or self.eval_dataset):
+        rows = eval_dataset or self.eval_dataset
+        micro_batches = evaluation_progress(
+            self._evaluation_micro_batches(rows),
+            -(
+                -len(rows)
+                // (self.accelerator.num_processes * self.args.per_device_train_batch_size)
+            ),
+            self.is_world_process_zero(),
+        )
+        for micro_batch in micro_batches:
             labelled = Labelled.of(micro_batch["labels"], micro_batch["position_ids"])
             total += len(labelled)
             with torch.no_grad():
@@ -276,7 +287,9 @@ class PackedTrainer(Trainer):
 
     @staticmethod
     def named(name: str, value: Any, prefix: str) -> dict[str, float]:
-        """A metric for an average, or one for each depth if it is a list."""
+        """A metric for an average, or one for each depth (or threshold) if it is a list."""
+        if name in (DEPTH, LOSS):
+            return {f"{prefix}_{name}_{t}": v for t, v in zip(THRESHOLDS, value, strict=True)}
         if isinstance(value, list):
             return {f"{prefix}_{name}_depth_{r}": v for r, v in enumerate(value, start=1)}
         return {f"{prefix}_{name}": value}
