@@ -1,5 +1,6 @@
 """The file of a run: strict keys, checked values, overrides, and every recipe we ship."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,17 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_loopus.training.settings import SettingsError, read_settings, settings_from
+from vllm_loopus.training.settings import (
+    Data,
+    Optimizer,
+    Served,
+    Settings,
+    SettingsError,
+    Source,
+    Supervision,
+    read_settings,
+    settings_from,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -93,3 +104,30 @@ def test_no_settings_at_all(text: str | None, message: str, tmp_path: Path) -> N
         file.write_text(text)
     with pytest.raises(SettingsError, match=message):
         read_settings(file)
+
+
+def test_every_key_is_in_the_reference() -> None:
+    """`docs/training-keys.md` has a row for each key, in its section, with its default."""
+    text = (Path(__file__).parents[2] / "docs" / "training-keys.md").read_text()
+    parts = dict(
+        zip(
+            re.findall(r"^## (.+)$", text, re.M), re.split(r"^## .+$", text, flags=re.M)[1:],
+            strict=True,
+        )
+    )  # fmt: skip
+    sections = {
+        "Top level": Settings, "`supervision`": Supervision, "`data`": Data,
+        "`data.sources[]`": Source, "`optimizer`": Optimizer, "`served`": Served,
+    }  # fmt: skip
+    assert parts.keys() == sections.keys()
+    for title, section in sections.items():
+        rows = dict(re.findall(r"^\| `(\w+)` \| .+? \| (.+?) \| .+ \|$", parts[title], re.M))
+        fields = {
+            name: field
+            for name, field in section.model_fields.items()
+            if f"`{name}`" not in sections
+        }
+        assert rows.keys() == fields.keys(), title
+        for name, field in fields.items():
+            if not field.is_required() and field.default not in (None, ()):
+                assert rows[name].strip("`").lower() == str(field.default).lower(), name

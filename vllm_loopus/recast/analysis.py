@@ -135,7 +135,10 @@ def analyse_base(
         untrained = None
         if options.try_tokens:
             cuts = cuts_to_try(base.num_layers, encoder, decoder)
-            also = [by_hand, published_cut(base.name, base.num_layers), ranking[0].cut]
+            published = published_cut(base.name, base.num_layers)
+            if (encoder, decoder) != (None, None):
+                published = None  # it may have other ends than those given
+            also = [by_hand, published, ranking[0].cut]
             cuts = list(dict.fromkeys([*cuts, *(cut for cut in also if cut is not None)]))
             some = texts(options.sample, options.text_field)
             tried = list(sequences(some, tokenizer, min(length, 256), options.try_tokens))
