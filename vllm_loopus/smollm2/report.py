@@ -17,6 +17,7 @@ from vllm_loopus.recast.output import complete_folder
 from vllm_loopus.recast.provenance import versions
 from vllm_loopus.smollm2.sizes import Size
 from vllm_loopus.training.metrics import read_metrics
+from vllm_loopus.training.thresholds import suggestion
 
 PROMPT = "What is the capital of France?"
 
@@ -54,6 +55,9 @@ def write(out: Path, size: Size) -> None:
             **found,
             picture=base64.b64encode(picture.getvalue()).decode(),
             depths=by_depth(found["last"]["looped"], "eval_loss"),
+            suggestion=suggestion(
+                found["last"]["looped"], len(by_depth(found["last"]["looped"], "eval_loss"))
+            ),
             untrained=by_depth(found["first"]["looped"], "eval_loss"),
             columns=[column["title"] for column in table["columns"]],
             perplexities=[c["title"] for c in table["columns"] if "perplexity" in c["metric"]],

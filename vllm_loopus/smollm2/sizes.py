@@ -24,15 +24,15 @@ class Size:
 SIZES = {
     "test": Size(
         packages=(),
-        tokens=6_000,
+        tokens=4_000,
         analysed=512,
         documents=6,
         settings={
             "batch_size": 2,
-            "optimizer.warmup_tokens": 600,
-            "data.eval_documents": 2,
-            "eval_every": 6,
-            "save_every": 6,
+            "optimizer.warmup_tokens": 400,
+            "data.eval_documents": 1,
+            "eval_every": 1000,  # so at the beginning and at the end
+            "save_every": 4,
             "log_every": 2,
         },
     ),
