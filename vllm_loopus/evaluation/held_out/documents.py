@@ -72,7 +72,7 @@ def choices(**_: Any) -> dict[str, Dataset]:
     endings = [" ".join(words[-ENDING:]) for words in split]
     rows = []
     for index, words in enumerate(split):
-        others = [ending for other, ending in enumerate(endings) if other != index]
+        others = [ending for ending in dict.fromkeys(endings) if ending != endings[index]]
         offered = [endings[index], *rng.sample(others, min(CHOICES - 1, len(others)))]
         rng.shuffle(offered)
         row = {"context": " ".join(words[:-ENDING]), "choices": offered}
