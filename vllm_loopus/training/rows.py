@@ -21,11 +21,16 @@ def check_lines(path: Path, text_field: str) -> None:
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.strip())
             except UnicodeDecodeError as error:
                 raise DataError(f"{where} is not UTF-8: {error}") from error
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON: {error}; each line is one object") from error
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where} is not JSON: {error.msg} at character {error.colno}; each line is "
+                    "one object"
+                ) from error
+            except RecursionError as error:
+                raise DataError(f"{where} is nested too deeply") from error
             if (problem := problem_of(row, text_field)) is not None:
                 raise DataError(f"{where} {problem}")
 
