@@ -11,6 +11,7 @@ import yaml
 from vllm_loopus.training.settings import (
     Data,
     Optimizer,
+    Recursion,
     Served,
     Settings,
     SettingsError,
@@ -116,7 +117,7 @@ def test_every_key_is_in_the_reference() -> None:
         )
     )  # fmt: skip
     sections = {
-        "Top level": Settings, "`supervision`": Supervision, "`data`": Data,
+        "Top level": Settings, "`supervision`": Supervision, "`recursion`": Recursion, "`data`": Data,
         "`data.sources[]`": Source, "`optimizer`": Optimizer, "`served`": Served,
     }  # fmt: skip
     assert parts.keys() == sections.keys()

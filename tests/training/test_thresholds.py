@@ -1,12 +1,20 @@
 """The suggested threshold is the one that costs least depth for the lowest loss."""
 
-import pytest
+from dataclasses import replace
+
 import torch
 
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.training.thresholds import THRESHOLDS, ThresholdSums, by_threshold, suggestion
 
-RULE = HaltingRule("threshold", 0.6, 1, 1, 2, 1e-3)
+RULE = HaltingRule(
+    strategy="threshold",
+    exit_threshold=0.6,
+    exit_interval=1,
+    min_loops=1,
+    max_loops=2,
+    convergence_epsilon=1e-3,
+)
 
 
 def test_sums_follow_the_models_rule() -> None:
@@ -42,5 +50,5 @@ def test_the_least_depth_within_a_hundredth() -> None:
 
 
 def test_convergence_has_no_threshold() -> None:
-    rule = HaltingRule("convergence", 0.6, 1, 1, 2, pytest.approx(1e-3))  # type: ignore[arg-type]
+    rule = replace(RULE, strategy="convergence")
     assert ThresholdSums(rule, 3, torch.device("cpu")).found() == {}

@@ -20,7 +20,7 @@ class ThresholdSums:
     """
 
     def __init__(self, rule: HaltingRule, count: int, device: torch.device) -> None:
-        by_confidence = rule.strategy != "convergence"
+        by_confidence = rule.limit_name == "exit_threshold"
         self.rules = [
             replace(rule, exit_threshold=threshold) for threshold in THRESHOLDS if by_confidence
         ]
