@@ -117,7 +117,8 @@ def test_every_key_is_in_the_reference() -> None:
         )
     )  # fmt: skip
     sections = {
-        "Top level": Settings, "`supervision`": Supervision, "`recursion`": Recursion, "`data`": Data,
+        "Top level": Settings, "`supervision`": Supervision, "`recursion`": Recursion,
+        "`data`": Data,
         "`data.sources[]`": Source, "`optimizer`": Optimizer, "`served`": Served,
     }  # fmt: skip
     assert parts.keys() == sections.keys()
