@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from vllm_loopus.cli.main import app
+from vllm_loopus.cli.output import INTERRUPTED
 from vllm_loopus.training.settings import (
     Data,
     Optimizer,
@@ -133,3 +136,26 @@ def test_every_key_is_in_the_reference() -> None:
         for name, field in fields.items():
             if not field.is_required() and field.default not in (None, ()):
                 assert rows[name].strip("`").lower() == str(field.default).lower(), name
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "told"),
+    [
+        ("checkpoint-4", "the last complete checkpoint is out/checkpoint-4. Continue from it"),
+        (None, "interrupted before the first checkpoint; remove out"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    checkpoint: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_loopus.training import run
+
+    def interrupted(*_: object) -> None:
+        raise run.InterruptedRunError(
+            Path("out"), None if checkpoint is None else Path("out") / checkpoint
+        )
+
+    monkeypatch.setattr(run, "train", interrupted)
+    result = CliRunner().invoke(app, ["train", str(CONFIGS / "smollm2.yaml")])
+    assert result.exit_code == INTERRUPTED
+    assert told in " ".join(result.stderr.split())
