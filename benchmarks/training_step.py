@@ -11,7 +11,6 @@ model's speed; `ratio` is what they took, divided by that. Times are CPU seconds
 that others at work on the machine hardly change them. `--only` gives the peak memory.
 """
 
-import argparse
 import resource
 import statistics
 import time
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_loopus.bench.script import begin, finish, script_parser
 from vllm_loopus.training.objective import Counts, Labelled, token_losses
 from vllm_loopus.training.settings import Supervision
 from vllm_loopus.training.supervision import Carried, TrainableLoopUS, supervised_step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--plain", required=True, help="the base model")
     parser.add_argument("--looped", required=True, help="a LoopUS model that was cut from it")
     parser.add_argument("--rows", type=int, default=2, help="packed sequences")
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("plain", "looped"), help="for the peak memory of one")
     options = parser.parse_args()
+    report = begin()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     steps = [int(step) for step in options.steps.split(",")]
@@ -77,8 +78,11 @@ def main() -> None:
     if options.only:
         tasks[options.only]()
         losses = tasks[options.only]()
-        print("peak", round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10), "MiB")
-        print("losses", losses if isinstance(losses, list) else float(losses.mean()))
+        peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        found = losses if isinstance(losses, list) else [float(losses.mean())]
+        print(f"peak {peak} MiB")
+        print(f"losses {found}")
+        finish({**report, "peak_mib": peak, "losses": found}, options.write)
         return
     layers = plain.model.layers
     count = len(layers)
@@ -128,7 +132,9 @@ def main() -> None:
     for name, value in median.items():
         print(f"{name:16} {value:7.3f} s  {tokens / value:8.0f} tokens/s")
     print(f"passes           {forwards} layer forwards, {boths} with backward, {heads:.2f} heads")
-    print(f"expected         {expected:7.3f} s   ratio {median['looped'] / expected:.3f}")
+    ratio = median["looped"] / expected
+    print(f"expected         {expected:7.3f} s   ratio {ratio:.3f}")
+    finish({**report, "seconds": median, "expected": expected, "ratio": ratio}, options.write)
 
 
 def plain_losses(
