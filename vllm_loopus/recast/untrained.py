@@ -19,7 +19,6 @@ from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.recast.base import HEAD, Base
 from vllm_loopus.recast.cut import Cut
 from vllm_loopus.recast.hidden_states import HiddenStates
-from vllm_loopus.recast.tensors import TensorSource
 
 DEPTHS = 2
 VOCABULARY_SLICE = 8192  # tokens of the vocabulary for which logits exist at a time
@@ -54,11 +53,11 @@ def untrained_losses(
     gate = SelectiveGate(int(base.config.hidden_size))
     gate.reset_parameters(torch.Generator().manual_seed(seed))
     gate.to(model.device)
-    head, cap = base.tensors[HEAD], getattr(base.config, "final_logit_softcapping", None)
+    cap = getattr(base.config, "final_logit_softcapping", None)
     sums = {cut: torch.zeros(DEPTHS, dtype=torch.float64) for cut in cuts}
     of_base, tokens = 0.0, 0
     for ids in tqdm(sequences, desc="try cuts", unit="seq"):
-        targets = ids[1:].to(model.device)
+        targets, head = ids[1:].to(model.device), base.tensors[HEAD].load()
         sweep = Sweep(cuts, gate, base.num_layers)
         for depth in range(1, DEPTHS + 1):
             last = model.visit(ids[None], sweep.after)
@@ -127,14 +126,14 @@ def run_all(run: Run, states: dict[Cut, torch.Tensor]) -> dict[Cut, torch.Tensor
 
 
 def loss(
-    rows: torch.Tensor, head: TensorSource, targets: torch.Tensor, softcap: float | None
+    rows: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, softcap: float | None
 ) -> float:
-    """The summed next-token loss of normed states [1, T, H], by slices of the vocabulary."""
+    """The summed next-token loss of normed states [1, T, H] with the LM head [V, H], by slices of
+    the vocabulary."""
     rows = rows[0, :-1].float()
-    weights = head.load()
     parts, wanted = [], torch.zeros(len(rows), device=rows.device)
     for start in range(0, head.shape[0], VOCABULARY_SLICE):
-        part = weights[start : start + VOCABULARY_SLICE].to(rows.device, torch.float32)
+        part = head[start : start + VOCABULARY_SLICE].to(rows.device, torch.float32)
         logits = rows @ part.T
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
