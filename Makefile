@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_ROOT_USER_ACTION ?= ignore
 
-.PHONY: demo test test-fast test-long test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host rehearse-device train-tiny eval-tiny lock clean
+.PHONY: demo test test-fast test-long test-faults test-ray test-install test-lowest lint serve browser pictures bench bench-early-exit bench-host rehearse-device train-tiny eval-tiny smollm2 lock clean
 
 # `make .venv` builds just the environment. The stamp makes the second time quick.
 .venv: .venv/.complete
@@ -103,6 +103,13 @@ train-tiny: .venv
 # eval-results; the same command measures only what has changed.
 eval-tiny: .venv
 	@$(BIN)/vllm-loopus eval loopus-tiny --tasks tiny --out eval-results --markdown
+
+# A real model, SmolLM2-135M, looped from nothing: docs/smollm2.md. SIZE=test takes minutes, default about two hours
+# on two cores, gpu a GPU. It continues after an interruption. make smollm2 SIZE=test SMOLLM2_OUT=runs/try
+SIZE ?= default
+SMOLLM2_OUT ?= runs/smollm2
+smollm2: .venv
+	$(BIN)/python -m vllm_loopus.smollm2 --size $(SIZE) --out $(SMOLLM2_OUT) $(SMOLLM2_OPTIONS)
 
 # Resolve the lock files again (needs uv). See requirements/README.md.
 lock:

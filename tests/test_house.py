@@ -54,6 +54,7 @@ PACKAGE_RULES = {
     "training": {*BASE, "modeling", "architectures", "recast"},
     "trace": {*BASE, "modeling", "architectures"},
     "tiny": {*BASE, "modeling", "recast", "training"},
+    "smollm2": {*BASE, "recast", "training"},
     "batch": {*BASE, "architectures", "serving"},
     "deploy": {*BASE, "architectures", "serving"},
     "evaluation": {*BASE, "modeling", "architectures", "recast", "serving", "plugin", "tiny"},

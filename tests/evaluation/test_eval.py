@@ -178,7 +178,7 @@ def test_another_checkpoint_is_another_model(tmp_path: Path) -> None:
 
 def test_settings() -> None:
     fixed, early = looped_model("loopus-tiny", 5, None, 0.4).settings
-    assert fixed == Setting(5) and fixed.knobs() == {"min_loops": 5}
+    assert fixed == Setting(5) and fixed.knobs() == {"min_loops": 5, "max_loops": 5}
     assert early == Setting(5, 0.4) and early.knobs() == {}
     only = looped_model("loopus-tiny", None, True, None)
     assert only.settings == (Setting(only.config.max_loops, only.config.exit_threshold),)

@@ -6,7 +6,14 @@ from tests.trace.conftest import tokenizer_of
 from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.trace.reference import load_vocabulary
-from vllm_loopus.trace.tokens import CLASSES, Vocabulary, token_class, visible
+from vllm_loopus.trace.tokens import (
+    BYTES,
+    CLASSES,
+    Vocabulary,
+    bytes_shown,
+    token_class,
+    visible,
+)
 
 TINY = str(EMBEDDED["loopus-tiny"])
 
@@ -45,6 +52,33 @@ TINY = str(EMBEDDED["loopus-tiny"])
 def test_classes(text: str | None, expected: str) -> None:
     assert token_class(text) == expected
     assert expected in CLASSES
+
+
+def test_parts_of_characters_are_bytes() -> None:
+    assert bytes_shown("ĠðŁ") == " <0xF0 0x9F>"
+    assert bytes_shown("Į") == "<0x8C>"
+    assert bytes_shown("ab") == "ab"
+    assert bytes_shown("<0xF0>日") == "<0xF0>日"
+
+
+def test_a_character_of_several_tokens_is_shown_whole() -> None:
+    class Bytes:
+        """A byte-level tokenizer whose tokens are single bytes."""
+
+        all_special_ids = ()
+
+        def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+            return bytes(ids).decode(errors="replace")
+
+        def convert_ids_to_tokens(self, token_id: int) -> str:
+            return {byte: character for character, byte in BYTES.items()}[token_id]
+
+    vocabulary = Vocabulary(Bytes(), 256, "bytes")
+    ids = list("a 🌧é".encode())
+    assert vocabulary.shown(ids) == ["a", " ", "🌧", "", "", "", "é", ""]
+    assert vocabulary.text(ids[2]) == "<0xF0>"
+    cut = vocabulary.shown(ids[:4])  # the answer ends inside a character
+    assert cut == ["a", " ", "<0xF0>", "<0x9F>"]
 
 
 def test_the_tokenizer_knows_what_is_special() -> None:

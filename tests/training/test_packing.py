@@ -210,18 +210,22 @@ def test_sources_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"path='nowhere.jsonl' is not a file"):
         make_stream([{"path": "nowhere.jsonl"}])
     (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
-    with pytest.raises(DataError, match=r"bad.jsonl, row 1 has neither text"):
+    with pytest.raises(DataError, match=r"bad.jsonl, line 1 has neither text"):
         make_stream([{"path": str(tmp_path / "bad.jsonl")}])
     for number, (content, message) in enumerate(
         [
-            (b"{no json\n", "cannot be read: JSON parse error"),
-            (b"", "has no rows"),
-            (b'{"text": "\xff"}\n', "is not UTF-8"),
+            (b"{no json\n", ", line 1 is not JSON"),
+            (b"", "' has no rows"),
+            (b'{"text": "\xff"}\n', ", line 1 is not UTF-8"),
+            (b'{"text": "a"}\n\n{"text": "b"}\n{"text": "c"\n', ", line 4 is not JSON"),
+            (b'{"text": "a"}\n{"text": 7}\n', ", line 2 has neither text in 'text'"),
+            (b'{"text": "a"}\n[1]\n', r", line 2 is \[1\], not an object"),
+            (b'{"messages": [{"role": "user"}]}\n', ", line 1 has messages with no turn of the"),
         ]
     ):
         file = tmp_path / f"broken-{number}.jsonl"
         file.write_bytes(content)
-        with pytest.raises(DataError, match=f"{file.name}' {message}"):
+        with pytest.raises(DataError, match=f"{file.name}{message}"):
             make_stream([{"path": str(file)}])
     (tmp_path / "long.jsonl").write_text(
         json.dumps({"prompt": "1" * LENGTH, "completion": "2"}) + "\n"

@@ -1,13 +1,28 @@
 """The file of a run: strict keys, checked values, overrides, and every recipe we ship."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from vllm_loopus.training.settings import SettingsError, read_settings, settings_from
+from vllm_loopus.cli.main import app
+from vllm_loopus.cli.output import INTERRUPTED
+from vllm_loopus.training.settings import (
+    Data,
+    Optimizer,
+    Recursion,
+    Served,
+    Settings,
+    SettingsError,
+    Source,
+    Supervision,
+    read_settings,
+    settings_from,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -93,3 +108,54 @@ def test_no_settings_at_all(text: str | None, message: str, tmp_path: Path) -> N
         file.write_text(text)
     with pytest.raises(SettingsError, match=message):
         read_settings(file)
+
+
+def test_every_key_is_in_the_reference() -> None:
+    """`docs/training-keys.md` has a row for each key, in its section, with its default."""
+    text = (Path(__file__).parents[2] / "docs" / "training-keys.md").read_text()
+    parts = dict(
+        zip(
+            re.findall(r"^## (.+)$", text, re.M), re.split(r"^## .+$", text, flags=re.M)[1:],
+            strict=True,
+        )
+    )  # fmt: skip
+    sections = {
+        "Top level": Settings, "`supervision`": Supervision, "`recursion`": Recursion,
+        "`data`": Data,
+        "`data.sources[]`": Source, "`optimizer`": Optimizer, "`served`": Served,
+    }  # fmt: skip
+    assert parts.keys() == sections.keys()
+    for title, section in sections.items():
+        rows = dict(re.findall(r"^\| `(\w+)` \| .+? \| (.+?) \| .+ \|$", parts[title], re.M))
+        fields = {
+            name: field
+            for name, field in section.model_fields.items()
+            if f"`{name}`" not in sections
+        }
+        assert rows.keys() == fields.keys(), title
+        for name, field in fields.items():
+            if not field.is_required() and field.default not in (None, ()):
+                assert rows[name].strip("`").lower() == str(field.default).lower(), name
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "told"),
+    [
+        ("checkpoint-4", "the last complete checkpoint is out/checkpoint-4. Continue from it"),
+        (None, "interrupted before the first checkpoint; remove out"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    checkpoint: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_loopus.training import run
+
+    def interrupted(*_: object) -> None:
+        raise run.InterruptedRunError(
+            Path("out"), None if checkpoint is None else Path("out") / checkpoint
+        )
+
+    monkeypatch.setattr(run, "train", interrupted)
+    result = CliRunner().invoke(app, ["train", str(CONFIGS / "smollm2.yaml")])
+    assert result.exit_code == INTERRUPTED
+    assert told in " ".join(result.stderr.split())

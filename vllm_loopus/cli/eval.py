@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm_loopus.evaluation.table import Table
 
 NO_BASE = "none"
+TINY_VOCABULARY = 128  # tokens of loopus-tiny
 
 
 class Engine(StrEnum):
@@ -25,6 +26,13 @@ class Engine(StrEnum):
 
     VLLM = "vllm"
     HF = "hf"
+
+
+class KVPolicy(StrEnum):
+    """K/V policies of the engine."""
+
+    EXACT = "exact"
+    LAST_EXITED = "last_exited"
 
 
 class EvalDtype(StrEnum):
@@ -48,7 +56,9 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str,
-        typer.Option(help="Tasks of lm-evaluation-harness, or the presets paper and tiny; commas."),
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, or the presets paper, tiny, held-out; commas."
+        ),
     ] = "paper",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Maximum documents of each task.")
@@ -63,6 +73,20 @@ def evaluate(
     exit_threshold: Annotated[
         float | None,
         typer.Option(help="Confidence above which tokens exit. Default: the checkpoint's."),
+    ] = None,
+    by_depth: Annotated[
+        bool, typer.Option("--by-depth", help="A row for each fixed depth, not only the last.")
+    ] = False,
+    kv_policy: Annotated[
+        KVPolicy, typer.Option(help="K/V of tokens that exited; not for hf.")
+    ] = KVPolicy.EXACT,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Texts (JSON lines with `text`) for the tasks held-out.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("eval-results"),
     resume: Annotated[
@@ -99,22 +123,32 @@ def evaluate(
     with report_errors(ValueError, OSError):
         if as_markdown and as_json:
             raise ValueError("--markdown and --json exclude each other; give one")
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        _use_held_out(names, held_out)
+        approximate = kv_policy is not KVPolicy.EXACT
+        if approximate and engine is Engine.HF:
+            raise ValueError(f"kv_policy={kv_policy.value} needs --engine vllm; leave it out")
         _set_environment()
     # Messages of lm-eval and vLLM go to standard error.
     with redirect_stdout(sys.stderr), report_errors(ValueError, OSError):
         from vllm_loopus.evaluation import published as paper
         from vllm_loopus.evaluation.engines import EngineOptions
+        from vllm_loopus.evaluation.models import looped_model
         from vllm_loopus.evaluation.run import make_plan, measure, quiet
         from vllm_loopus.evaluation.store import Store
         from vllm_loopus.evaluation.table import Table, columns_of
 
         quiet()
-        models = _models(model, base, max_loops, early_exit, exit_threshold)
+        looped = looped_model(
+            model, max_loops, early_exit, exit_threshold, by_depth,
+            kv_policy.value if approximate else None,
+        )  # fmt: skip
+        models = _models(model, looped, base)
+        _warn_of_tiny(names, model, looped.config.vocab_size)
         row = None
         if published:
             row = paper.published_row(models[-1].config.base_model_name_or_path)
-        options = EngineOptions(engine.value, dtype.value, max_length, batch_size)
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        options = EngineOptions(engine.value, dtype.value, max_length, batch_size, kv_policy.value)
         plan = make_plan(models, names, options, limit, num_fewshot, include)
         columns_of(plan)
         store = Store(out)
@@ -138,17 +172,31 @@ def evaluate(
         typer.echo(about)
 
 
-def _models(
-    name: str,
-    base: list[str] | None,
-    max_loops: int | None,
-    early_exit: bool | None,
-    exit_threshold: float | None,
-) -> "list[Model]":
-    """Bases first, the looped model last. Raises `ValueError`."""
-    from vllm_loopus.evaluation.models import looped_model, plain_model
+def _use_held_out(names: list[str], held_out: Path | None) -> None:
+    """Tells the held-out tasks their file. Raises `ValueError` if they have none."""
+    if held_out is not None:
+        os.environ["VLLM_LOOPUS_HELD_OUT"] = str(held_out)
+    elif any(name.replace("-", "_").startswith("held_out") for name in names):
+        raise ValueError(
+            "tasks=held-out needs texts that no training has seen; give --held-out FILE, JSON "
+            "lines with `text`"
+        )
 
-    looped = looped_model(name, max_loops, early_exit, exit_threshold)
+
+def _warn_of_tiny(names: list[str], model: str, vocabulary: int) -> None:
+    tiny = [name for name in names if name == "tiny" or name.startswith("tiny_")]
+    if tiny and vocabulary != TINY_VOCABULARY:
+        typer.echo(
+            f"note: the tasks {', '.join(tiny)} are the ones that loopus-tiny was trained for; "
+            f"they mean little for {model}. For a language model: --tasks held-out",
+            err=True,
+        )
+
+
+def _models(name: str, looped: "Model", base: list[str] | None) -> "list[Model]":
+    """Bases first, the looped model last. Raises `ValueError`."""
+    from vllm_loopus.evaluation.models import plain_model
+
     bases = list(dict.fromkeys(base or [looped.config.base_model_name_or_path]))
     if bases == [NO_BASE]:
         return [looped]

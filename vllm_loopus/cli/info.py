@@ -61,6 +61,13 @@ def load_config(model: str) -> LoopedConfig:
     from transformers import AutoConfig
 
     target = resolve(model)
+    if Path(target).is_file():
+        hint = (
+            "a GGUF file of a plain model; vllm-loopus recast makes a LoopUS model from it"
+            if target.endswith(".gguf")
+            else "a file; give a checkpoint folder"
+        )
+        raise ValueError(f"{target} is {hint}")
     if Path(target).is_dir() and not (Path(target) / "config.json").is_file():
         raise ValueError(f"{target} has no config.json; give a checkpoint folder")
     try:

@@ -1,7 +1,7 @@
 """Functions that the subcommands share: output as JSON or table, errors, exit codes.
 
 Exit codes: 0 done; 1 a problem was found (`doctor`, `trace`, `batch`, `bench`); 2 the input is
-wrong, including errors reported by typer; 130 interrupted with Ctrl-C (`eval`, `batch`).
+wrong, including errors reported by typer; 130 interrupted with Ctrl-C (`eval`, `batch`, `train`).
 """
 
 import json

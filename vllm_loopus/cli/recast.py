@@ -1,9 +1,9 @@
 """`vllm-loopus recast`, `analyze` and `convert`: make LoopUS checkpoints."""
 
+import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -24,16 +24,20 @@ from vllm_loopus.cli.recast_recursive import (
     recast_recursively,
 )
 from vllm_loopus.recast import convert as writing
-from vllm_loopus.recast.analysis import AnalysisOptions, analyse_base, can_analyse
+from vllm_loopus.recast.analysis import Analysis, AnalysisOptions, analyse_base, can_analyse
 from vllm_loopus.recast.base import Base
-from vllm_loopus.recast.cut import Cut, ScoredCut, parse_decoder, parse_encoder, range_text
+from vllm_loopus.recast.cut import Cut, parse_decoder, parse_encoder, range_text
+from vllm_loopus.recast.gguf_file import find_gguf, write_plain
 from vllm_loopus.recast.output import check_output
-from vllm_loopus.recast.provenance import ConversionRecord, RecastRecord
+from vllm_loopus.recast.provenance import ConversionRecord, RecastRecord, unpacked_record
 
 DEFAULTS = AnalysisOptions()
 
 BaseArgument = Annotated[
-    str, typer.Argument(help="The pretrained model: a folder, an alias, or owner/name on the hub.")
+    str,
+    typer.Argument(
+        help="The pretrained model: a folder, a GGUF file, an alias, or owner/name on the hub."
+    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write; created only when complete.")]
 EncoderOption = Annotated[
@@ -54,6 +58,13 @@ FieldOption = Annotated[
 ]
 TokensOption = Annotated[int, typer.Option(min=16, help="Maximum tokens to analyse.")]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")]
+TryOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Tokens on which untrained cuts are tried; 0: cuts by the profile of angles alone.",
+    ),
+]
 TokenizerOption = Annotated[str | None, typer.Option(help="Tokenizer, if the model has none.")]
 DeviceOption = Annotated[
     str,
@@ -118,6 +129,7 @@ def recast(
     text_field: FieldOption = None,
     tokens: TokensOption = DEFAULTS.tokens,
     length: LengthOption = DEFAULTS.length,
+    try_tokens: TryOption = DEFAULTS.try_tokens,
     tokenizer: TokenizerOption = None,
     device: DeviceOption = DEFAULTS.device,
     device_map: DeviceMapOption = None,
@@ -131,7 +143,7 @@ def recast(
     --decoder. Recursive (--method recursive --loops B --lora-rank R): layers are tied.
     """
     wanted = AnalysisOptions(
-        sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value
+        sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value, try_tokens
     )
     fields = {"max_loops": max_loops, "min_loops": min_loops, "exit_threshold": exit_threshold}
     command = ["vllm-loopus", *sys.argv[1:]]
@@ -154,22 +166,24 @@ def recast(
             _say_recursive(out, numbers, as_json)
             return
         opened = Base.open(base, revision)
+        _tell_dtypes(opened)
         first, last = _by_hand(encoder, decoder, opened.num_layers)
         ends = {"encoder": first, "decoder": last}
         given = [name for name, end in ends.items() if end is not None]
         by_hand = len(given) == len(ends)
         # Check everything before the long part starts.
         writing.plan(opened, Cut(opened.num_layers, first or 0, last or 0), seed, **fields)
-        check_output(out, force=force, needed=opened.nbytes, reads=opened.folder)
+        check_output(out, force=force, needed=opened.nbytes, reads=opened.source)
         if not analysis and not by_hand:
             raise ValueError("--no-analysis needs a cut; give --encoder and --decoder")
         found = None
         if by_hand and analysis and not can_analyse(opened, wanted):
             typer.echo(f"{base} has no tokenizer, so it is not analysed; no report", err=True)
         elif by_hand and analysis:
-            found = analyse_base(opened, wanted)
+            hand = Cut(opened.num_layers, first or 0, last or 0)
+            found = analyse_base(opened, wanted, by_hand=hand, seed=seed)
         elif analysis:
-            found = analyse_base(opened, wanted, first, last)
+            found = analyse_base(opened, wanted, first, last, seed=seed)
         if first is not None and last is not None:
             cut = Cut(opened.num_layers, first, last)
         else:
@@ -194,7 +208,7 @@ def recast(
         print_json(result)
         return
     if found is not None:
-        _print_ranking(found.ranking, cut)
+        _print_ranking(found, cut)
     typer.echo(f"{out}: {cut}. {record.chosen_by}.")
     if found is not None:
         typer.echo(f"Curves: {out / 'report.html'}")
@@ -227,6 +241,7 @@ def analyze(
     text_field: FieldOption = None,
     tokens: TokensOption = DEFAULTS.tokens,
     length: LengthOption = DEFAULTS.length,
+    try_tokens: TryOption = DEFAULTS.try_tokens,
     tokenizer: TokenizerOption = None,
     device: DeviceOption = DEFAULTS.device,
     device_map: DeviceMapOption = None,
@@ -236,7 +251,7 @@ def analyze(
 ) -> None:
     """Show how a model's hidden states change by layer, and the cuts by the rule."""
     wanted = AnalysisOptions(
-        sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value
+        sample, text_field, tokens, length, tokenizer, device, device_map, dtype.value, try_tokens
     )
     with report_errors(ValueError, OSError):
         opened = Base.open(base, revision)
@@ -261,21 +276,30 @@ def analyze(
         cells = (f"{value:.3f}" for value in values)
         table.add_row(str(layer), parts[layer], f"{similarity:.4f}", *cells)
     Console().print(table)
-    _print_ranking(found.ranking, cut)
+    _print_ranking(found, cut)
     if found.against_published:
         typer.echo(f"{found.against_published}.")
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A LoopUS checkpoint: folder, alias, owner/name.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A LoopUS checkpoint: folder, alias, owner/name. Or a GGUF file."),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write; created only when complete.")],
     checkpoint_format: FormatOption = Format.LOOPUS,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a LoopUS checkpoint to the other format; tensors are copied byte for byte."""
+    """Convert a LoopUS checkpoint to the other format; tensors are copied byte for byte.
+
+    A GGUF file is written as a plain checkpoint in float32, for training and evaluation.
+    """
     with report_errors(ValueError, OSError):
+        if (file := find_gguf(source)) is not None:
+            _convert_gguf(file, out, as_json)
+            return
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
         record = ConversionRecord(source, checkpoint_format.value, ["vllm-loopus", *sys.argv[1:]])
         config = writing.convert(source, out, replace(options, finish=record.write))
@@ -284,6 +308,26 @@ def convert(
         print_json(result)
     else:
         typer.echo(f"{out}: {source} in format {checkpoint_format.value}")
+
+
+def _tell_dtypes(opened: Base) -> None:
+    if len(opened.dtypes) > 1:
+        held = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in opened.dtypes.items())
+        typer.echo(
+            f"note: the weights of {opened.name} have several dtypes, which are kept: {held}; "
+            f"served and trained in one, {opened.config.dtype or 'that of the embedding'} by "
+            "default",
+            err=True,
+        )
+
+
+def _convert_gguf(file: Path, out: Path, as_json: bool) -> None:
+    command = ["vllm-loopus", *sys.argv[1:]]
+    write_plain(file, out, lambda opened: unpacked_record(opened, command))
+    if as_json:
+        print_json({"out": str(out), "format": "plain"})
+    else:
+        typer.echo(f"{out}: {file} as a plain checkpoint in float32")
 
 
 def _by_hand(
@@ -298,12 +342,20 @@ def _by_hand(
     return first, last
 
 
-def _print_ranking(ranking: Sequence[ScoredCut], cut: Cut, most: int = 5) -> None:
-    table = Table("score", "encoder", "reasoning", "decoder", title="cuts by the rule")
-    for ranked in ranking[:most]:
-        style = "bold" if ranked.cut == cut else None
+def _print_ranking(found: Analysis, cut: Cut, most: int = 5) -> None:
+    tried = found.untrained
+    title = "cuts by the rule"
+    if tried is not None:
+        title = f"cuts by untrained loss over {tried.tokens} tokens (base: {tried.base:.3f})"
+    losses = ("loss, depth 1", "loss, depth 2") if tried is not None else ()
+    table = Table(*losses, "score", "encoder", "reasoning", "decoder", title=title)
+    for place, ranked in enumerate(found.ranking):
+        if place >= most and ranked.cut != cut and not (tried and ranked.losses):
+            continue
         runs = (range_text(run) for run in ranked.cut.runs.values())
-        table.add_row(f"{ranked.score:.4f}", *runs, style=style)
+        cells = [f"{loss:.3f}" for loss in ranked.losses or [math.nan] * len(losses)]
+        style = "bold" if ranked.cut == cut else None
+        table.add_row(*cells, f"{ranked.score:.4f}", *runs, style=style)
     Console().print(table)
 
 

@@ -11,6 +11,7 @@ import typer
 from vllm_loopus.architectures import record_of
 from vllm_loopus.cli.info import ModelArgument, load_config, resolve
 from vllm_loopus.cli.output import PROBLEM, check_picture, check_writable, print_json, report_errors
+from vllm_loopus.cli.progress import Progress
 from vllm_loopus.files import write_text
 
 if TYPE_CHECKING:
@@ -145,13 +146,17 @@ def trace(
         generated = (
             by_vllm
             if engine is Engine.VLLM
-            else tracing.answers_of_transformers(reasoner, questions, max_tokens, stops)
+            else tracing.answers_of_transformers(
+                reasoner, questions, max_tokens, stops, Progress("answer")
+            )
         )
         found = []
+        progress = Progress("values by depth")
         for question, one in zip(questions, generated, strict=True):
             found.append(
                 _with_trajectories(tracing.traced(reasoner, vocabulary, question, one, top), tokens)
             )
+            progress(f"{len(found)} of {len(questions)} prompts")
     document = _document(model, engine, dtype, config, found)
     _write(document, json_file, html, trajectories, convergence)
     if json_file != STDOUT:

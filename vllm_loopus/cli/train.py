@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_loopus.cli.output import JsonOption, print_json, print_table, report_errors
+from vllm_loopus.cli.output import INTERRUPTED, JsonOption, print_json, print_table, report_errors
 
 
 def train(
@@ -29,9 +29,17 @@ def train(
         from vllm_loopus.training.settings import read_settings
 
         settings = read_settings(config, override or ())
-        from vllm_loopus.training.run import train as run  # slow to import
+        from vllm_loopus.training.run import InterruptedRunError  # slow to import
+        from vllm_loopus.training.run import train as run
 
-        summary = run(settings, resume)
+        try:
+            summary = run(settings, resume)
+        except InterruptedRunError as interruption:
+            typer.echo(f"\n{interruption}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted before training began; nothing is lost", err=True)
+            raise typer.Exit(INTERRUPTED) from None
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
@@ -42,7 +50,13 @@ def train(
         ("batches", f"{summary.batches:,}"),
         ("updates", f"{summary.updates:,}"),
         ("time", f"{summary.seconds:,.1f} s"),
-        *((name, f"{value:.4f}") for name, value in summary.metrics.items()),
+        *(
+            (name, f"{value:.4f}")
+            for name, value in summary.metrics.items()
+            if "_threshold_" not in name
+        ),
     ]
     print_table(("trained", ""), rows)
+    if summary.suggestion is not None:
+        typer.echo(summary.suggestion)
     typer.echo(f"{summary.model}: vllm serve {summary.model}")

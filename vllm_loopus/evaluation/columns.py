@@ -65,7 +65,17 @@ TINY = Preset(
         Column("Generation", "tiny_generate", "exact_match"),
     )
 )
-PRESETS = {"paper": PAPER, "tiny": TINY}
+# Built from a file of texts that no training has seen (`--held-out FILE`).
+HELD_OUT = Preset(
+    (
+        Column("Text", "held_out_text", "word_perplexity"),
+        Column("Last word", "held_out_last_word", "acc"),
+        Column("Ending", "held_out_choice", "acc", normalised=True),
+        Column("Written", "held_out_word", "exact_match"),
+    ),
+    max_length=512,
+)
+PRESETS = {"paper": PAPER, "tiny": TINY, "held-out": HELD_OUT}
 
 
 def expand(names: Sequence[str]) -> tuple[list[str], int | None]:

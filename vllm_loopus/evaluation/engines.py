@@ -14,6 +14,7 @@ from typing import Any
 from vllm_loopus.evaluation.models import Model
 
 VLLM, TRANSFORMERS = "vllm", "hf"
+EXACT = "exact"
 ENGINES = (VLLM, TRANSFORMERS)
 # Positions not available for the text: vLLM generates one token, and lm-eval's rolling windows
 # need another one.
@@ -25,12 +26,14 @@ class EngineOptions:
     """Options that all models of a run share.
 
     `max_length`: maximum tokens of a text; None: the model's. `batch_size`: only for `hf`.
+    `kv_policy`: of looped models, only for vLLM.
     """
 
     engine: str = VLLM
     dtype: str = "auto"
     max_length: int | None = None
     batch_size: int = 16
+    kv_policy: str = EXACT
 
 
 @contextmanager
@@ -49,7 +52,10 @@ def _vllm_model(model: Model, options: EngineOptions) -> Any:
     # Imported here because importing vLLM is slow and `hf` does not need it.
     from vllm_loopus.evaluation.vllm_engine import VLLMModel, plain_memory
 
-    memory = {} if model.is_looped else plain_memory()
+    if model.is_looped:
+        chosen: dict[str, Any] = {"additional_config": {"loopus": {"kv_policy": options.kv_policy}}}
+    else:
+        chosen = plain_memory()
     return VLLMModel(
         pretrained=str(model.folder),
         tokenizer=model.tokenizer,
@@ -58,7 +64,7 @@ def _vllm_model(model: Model, options: EngineOptions) -> Any:
         batch_size="auto",
         disable_log_stats=False,
         hf_overrides=model.overrides(),
-        **memory,
+        **chosen,
     )
 
 

@@ -27,6 +27,7 @@ class Setting:
 
     max_loops: int | None = None
     exit_threshold: float | None = None
+    kv_policy: str | None = None  # shown if it is not the default
 
     @property
     def is_fixed(self) -> bool:
@@ -39,12 +40,15 @@ class Setting:
             return "no loop"
         if self.exit_threshold is None:
             return f"{self.max_loops} loops"
-        return f"≤ {self.max_loops} loops, exit at {self.exit_threshold:g}"
+        policy = f", {self.kv_policy}" if self.kv_policy else ""
+        return f"≤ {self.max_loops} loops, exit at {self.exit_threshold:g}{policy}"
 
     def knobs(self) -> dict[str, Any]:
         """Request knobs: `extra_args` in vLLM, config fields in transformers."""
         # With every halting strategy, no token exits before `min_loops`.
-        return {"min_loops": self.max_loops} if self.max_loops and self.is_fixed else {}
+        if not self.max_loops or not self.is_fixed:
+            return {}
+        return {"min_loops": self.max_loops, "max_loops": self.max_loops}
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,16 @@ class Model:
 
 
 def looped_model(
-    name: str, max_loops: int | None, early_exit: bool | None, exit_threshold: float | None
+    name: str,
+    max_loops: int | None,
+    early_exit: bool | None,
+    exit_threshold: float | None,
+    by_depth: bool = False,
+    kv_policy: str | None = None,
 ) -> Model:
     """The looped model at fixed depth, with early exit, or with both (`early_exit` None).
 
+    `by_depth`: at every fixed depth instead of the last one. `kv_policy`: shown with early exit.
     Raises `ValueError` if it has no loop, and for invalid values.
     """
     folder, config = _read(name)
@@ -153,8 +163,12 @@ def looped_model(
             f"{config.halting_strategy}; leave it out"
         )
     threshold = getattr(config, limit)
-    fixed, early = Setting(config.max_loops), Setting(config.max_loops, float(threshold))
-    settings = [s for s, left_out in ((fixed, True), (early, False)) if early_exit is not left_out]
+    first = 1 if by_depth else config.max_loops
+    settings = []
+    if early_exit is not True:
+        settings += [Setting(depth) for depth in range(first, config.max_loops + 1)]
+    if early_exit is not False:
+        settings.append(Setting(config.max_loops, float(threshold), kv_policy))
     return Model(name, folder, config, tuple(settings))
 
 

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from vllm_loopus.evaluation.columns import PRESETS
 
-OURS = Path(__file__).with_name("tiny_tasks")
+OURS = [Path(__file__).with_name(name) for name in ("tiny_tasks", "held_out")]
 FEWSHOT_SEED = 1234  # lm-eval's default
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function
 
@@ -86,7 +86,7 @@ def load_tasks(
 @cache
 def _manager(include: Path | None, lm_evals: bool) -> Any:
     """Finds our tasks and the user's, and optionally those of lm-eval, whose index is slow."""
-    folders = [OURS, *([include] if include else [])]
+    folders = [*OURS, *([include] if include else [])]
     return TaskManager(include_path=folders, include_defaults=lm_evals)
 
 

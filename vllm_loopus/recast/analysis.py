@@ -9,10 +9,18 @@ from transformers import AutoTokenizer
 
 from vllm_loopus.modeling.checkpoint import TOKENIZER_FILES
 from vllm_loopus.recast.base import Base
-from vllm_loopus.recast.cut import Cut, ScoredCut, published_cut, rank_cuts
+from vllm_loopus.recast.cut import (
+    Cut,
+    ScoredCut,
+    cuts_to_try,
+    published_cut,
+    rank_by_loss,
+    rank_cuts,
+)
 from vllm_loopus.recast.hidden_states import HiddenStates, default_dtype
 from vllm_loopus.recast.representation import Representation, analyse
 from vllm_loopus.recast.sample import BUILT_IN, sequences, texts
+from vllm_loopus.recast.untrained import UntrainedLosses, untrained_losses
 
 AUTO = "auto"
 
@@ -23,6 +31,8 @@ class AnalysisOptions:
 
     - `sample`, `text_field`: as in `sample.texts`. `tokens`: the maximum number of tokens, in
       sequences of `length`.
+    - `try_tokens`: how many of them the untrained cuts are tried on; 0: cuts are ranked by the
+      profile of angles alone.
     - `tokenizer`: a name or folder, if the base model has no tokenizer.
     - `device`: `auto`, `cpu`, `cuda`...; weights are streamed there. `device_map`: as in
       transformers; loads the whole model onto its devices instead.
@@ -37,6 +47,7 @@ class AnalysisOptions:
     device: str = AUTO
     device_map: str | None = None
     dtype: str = AUTO
+    try_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Analysis:
     sample: str
     representation: Representation
     ranking: Sequence[ScoredCut]
+    untrained: UntrainedLosses | None = None
 
     @property
     def published(self) -> Cut | None:
@@ -67,7 +79,11 @@ class Analysis:
         return {
             "base": self.base_name,
             "sample": self.sample,
-            "ranking": [{"cut": r.cut.runs, "score": r.score} for r in self.ranking],
+            "ranking": [
+                {"cut": r.cut.runs, "score": r.score, "losses": r.losses} for r in self.ranking
+            ],
+            "base_loss": self.untrained and self.untrained.base,
+            "tried_tokens": self.untrained and self.untrained.tokens,
             "published_cut": self.published and self.published.runs,
             "similarity": self.representation.similarity,
             **asdict(self.representation),
@@ -85,8 +101,12 @@ def analyse_base(
     options: AnalysisOptions,
     encoder: int | None = None,
     decoder: int | None = None,
+    by_hand: Cut | None = None,
+    seed: int = 0,
 ) -> Analysis:
     """Runs `base` on the sample and ranks the cuts, with `encoder` and `decoder` fixed if given.
+
+    `by_hand`: another cut to measure. `seed`: of the gate of untrained cuts.
 
     Raises `ValueError` that names the option if a sample, tokenizer or device cannot be used.
     """
@@ -111,6 +131,19 @@ def analyse_base(
     try:
         model = HiddenStates(base, device, dtype, options.device_map)
         representation = analyse(base, found, model, expected_tokens=options.tokens)
+        ranking = rank_cuts(representation.similarity, encoder, decoder)
+        untrained = None
+        if options.try_tokens:
+            cuts = cuts_to_try(base.num_layers, encoder, decoder)
+            published = published_cut(base.name, base.num_layers)
+            if (encoder, decoder) != (None, None):
+                published = None  # it may have other ends than those given
+            also = [by_hand, published, ranking[0].cut]
+            cuts = list(dict.fromkeys([*cuts, *(cut for cut in also if cut is not None)]))
+            some = texts(options.sample, options.text_field)
+            tried = list(sequences(some, tokenizer, min(length, 256), options.try_tokens))
+            untrained = untrained_losses(base, cuts, tried, model, seed)
+            ranking = rank_by_loss(representation.similarity, ranking, untrained.by_cut)
     except ValueError:
         raise
     except Exception as error:  # devices and models raise many types
@@ -119,8 +152,7 @@ def analyse_base(
             f"{base.name} cannot be run on {placed} in {dtype} ({_first_line(error)}); choose "
             "another --device or --dtype, or give the cut and --no-analysis"
         ) from error
-    ranking = rank_cuts(representation.similarity, encoder, decoder)
-    return Analysis(base.name, options.sample, representation, ranking)
+    return Analysis(base.name, options.sample, representation, ranking, untrained)
 
 
 def device_named(name: str) -> torch.device:

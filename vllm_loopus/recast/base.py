@@ -7,9 +7,11 @@ wrapper the model was saved with.
 import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -21,6 +23,7 @@ from vllm_loopus.architectures import ARCHITECTURES
 from vllm_loopus.backbones import BACKBONES
 from vllm_loopus.modeling.checkpoint import IGNORED_SUFFIXES, LEGACY_WEIGHTS
 from vllm_loopus.recast.cut import MIN_LAYERS
+from vllm_loopus.recast.gguf_file import SUFFIX, GgufFile, find_gguf
 from vllm_loopus.recast.tensors import (
     DTYPES,
     CheckpointError,
@@ -46,7 +49,8 @@ class Base:
     """A pretrained causal LM on disk.
 
     `config`: the config of the text model. `tensors`: its tensors under normalised names; a tied
-    LM head is listed separately. `left_out`: the names of tensors of other modalities.
+    LM head is listed separately. `left_out`: the names of tensors of other modalities. `gguf`: the
+    GGUF file that it was read from; `folder` is then temporary, and removed with this object.
     """
 
     name: str
@@ -56,6 +60,13 @@ class Base:
     tensors: Mapping[str, TensorSource]
     files: tuple[Path, ...]
     left_out: tuple[str, ...]
+    gguf: GgufFile | None = None
+    unpacked: "TemporaryDirectory[str] | None" = field(default=None, repr=False)
+
+    @property
+    def source(self) -> Path:
+        """The folder that was given or downloaded."""
+        return self.folder if self.gguf is None else self.gguf.path.parent
 
     @property
     def num_layers(self) -> int:
@@ -70,24 +81,44 @@ class Base:
         return "/".join(parts)
 
     @property
+    def dtypes(self) -> dict[str, int]:
+        """The number of tensors of each dtype, the most frequent first."""
+        return dict(Counter(tensor.dtype for tensor in self.tensors.values()).most_common())
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @classmethod
     def open(cls, name: str, revision: str | None = None, min_layers: int = MIN_LAYERS) -> "Base":
-        """Opens a folder, an alias or `owner/name` on the hub.
+        """Opens a folder, an alias, `owner/name` on the hub, or a GGUF file or a folder with one.
 
         `min_layers`: how many layers it must have.
 
         Raises `CheckpointError` if the model cannot be recast, or if files are missing or damaged.
         """
+        if (file := find_gguf(name)) is not None:
+            return cls._of_gguf(name, file, min_layers)
         folder = find_checkpoint(name, revision)
         if revision is not None and not is_snapshot(folder):
             raise CheckpointError(
                 f"revision={revision!r} has no effect for the local folder {name}; leave it out"
             )
-        raw = read_config(folder)
-        config, whole = _text_config(folder, raw, min_layers)
+        return cls._read(name, folder, min_layers)
+
+    @classmethod
+    def _of_gguf(cls, name: str, file: Path, min_layers: int) -> "Base":
+        gguf = GgufFile.open(file)
+        # Refused before the weights are read.
+        config = gguf.config()
+        _text_config(file, config.to_dict() | {"architectures": []}, min_layers, config)
+        unpacked = gguf.unpack_for_reading()
+        read = cls._read(name, Path(unpacked.name), min_layers)
+        return replace(read, files=(file,), gguf=gguf, unpacked=unpacked)
+
+    @classmethod
+    def _read(cls, name: str, folder: Path, min_layers: int) -> "Base":
+        config, whole = _text_config(folder, read_config(folder), min_layers)
         files = weight_files(folder)
         tensors, left_out = _plain_names(folder, read_tensors(files), whole)
         return cls(
@@ -116,7 +147,14 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
+        raise CheckpointError(
+            f"{name} is a file; "
+            + (
+                f"write it as a checkpoint first: vllm-loopus convert {name} FOLDER"
+                if folder.suffix == SUFFIX
+                else "give the checkpoint's folder"
+            )
+        )
     if target.count("/") != 1 or target.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{name} is neither a folder nor an alias (vllm-loopus alias list) nor owner/name on "
@@ -153,9 +191,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _text_config(
-    folder: Path, raw: Mapping[str, Any], min_layers: int
+    folder: Path,
+    raw: Mapping[str, Any],
+    min_layers: int,
+    config: PreTrainedConfig | None = None,
 ) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """The config of the text model, and the config on disk, which may contain it as a part.
+
+    `config`: the config, if it is not that of the folder.
 
     Raises `CheckpointError` if it is not a plain causal LM with a supported backbone.
     """
@@ -184,7 +227,7 @@ def _text_config(
             f"{where} is quantised (quantization_config); recast the model it was made from"
         )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = config or AutoConfig.from_pretrained(folder)
     except Exception as error:  # validators raise many types
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     if config.is_encoder_decoder:

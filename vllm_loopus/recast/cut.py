@@ -1,18 +1,23 @@
 """Where to cut a base model: the cutting rule, and cuts given by the user.
 
-The paper cuts "where the cosine similarity between layers changes most abruptly" and does not give
-an algorithm. The rule here is least-squares change-point detection with two change points: three
-constants, one each for encoder, reasoning block and decoder, are fitted to the profile of angular
-distances between consecutive states (one value per layer).
+The rule takes, of the cuts that loop at least a third of the layers, the one whose untrained model
+has the lowest loss at depth 2 (`untrained.py`). Without losses it is the profile alone: the paper
+cuts "where the cosine similarity between layers changes most abruptly" and does not give an
+algorithm, so it is least-squares change-point detection with two change points; three constants,
+one each for encoder, reasoning block and decoder, are fitted to the profile of angular distances
+between consecutive states (one value per layer).
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MIN_LAYERS = 3
-LARGEST_SHARE = 4  # encoder and decoder get at most 1/4 of the layers each (published: 1/6)
+LOOPED_SHARE = 3  # the rule loops at least 1/3 of the layers; with fewer, a pass refines little
+LARGEST_SHARE = (
+    4  # by the profile, encoder and decoder get at most 1/4 of the layers each (published: 1/6)
+)
 NONE = "none"
 RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
 
@@ -112,16 +117,26 @@ def _parse_range(field: str, text: str, num_layers: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ScoredCut:
-    """A cut, and the share (0 to 1) of the profile's variance that its three parts explain."""
+    """A cut, and the share (0 to 1) of the profile's variance that its three parts explain.
+
+    `losses`: of the untrained model at depths 1 and 2, in nats per token; None if not measured.
+    """
 
     cut: Cut
     score: float
+    losses: tuple[float, ...] | None = None
+
+    @property
+    def loops_enough(self) -> bool:
+        """Whether the rule may choose it."""
+        looped = self.cut.num_layers - self.cut.encoder - self.cut.decoder
+        return looped * LOOPED_SHARE >= self.cut.num_layers
 
 
 def rank_cuts(
     similarity: Sequence[float], encoder: int | None = None, decoder: int | None = None
 ) -> list[ScoredCut]:
-    """All admissible cuts, best first.
+    """All admissible cuts by the profile, best first.
 
     `similarity`: for each layer, the mean cosine similarity between its input and output. The rule
     compares the angles, because cosines near 1 hide differences. Unless given, `encoder` and
@@ -134,25 +149,67 @@ def rank_cuts(
         raise ValueError(
             f"num_hidden_layers={num_layers} is too few to cut; at least {MIN_LAYERS} are needed"
         )
-    angles = [math.acos(min(1.0, max(-1.0, cosine))) / math.pi for cosine in similarity]
     most = max(1, num_layers // LARGEST_SHARE)
     ends = range(1, most + 1)
-    total = _scatter(angles)
     ranked = []
     for first in ends if encoder is None else [encoder]:
         for last in ends if decoder is None else [decoder]:
             if first + last >= num_layers:
                 continue
-            parts = angles[:first], angles[first : num_layers - last], angles[num_layers - last :]
-            unexplained = sum(_scatter(part) for part in parts)
-            score = 1 - unexplained / total if total > 0 else 0.0
-            ranked.append(ScoredCut(Cut(num_layers, first, last), score))
+            cut = Cut(num_layers, first, last)
+            ranked.append(ScoredCut(cut, profile_score(similarity, cut)))
     if not ranked:
         raise ValueError(
             f"encoder={encoder} and decoder={decoder} leave no layer of {num_layers} for the "
             "reasoning block and the other part; give both, with none for an empty one"
         )
     return sorted(ranked, key=lambda c: (-round(c.score, 12), c.cut.encoder + c.cut.decoder))
+
+
+def profile_score(similarity: Sequence[float], cut: Cut) -> float:
+    """The score of any cut, from 0 to 1."""
+    angles = [math.acos(min(1.0, max(-1.0, cosine))) / math.pi for cosine in similarity]
+    total = _scatter(angles)
+    unexplained = sum(_scatter([angles[layer] for layer in run]) for run in cut.runs.values())
+    return 1 - unexplained / total if total > 0 else 0.0
+
+
+def cuts_to_try(
+    num_layers: int, encoder: int | None = None, decoder: int | None = None
+) -> list[Cut]:
+    """The cuts whose losses are measured: ends of one layer, a sixth, a quarter and a third of the
+    layers, unless given. All loop at least a third of the layers, unless both ends are given."""
+    ends = sorted({max(1, num_layers // share) for share in (num_layers, 6, 4, 3)})
+    return [
+        cut
+        for first in (ends if encoder is None else [encoder])
+        for last in (ends if decoder is None else [decoder])
+        if first + last < num_layers
+        and (
+            ScoredCut(cut := Cut(num_layers, first, last), 0).loops_enough
+            or None not in (encoder, decoder)
+        )
+    ]
+
+
+def rank_by_loss(
+    similarity: Sequence[float],
+    ranked: Sequence[ScoredCut],
+    losses: Mapping[Cut, tuple[float, ...]],
+) -> list[ScoredCut]:
+    """The rule: measured cuts that loop enough by their loss at depth 2, then other measured cuts,
+    then the rest of `ranked`.
+
+    Of losses that agree to a hundredth, the cut with more looped layers comes first.
+    """
+    tried = [ScoredCut(cut, profile_score(similarity, cut), found) for cut, found in losses.items()]
+
+    def order(scored: ScoredCut) -> tuple[bool, float, int]:
+        assert scored.losses is not None
+        ends = scored.cut.encoder + scored.cut.decoder
+        return not scored.loops_enough, round(scored.losses[-1], 2), ends
+
+    return [*sorted(tried, key=order), *(one for one in ranked if one.cut not in losses)]
 
 
 def _scatter(values: Sequence[float]) -> float:

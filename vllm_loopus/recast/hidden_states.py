@@ -7,7 +7,7 @@ is loaded onto its devices.
 
 import copy
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,49 @@ class HiddenStates:
             for hook in hooks:
                 hook.remove()
         return torch.stack(found)
+
+    def visit(
+        self,
+        ids: torch.Tensor,
+        after: Callable[[int, torch.Tensor, torch.Tensor, Callable[[Any], Any]], None],
+    ) -> torch.Tensor:
+        """Runs the model on token ids [1, T] and returns its last state [1, T, H].
+
+        `after(layer, taken, given, run)` is called after each layer with its input, its output, and
+        a function that runs the layer on other states [K, T, H] at the same positions.
+        """
+        inside = False
+        last = torch.empty(0)
+
+        def hook(index: int) -> Callable[..., None]:
+            def called(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+                nonlocal inside, last
+                if inside:
+                    return
+                named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+                def run(states: torch.Tensor) -> torch.Tensor:
+                    found = module(states, *args[1:], **named)
+                    return found[0] if isinstance(found, tuple) else found
+
+                inside = True
+                last = output[0] if isinstance(output, tuple) else output
+                after(index, args[0] if args else kwargs["hidden_states"], last, run)
+                inside = False
+
+            return called
+
+        layers = self._decoder.layers
+        hooks = [
+            layer.register_forward_hook(hook(index), with_kwargs=True)
+            for index, layer in enumerate(layers)
+        ]
+        try:
+            self._decoder(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return last
 
 
 def default_dtype(device: torch.device, base: Base) -> torch.dtype:

@@ -19,6 +19,7 @@ from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.recast.analysis import Analysis
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.cut import Cut
+from vllm_loopus.recast.gguf_file import GgufFile
 from vllm_loopus.recast.tensors import PIECE
 
 PACKAGES = ("vllm-loopus", "transformers", "torch", "safetensors")
@@ -88,12 +89,16 @@ class RecastRecord:
         text = environment.get_template("card.md.j2").render(
             name=folder.name,
             base=link if repository else f"`{self.base.name}`",
+            gguf=self.base.gguf and self.base.gguf.description,
             cut=self.cut,
             num_layers=self.base.num_layers,
             config=self.config,
             seed=self.seed,
             representation=self.analysis and self.analysis.representation,
             ranking=self.analysis.ranking[:RUNNERS_UP] if self.analysis else (),
+            base_loss=self.analysis.untrained.base
+            if self.analysis and self.analysis.untrained
+            else None,
             sample=self.analysis.sample if self.analysis else "",
             parts=parts,
             chosen_by=self.chosen_by,
@@ -130,12 +135,24 @@ class ConversionRecord:
 
 def base_entry(base: Base) -> dict[str, Any]:
     """What a provenance file says of the base model."""
-    files = [base.folder / "config.json", *base.files]
+    own_config = [] if base.gguf else [base.folder / "config.json"]
+    files = [*own_config, *base.files]
     return {
         "name": base.name,
         "revision": base.revision,
         "sha256": {file.name: file_hash(file) for file in tqdm(files, desc="hash the base")},
         "tensors_left_out": list(base.left_out),
+        **({"gguf": base.gguf.facts} if base.gguf else {}),
+    }
+
+
+def unpacked_record(file: GgufFile, command: Sequence[str]) -> dict[str, Any]:
+    """The content of `provenance.json` of a plain checkpoint that was made from a GGUF file."""
+    return {
+        "made": now(),
+        "command": shlex.join(command),
+        "gguf": {**file.facts, "sha256": file_hash(file.path)},
+        "versions": versions(),
     }
 
 

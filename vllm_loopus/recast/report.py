@@ -38,6 +38,7 @@ def write_report(folder: Path, numbers: Mapping[str, Any], cut: Cut, chosen_by: 
         {
             "parts": {part: range_text(run) for part, run in ranked["cut"].items()},
             "score": ranked["score"],
+            "losses": ranked["losses"],
             "chosen": ranked["cut"] == cut.runs,
         }
         for place, ranked in enumerate(numbers["ranking"])

@@ -45,10 +45,15 @@ class Depth:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the answer. `position`: the 0-based position from which it was predicted."""
+    """A token of the answer. `position`: the 0-based position from which it was predicted.
+
+    `shown`: its part of the answer's text. A character of several tokens, such as an emoji, is
+    shown at the first of them; `text` has the bytes of each.
+    """
 
     token_id: int
     text: str
+    shown: str
     token_class: str
     position: int
     exit_depth: int
@@ -93,6 +98,7 @@ def build(
     own = {name: _numbers(tensor) for name, tensor in values.by_name.items()}
     ids, probabilities = values.top_ids.tolist(), _numbers(values.top_probabilities)
     tokens = []
+    shown = vocabulary.shown(answer)
     for index, token_id in enumerate(answer):
         depths = [
             Depth(
@@ -112,6 +118,7 @@ def build(
             Token(
                 token_id=token_id,
                 text=vocabulary.text(token_id),
+                shown=shown[index],
                 token_class=vocabulary.token_class(token_id),
                 position=len(prompt_ids) - 1 + index,
                 exit_depth=found.depths[index],

@@ -6,13 +6,14 @@ do not depend on later positions or on exit depths of other tokens. By definitio
 states that the reference model decodes (`modeling/model.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from vllm_loopus.architectures import LoopedConfig
 from vllm_loopus.modeling.looped_model import LoopedReference
@@ -87,9 +88,16 @@ def stop_tokens(model: LoopedReference, vocabulary: Vocabulary) -> list[int]:
 
 @torch.no_grad()
 def generate(
-    model: LoopedReference, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]
+    model: LoopedReference,
+    prompt: Sequence[int],
+    max_tokens: int,
+    stops: Sequence[int],
+    said: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """Generates greedily with transformers. Returns the token ids, including a stop token."""
+    """Generates greedily with transformers. Returns the token ids, including a stop token.
+
+    `said`: called with the number of tokens so far, after each.
+    """
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_tokens,
@@ -100,10 +108,30 @@ def generate(
     own = model.generation_config
     model.generation_config = greedy  # else its fields would override unset ones of `greedy`
     try:
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy,
+            streamer=None if said is None else _Said(said),
+        )
     finally:
         model.generation_config = own
     return list(output[0, len(prompt) :].tolist())
+
+
+class _Said(BaseStreamer):
+    """Counts generated tokens; the first call has the prompt."""
+
+    def __init__(self, said: Callable[[int], None]) -> None:
+        self.said, self.count = said, -1
+
+    def put(self, value: torch.Tensor) -> None:
+        self.count += 1
+        if self.count:
+            self.said(self.count)
+
+    def end(self) -> None:
+        """Nothing to do."""
 
 
 @torch.no_grad()

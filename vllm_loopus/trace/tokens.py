@@ -59,6 +59,30 @@ def visible(text: str) -> str:
     return "".join(shown) or "∅"
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE: printable bytes stand for themselves, the others for the
+    characters from 256 on, in order (the alphabet of GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
+TOKENS_OF_A_CHARACTER = 8  # at most; an emoji has four bytes, joined ones more
+
+
+def bytes_shown(piece: str) -> str:
+    """A token of byte-level BPE that is not text: ` <0xF0 0x9F>`. Other pieces are unchanged."""
+    if not all(character in BYTES for character in piece):
+        return piece
+    text = ""
+    raw = bytes(BYTES[character] for character in piece)
+    while raw and raw[0] < 128:
+        text, raw = text + chr(raw[0]), raw[1:]
+    return f"{text}<{' '.join(f'0x{byte:02X}' for byte in raw)}>" if raw else text
+
+
 class Vocabulary:
     """A model's vocabulary, with or without a tokenizer. Without one, it only knows token ids.
 
@@ -112,6 +136,27 @@ class Vocabulary:
             self._texts[token_id] = self._text(token_id)
         return self._texts[token_id]
 
+    def shown(self, ids: Sequence[int]) -> list[str]:
+        """The part of each token in the text of a sequence. A character that several tokens make
+        together is the first one's, and the others have nothing."""
+        parts = [self.text(token_id) for token_id in ids]
+        start = 0
+        while self.tokenizer is not None and start < len(ids):
+            end = start + 1
+            if self._is_part(ids[start]):
+                for end in range(start + 1, min(start + TOKENS_OF_A_CHARACTER, len(ids)) + 1):
+                    text = str(self.tokenizer.decode(ids[start:end]))
+                    if "\ufffd" not in text:
+                        parts[start:end] = [text, *[""] * (end - start - 1)]
+                        break
+                else:
+                    end = start + 1  # no character comes of it
+            start = end
+        return parts
+
+    def _is_part(self, token_id: int) -> bool:
+        return "\ufffd" in self.tokenizer.decode([token_id])
+
     def joined(self, ids: Sequence[int]) -> str | None:
         """The text of a sequence without special tokens; None without a tokenizer."""
         if self.tokenizer is None:
@@ -140,7 +185,7 @@ class Vocabulary:
             return f"#{token_id}"
         text = self.tokenizer.decode([token_id], skip_special_tokens=False)
         if "\ufffd" in text:  # a part of a character
-            return str(piece)
+            return bytes_shown(str(piece))
         # SentencePiece drops the blank before a single word.
         return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else str(text)
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from vllm_loopus.recast.output import complete_folder
 from vllm_loopus.recast.provenance import file_hash, now, versions
 from vllm_loopus.training.settings import Settings
+from vllm_loopus.training.thresholds import suggestion
 
 MODEL = "model"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -131,6 +132,7 @@ class FinalModel:
             shown=yaml.safe_dump(self.settings.model_dump(mode="json"), sort_keys=False).strip(),
             tokens=self.tokens,
             metrics=self.metrics,
+            suggestion=suggestion(self.metrics, getattr(model.config, "max_loops", 0)),
             command=shlex.join(self.command),
             versions=versions(),
         )

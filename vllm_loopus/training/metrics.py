@@ -5,8 +5,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -31,6 +32,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.file = folder / METRICS
         self._began = time.monotonic()
+        self._before = (0.0, 0)  # when speed was last computed, and the tokens then
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -44,7 +46,9 @@ class MetricsFile(TrainerCallback):
             stream.writelines(json.dumps(line) + "\n" for line in earlier)
         os.chmod(stream.name, 0o644)
         os.replace(stream.name, self.file)
-        self._began = time.monotonic() - (earlier[-1]["seconds"] if earlier else 0)
+        last = earlier[-1] if earlier else {}
+        self._began = time.monotonic() - last.get("seconds", 0)
+        self._before = (last.get("seconds", 0), last.get("tokens", 0))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -54,12 +58,36 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not losses:
             return
         seconds = round(time.monotonic() - self._began, 2)
+        values = {**values, **self._speed(seconds, values)}
         line = json.dumps({"step": state.global_step, "seconds": seconds, **values})
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, (line + "\n").encode())
         finally:
             os.close(descriptor)
+
+    def _speed(self, seconds: float, values: dict[str, Any]) -> dict[str, float]:
+        """Tokens per second since the last line; none over an evaluation."""
+        (before, tokens), self._before = self._before, (seconds, values.get("tokens", 0))
+        if "loss" not in values or seconds <= before or self._before[1] <= tokens:
+            return {}
+        return {"tokens_per_second": round((self._before[1] - tokens) / (seconds - before), 1)}
+
+
+T = TypeVar("T")
+
+
+def evaluation_progress(micro_batches: Iterable[T], count: int, shown: bool) -> Iterable[T]:
+    """The micro-batches of an evaluation, with a bar that disappears where it is a terminal."""
+    return tqdm(
+        micro_batches, desc="evaluate", total=count, unit="batch", leave=not sys.stderr.isatty(),
+        mininterval=_interval(), disable=not shown,
+    )  # fmt: skip
+
+
+def _interval() -> float:
+    """Seconds between updates of a bar, or between lines of a log."""
+    return 0.5 if sys.stderr.isatty() else 30
 
 
 class Progress(TrainerCallback):
@@ -71,10 +99,11 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            seconds = 0.5 if sys.stderr.isatty() else 30  # between lines of a log
+            done = self.tokens()  # of a resumed run; speed and time left are those of this process
             self._bar = tqdm(
-                total=self.budget, unit="tok", unit_scale=True, desc="train", mininterval=seconds
-            )
+                total=self.budget, initial=done, unit="tok", unit_scale=True, desc="train",
+                mininterval=_interval(),
+            )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:

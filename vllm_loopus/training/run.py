@@ -33,6 +33,7 @@ from vllm_loopus.training.recursion import (
 from vllm_loopus.training.settings import Settings, SettingsError, settings_from
 from vllm_loopus.training.stream import PackedStream, evaluation_sequences
 from vllm_loopus.training.supervision import TrainableLoopUS
+from vllm_loopus.training.thresholds import suggestion
 from vllm_loopus.training.trainer import Flow, LoopedTrainer, PackedTrainer
 
 CONFIG = "config.yaml"
@@ -46,6 +47,22 @@ TRAINERS: dict[str, type[PackedTrainer]] = {
 FREE_TO_CHANGE = ("output", "micro_batch_size", "keep_checkpoints", "report_to")
 
 
+class InterruptedRunError(Exception):
+    """Training was interrupted with Ctrl-C; the message says what is there and how to go on."""
+
+    def __init__(self, output: Path, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            super().__init__(
+                f"interrupted before the first checkpoint; remove {output} and start again (with "
+                "save_every, in batches, there are checkpoints to resume from)"
+            )
+        else:
+            super().__init__(
+                f"interrupted; the last complete checkpoint is {checkpoint}. Continue from it: the "
+                "same command with --resume"
+            )
+
+
 @dataclass(frozen=True)
 class Summary:
     """The summary of a finished run."""
@@ -56,6 +73,7 @@ class Summary:
     updates: int
     seconds: float
     metrics: dict[str, float]
+    suggestion: str | None = None
 
 
 def train(settings: Settings, resume: bool = False) -> Summary:
@@ -103,10 +121,15 @@ def train(settings: Settings, resume: bool = False) -> Summary:
         trainer.add_callback(added)
     if checkpoint is not None:
         trainer.restore_position(checkpoint)
-    elif evaluation is not None:
+    elif evaluation is not None and settings.eval_every:
         arguments.eval_on_start = True
     began = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            settings.output, last_complete(settings.output, processes)
+        ) from error
     return _finish(settings, trainer, start, time.monotonic() - began)
 
 
@@ -304,6 +327,7 @@ def _finish(settings: Settings, trainer: PackedTrainer, start: Path, seconds: fl
         updates=trainer.state.global_step,
         seconds=round(seconds, 1),
         metrics=metrics,
+        suggestion=suggestion(metrics, getattr(trainer.model.config, "max_loops", 0)),
     )
 
 

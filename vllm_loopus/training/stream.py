@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 
 from vllm_loopus.training.documents import DataError, Documents
 from vllm_loopus.training.packing import Document, pack
+from vllm_loopus.training.rows import check_lines
 from vllm_loopus.training.settings import Data, Source
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -32,6 +33,8 @@ class LocalRows:
         self.epoch = self.taken = 0
         if not path.is_file():
             raise DataError(f"path={self.name!r} is not a file; check data.sources and data.eval")
+        if path.suffix != ".parquet":
+            check_lines(path, source.text_field)
         try:
             kind = FORMATS[path.suffix]
             self.rows = load_dataset(kind, data_files=str(path), split="train")

@@ -22,10 +22,11 @@ from vllm_loopus.training.objective import (
     monotonicity_loss,
     sequence_confidence_loss,
     token_confidence_loss,
-    token_losses,
 )
 from vllm_loopus.training.settings import Supervision
+from vllm_loopus.training.thresholds import ThresholdSums
 from vllm_loopus.training.trainable import Trainable
+from vllm_loopus.training.vocabulary import token_scores
 
 
 class TrainableLoopUS(Trainable, LoopUSForCausalLM):
@@ -45,11 +46,13 @@ def draw_steps(seed: int, batch: int, supervision: Supervision) -> list[int]:
 class Carried:
     """The data of a micro-batch between its supervised steps.
 
-    `state` [B, T, H]: detached; None before the encoder has run.
+    `state` [B, T, H]: detached; None before the encoder has run. `losses` [n]: the token losses of
+    `state`, detached; None if they are not known, or an update has changed them.
     """
 
     labelled: Labelled
     state: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
     positions: Positions | None = None
     steps_done: int = field(default=0)
 
@@ -74,24 +77,22 @@ def supervised_step(
     positions = carried.positions
     assert positions is not None
 
-    losses_before = None
-    if supervision.beta:
+    losses_before = carried.losses if unsupervised == 0 else None
+    if supervision.beta and losses_before is None:
         with torch.no_grad():
-            logits = logits_at(model, state, positions, labelled.where)
-            losses_before = token_losses(logits, labelled.targets)
-            del logits
+            losses_before, _ = scores_at(model, state, positions, labelled)
     previous = update = state
     for _ in range(supervision.supervised_passes):
         previous = state
         update, state = model.refine(state, positions)
-    logits = logits_at(model, state, positions, labelled.where)
-    losses = token_losses(logits, labelled.targets)
-    right = logits.detach().argmax(-1) == labelled.targets
+    losses, right = scores_at(model, state, positions, labelled)
     carried.state, carried.steps_done = state.detach(), step + 1
+    carried.losses = losses.detach() if supervision.update == "batch" else None
 
     terms = {"lm_loss": language_modelling_loss(losses, counts)}
     loss = terms["lm_loss"]
-    if losses_before is not None:
+    if supervision.beta:
+        assert losses_before is not None
         by_document = labelled if supervision.monotonicity == "document" else None
         terms["mono_loss"] = monotonicity_loss(losses, losses_before, counts, by_document)
         loss = loss + supervision.beta * terms["mono_loss"]
@@ -142,12 +143,13 @@ def _unsupervised(
     return state
 
 
-def logits_at(
-    model: LoopUSForCausalLM, state: torch.Tensor, positions: Positions, where: torch.Tensor
-) -> torch.Tensor:
-    """Logits [n, V] from states [B, T, H], at the positions `where` [n] of B * T."""
-    hidden = model.decoder.run_layers(state, positions).flatten(0, 1)[where]
-    return model.decoder.logits(model.decoder.norm(hidden))
+def scores_at(
+    model: LoopUSForCausalLM, state: torch.Tensor, positions: Positions, labelled: Labelled
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token losses [n] and right tokens [n] of states [B, T, H] at the labelled positions."""
+    decoder = model.decoder
+    hidden = decoder.norm(decoder.run_layers(state, positions).flatten(0, 1)[labelled.where])
+    return token_scores(decoder.lm_head, hidden, labelled.targets, decoder.logit_softcap)
 
 
 @torch.no_grad()
@@ -161,7 +163,7 @@ def measure_by_depth(
 
     At depths 1..N (`max_loops`): `loss`, `accuracy` (right tokens) and `confidence`, [N] each. At
     the exit depths by the config's halting rule, as in serving: `exit_depth`, `exit_accuracy` and
-    `exit_loss`, scalars.
+    `exit_loss`, scalars. By threshold: see `ThresholdSums`.
     """
     embedded = model.encoder.embed_tokens(input_ids)
     positions = model.positions(embedded, None, position_ids)
@@ -173,12 +175,13 @@ def measure_by_depth(
         name: torch.zeros((), device=where.device)
         for name in ("exit_depth", "exit_accuracy", "exit_loss")
     }
+    thresholds = ThresholdSums(rule, len(where), where.device)
     by_depth: dict[str, list[torch.Tensor]] = {"loss": [], "accuracy": [], "confidence": []}
     for loop_pass in model.passes(model.encode(embedded, positions), positions):
         halting_inputs = model.halting_inputs(loop_pass, (row, column))
-        logits = logits_at(model, loop_pass.state, positions, where)
-        losses = token_losses(logits, labelled.targets)
-        right = (logits.argmax(-1) == labelled.targets).float()
+        losses, hits = scores_at(model, loop_pass.state, positions, labelled)
+        right = hits.float()
+        thresholds.add(loop_pass.depth, losses, halting_inputs)
         now = exits.update(loop_pass.depth, rule.evidence(halting_inputs))
         at_exit["exit_depth"] += loop_pass.depth * now.sum()
         at_exit["exit_accuracy"] += (right * now).sum()
@@ -186,4 +189,5 @@ def measure_by_depth(
         found = {"loss": losses, "accuracy": right, "confidence": halting_inputs["confidence"]}
         for name, values in found.items():
             by_depth[name].append(values.sum())
-    return {**{name: torch.stack(sums) for name, sums in by_depth.items()}, **at_exit}
+    means = {name: torch.stack(sums) for name, sums in by_depth.items()}
+    return {**means, **at_exit, **thresholds.found()}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from vllm_loopus.training.metrics import evaluation_progress
 from vllm_loopus.training.objective import Counts, Labelled, language_modelling_loss, token_losses
 from vllm_loopus.training.packing import Document, collate
 from vllm_loopus.training.schedule import CosineByTokens, cosine_by_tokens
@@ -25,6 +26,8 @@ from vllm_loopus.training.supervision import (
     measure_by_depth,
     supervised_step,
 )
+from vllm_loopus.training.thresholds import DEPTH, LOSS, THRESHOLDS
+from vllm_loopus.training.vocabulary import plain_scores
 
 POSITION = "data_position.json"
 NOT_DECAYED = ("A_log",)
@@ -170,12 +173,23 @@ class PackedTrainer(Trainer):
         """The `loss` of a micro-batch and the values to log: its terms, and `right` tokens."""
         carried = inputs["carried"]
         labelled = carried.labelled
-        logits = model(
-            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-        ).logits.flatten(0, 1)[labelled.where]
-        losses = token_losses(logits, labelled.targets)
-        right = (logits.detach().argmax(-1) == labelled.targets).sum()
-        return {"loss": language_modelling_loss(losses, counts), "right": right}
+        losses, right = self._scores(model, inputs["input_ids"], inputs["position_ids"], labelled)
+        return {"loss": language_modelling_loss(losses, counts), "right": right.sum()}
+
+    def _scores(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labelled: Labelled,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token losses and right tokens [n] of a plain model."""
+        with plain_scores(self.accelerator.unwrap_model(model), labelled) as scores:
+            logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        if scores is not None:
+            return scores.losses, scores.right
+        logits = logits.flatten(0, 1)[labelled.where]
+        return token_losses(logits, labelled.targets), logits.argmax(-1) == labelled.targets
 
     # Log
 
@@ -216,7 +230,16 @@ class PackedTrainer(Trainer):
         model.eval()
         sums: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=self.args.device)
-        for micro_batch in self._evaluation_micro_batches(eval_dataset or self.eval_dataset):
+        rows = eval_dataset or self.eval_dataset
+        micro_batches = evaluation_progress(
+            self._evaluation_micro_batches(rows),
+            -(
+                -len(rows)
+                // (self.accelerator.num_processes * self.args.per_device_train_batch_size)
+            ),
+            self.is_world_process_zero(),
+        )
+        for micro_batch in micro_batches:
             labelled = Labelled.of(micro_batch["labels"], micro_batch["position_ids"])
             total += len(labelled)
             with torch.no_grad():
@@ -259,14 +282,14 @@ class PackedTrainer(Trainer):
         labelled: Labelled,
     ) -> dict[str, torch.Tensor]:
         """Sums over the labelled tokens of a micro-batch."""
-        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        logits = logits.flatten(0, 1)[labelled.where]
-        right = logits.argmax(-1) == labelled.targets
-        return {"loss": token_losses(logits, labelled.targets).sum(), "accuracy": right.sum()}
+        losses, right = self._scores(model, input_ids, position_ids, labelled)
+        return {"loss": losses.sum(), "accuracy": right.sum()}
 
     @staticmethod
     def named(name: str, value: Any, prefix: str) -> dict[str, float]:
-        """A metric for an average, or one for each depth if it is a list."""
+        """A metric for an average, or one for each depth (or threshold) if it is a list."""
+        if name in (DEPTH, LOSS):
+            return {f"{prefix}_{name}_{t}": v for t, v in zip(THRESHOLDS, value, strict=True)}
         if isinstance(value, list):
             return {f"{prefix}_{name}_depth_{r}": v for r, v in enumerate(value, start=1)}
         return {f"{prefix}_{name}": value}

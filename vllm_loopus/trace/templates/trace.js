@@ -134,7 +134,7 @@ function markExits() {
   const answer = at("answer");
   answer.replaceChildren();
   trace.tokens.forEach((token, index) => {
-    const piece = element("span", answer, { title: `exited at depth ${left[index].depth}` }, token.text);
+    const piece = element("span", answer, { title: `exited at depth ${left[index].depth}` }, token.shown);
     piece.style.background = `rgba(240, 83, 28, ${0.06 + 0.4 * left[index].depth / own.max_loops})`;
   });
   drawCharts();
