@@ -48,7 +48,8 @@ def write(content: dict[str, Any], folder: Path) -> Path:
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
