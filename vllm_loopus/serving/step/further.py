@@ -20,6 +20,7 @@ class FurtherTokens:
         self._under_way: list[tuple[Chunks, Ints, Ints]] = []  # with slots and lives
         # By sequence and slot at the time of the call: depth (0: not in it), life and token.
         self._depth = self._life = self._token = np.zeros((0, stairs.slots), dtype=np.int64)
+        self._given: list[int] = []
 
     def chunks(self, leaving: Ints, guessing: Ints, passing: bool) -> list[Chunks]:
         """Positions behind the certain ones of `leaving` that have exited, one `Chunks` for each
@@ -83,4 +84,10 @@ class FurtherTokens:
                 of_it[0].append(token)
                 of_it[1].append(exit_depth)
         self._depth[:] = 0
+        self._given += [depth for _, depths in found.values() for depth in depths]
         return found
+
+    def take_given(self) -> Ints:
+        """The exit depths of all further tokens since this was asked last."""
+        given, self._given = self._given, []
+        return np.array(given, dtype=np.int64)

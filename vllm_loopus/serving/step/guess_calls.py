@@ -61,6 +61,7 @@ class GuessCalls:
     ) -> None:
         """See `WavePlan.begin_step`. `thrifty`: blocks are scarce, so that guesses take none."""
         stairs, self._thrifty = self._stairs, thrifty
+        exit_depths = np.concatenate([exit_depths, self.further.take_given()])
         wanting = sequences[stairs.in_flight[sequences] & stairs.wants_token[sequences]]
         self.waves.plan.begin_step(wanting, exit_depths, costs, seconds)
         self.active = self.waves.guessing(sequences)

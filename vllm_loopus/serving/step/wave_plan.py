@@ -50,7 +50,8 @@ class Expected:
     Without guesses, each gets a token in D passes and a boundary; D is the mean exit depth. With
     them, a sequence whose guesses are right with probability p gets 1 / (1 - p) tokens before it
     has to start again: the first after D passes, each other one after `draft_depth` more, or
-    D / (lookahead + 1) if that is more. Each pass has the rows of all that is in flight. There is
+    D' / (lookahead + 1) if that is more. D' is a deep exit depth, since the tokens behind one that
+    exits deep have to wait for it. Each pass has the rows of all that is in flight. There is
     a boundary for each token; before the first one, guesses are decoded alone.
     """
 
@@ -59,6 +60,7 @@ class Expected:
     costs: StepCosts
     count: int
     mean: float
+    deep: float
 
     def plain(self) -> float:
         """Without guesses: tokens of a sequence a second."""
@@ -68,7 +70,7 @@ class Expected:
     def guessing(self, draft_depth: int, lookahead: int, acceptance: float) -> float:
         """With guesses: tokens of a sequence a second."""
         tokens = 1 / (1 - acceptance)
-        each = max(draft_depth, self.mean / (lookahead + 1))
+        each = max(draft_depth, self.deep / (lookahead + 1))
         passes = self.mean + (tokens - 1) * each
         rows = self.count * max(self.mean / each, 1.0)
         seconds = passes * (self.costs.per_pass + self.costs.per_row * rows)
@@ -125,6 +127,7 @@ class AutoPlan(WavePlan):
     REST, LONGEST = 256, 8192  # steps without guesses after they were slower; doubles
     STALE = 4096  # steps with guesses after which the rate without is measured again
     RECENT = 0.95
+    DEEP = 1.3  # standard deviations above the mean exit depth: one token in ten exits deeper
     DEPTHS = 4
 
     def __init__(self, max_loops: int, lookahead: int) -> None:
@@ -134,6 +137,7 @@ class AutoPlan(WavePlan):
         self._choices = sorted({min(ahead, lookahead) for ahead in (1, 2, 3, 5, 7, lookahead)})
         self._acceptance = Acceptance(max_loops)
         self._mean = 0.0  # exit depth; 0 before a token
+        self._squares = 0.0  # of exit depths, their mean
         self._needed = 1.0  # acceptance
         self._measured: dict[int, _Measured] = {}  # by the power of two of the sequences
         self._before = 0  # sequences in the last step
@@ -157,8 +161,9 @@ class AutoPlan(WavePlan):
         seconds: float | None = None,
     ) -> None:
         if len(exit_depths):
-            mean = float(exit_depths.mean())
-            self._mean += (1 - self.RECENT if self._mean else 1) * (mean - self._mean)
+            new = 1 - self.RECENT if self._mean else 1
+            self._mean += new * (float(exit_depths.mean()) - self._mean)
+            self._squares += new * (float((exit_depths**2).mean()) - self._squares)
         self._acceptance.forget(self.draft_depth if self.lookahead else None)
         before, self._before = self._before, len(sequences)
         if before and seconds is not None and before == len(sequences):
@@ -197,7 +202,8 @@ class AutoPlan(WavePlan):
         return StepCosts(per_pass=each, per_boundary=0.4 * each)
 
     def _choose(self, costs: StepCosts, count: int) -> None:
-        expected = Expected(costs, count, self._mean)
+        spread = max(self._squares - self._mean**2, 0.0) ** 0.5
+        expected = Expected(costs, count, self._mean, self._mean + self.DEEP * spread)
         best = self.GAIN * expected.plain()
         for depth in self._depths:
             acceptance = self._acceptance.at(depth)
