@@ -1,4 +1,4 @@
-"""Converts a pretrained model into a LoopUS checkpoint."""
+"""Converts a pretrained model into a looped one: LoopUS, or a recursive transformer."""
 
 from vllm_loopus.extras import need
 

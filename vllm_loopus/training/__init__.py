@@ -1,4 +1,4 @@
-"""Post-training of LoopUS models, and training of plain models as a control.
+"""Post-training of LoopUS models and recursive transformers, and of plain models as a control.
 
 Based on transformers' Trainer. Does not import vLLM.
 """
