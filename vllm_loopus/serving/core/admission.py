@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 from vllm_loopus.serving.knobs.request import KnobError, LoopDefaults, RequestKnobs
 
 ATTRIBUTE = "_loopus_knobs"  # of a Request
+OWN_SALT = "loopus_own_salt"  # of a request: the cache_salt that it came with
 KNOBS_IN_SALT = "|loopus:"  # separates them from the salt that the request came with
 
 
@@ -44,16 +45,21 @@ def salt(request: Request, last_exited: bool) -> None:
     different knobs in `last_exited`, of different seeds of the first state, and of each request
     that replays `guesses`."""
     knobs = knobs_of(request)
+    if not hasattr(request, OWN_SALT):  # else the next input of a session, maybe with other knobs
+        setattr(request, OWN_SALT, request.cache_salt)
+    own: str | None = getattr(request, OWN_SALT)
     if knobs.guesses:
-        suffix = f"{KNOBS_IN_SALT}{request.request_id}"
+        salted: str | None = f"{own or ''}{KNOBS_IN_SALT}{request.request_id}"
     elif last_exited:
-        suffix = f"{KNOBS_IN_SALT}{knobs}"
+        salted = f"{own or ''}{KNOBS_IN_SALT}{knobs}"
     elif knobs.seed is not None:
-        suffix = f"{KNOBS_IN_SALT}seed={knobs.seed}"
+        salted = f"{own or ''}{KNOBS_IN_SALT}seed={knobs.seed}"
+    elif KNOBS_IN_SALT in (own or ""):  # it must not look like one of the above
+        salted = f"{own}{KNOBS_IN_SALT}"
     else:
+        salted = own
+    if salted == request.cache_salt:
         return
-    if (request.cache_salt or "").endswith(suffix):  # the next input of a session
-        return
-    request.cache_salt = f"{request.cache_salt or ''}{suffix}"
+    request.cache_salt = salted
     request.block_hashes = []
     request.update_block_hashes()

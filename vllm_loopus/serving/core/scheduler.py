@@ -279,6 +279,17 @@ class LoopUSScheduler(Scheduler):
             self._stats = LoopStats()
         return stats
 
+    def _update_request_with_output(
+        self, request: "Request", *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """As in vLLM. If the answer ends before the last token of a step, only positions before
+        its own last token count: a session goes on from there."""
+        tokens, stopped = super()._update_request_with_output(request, *args, **kwargs)
+        if stopped:
+            computed = min(request.num_computed_tokens, request.num_tokens - 1)
+            request.num_computed_tokens = computed
+        return tokens, stopped
+
     def _handle_stopped_request(self, request: "Request") -> bool:
         """As in vLLM. A session that waits for input holds no blocks: requests that run, whose
         deep planes grow, could not take them from it."""

@@ -78,9 +78,6 @@ class NormByDepth(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """[T, H], or heads [T, N, H], normed; with a residual [T, H] to add first, both."""
         rows, given = self._depths.rows, () if residual is None else (residual,)
-        if rows.only is not None:
-            self.norm.weight = self.weight[rows.only]
-            return self.norm(x, *given)
         self.norm.weight = self._neutral.to(x.device)
         normed = self.norm(x, *given)
         if residual is None:

@@ -63,8 +63,8 @@ class FurtherTokens:
         have just got `tokens` [S]. To be asked once."""
         stairs = self._stairs
         found: dict[int, tuple[list[int], list[int]]] = {}
-        if not len(self._depth):
-            return found
+        known = sequences < len(self._depth)  # the others came after the last call
+        sequences, tokens = sequences[known], tokens[known]
         for slot in range(1, stairs.slots):
             depth = self._depth[sequences, slot]
             now = slot - stairs.tentative[sequences]  # it may have gone on since

@@ -148,6 +148,8 @@ class StepRunner:
         if not self.quorum.foresees(ready, stairs, passing, guesses):
             return False
         if self.guesses is not None and self._guessing:
+            if (stairs.scored[possible] & stairs.prefilling(possible)).any():
+                return False  # scored where it exits, and that is not known yet
             batch = self._eldest_first(stairs, possible)
             if batch.rows > self._budget:
                 return False

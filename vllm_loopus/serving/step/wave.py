@@ -106,6 +106,7 @@ class Waves:
         may = stairs.in_flight[sequences] & stairs.wants_token[sequences]
         limit = np.minimum(stairs.lookahead[sequences], self.plan.lookahead) + leaving
         may &= (slot < np.minimum(limit, possible)) & (depth > 0) & self.plan.allows(sequences)
+        may &= stairs.lookahead[sequences] > 0
         # If the certain position has exited, its token comes from the sampler.
         may &= np.where(exited, slot > 0, depth >= self.plan.draft_depth)
         index, slot, depth = sequences[may], slot[may], depth[may]
