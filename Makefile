@@ -38,7 +38,7 @@ test: .venv
 test-fast: .venv
 	$(BIN)/python -m pytest tests $(TOGETHER) -m "not engine and not slow and not faults and not ray and not long"
 
-# Broad sweeps over checkpoints and settings, and long runs. CI runs them after `make test`.
+# Broad sweeps over checkpoints and settings, and long runs. Not in CI: tens of minutes.
 test-long: .venv
 	$(BIN)/python -m pytest tests $(TOGETHER) -m long
 

@@ -26,7 +26,7 @@ FAILED = "vllm:loopus_nonfinite_requests"
 
 
 def caches(llm: Any) -> list[torch.Tensor]:
-    result: list[torch.Tensor] = runner_of(llm).model.planes.caches()
+    result: list[torch.Tensor] = runner_of(llm).model.planes.floats()
     return result
 
 

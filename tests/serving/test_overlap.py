@@ -220,4 +220,4 @@ def test_what_ran_ahead_of_an_abort_is_cleansed(make_llm: Any) -> None:
     del model.refine
     engine.abort_request(["99"])
     assert_golden([case], generate(llm, [case]))
-    assert all(torch.isfinite(cache).all() for cache in model.planes.caches())
+    assert all(torch.isfinite(cache).all() for cache in model.planes.floats())

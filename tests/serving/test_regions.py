@@ -73,10 +73,10 @@ def test_golden(make_llm: Any, monkeypatch: pytest.MonkeyPatch, policy: str) -> 
     )
     runner = runner_of(llm)
     planes = runner.get_model().planes
-    before = [cache.clone() for cache in planes.caches()]
+    before = [cache.clone() for cache in planes.floats()]
     runner.capture_model()
     assert len(CheckedGraph.captured) == 3 * len(SIZES.split(","))
-    for cache, was in zip(planes.caches(), before, strict=True):
+    for cache, was in zip(planes.floats(), before, strict=True):
         assert torch.equal(cache, was), "capturing writes nothing"
     CheckedGraph.replays.clear()
     cases = [
@@ -114,7 +114,7 @@ def test_golden(make_llm: Any, monkeypatch: pytest.MonkeyPatch, policy: str) -> 
     assert all(n <= BUDGET for step in steps for n in step.passes)
     of_passes = [n for step in steps for n in step.passes]
     assert set(of_passes) - {1, 2, 4, 8, 16, 24}
-    for cache in planes.caches():
+    for cache in planes.floats():
         assert not cache[0].any()
     padding = runner._sequences._executor._regions.decoder._padding
     size = min(padding.descriptors(), key=lambda descriptor: descriptor.num_tokens)

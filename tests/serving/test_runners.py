@@ -60,6 +60,8 @@ def test_same_description_and_same_outcome(policy: str) -> None:
         one, other = asdict(one), asdict(other)
         for name in ("costs", "seconds"):  # measured
             one.pop(name), other.pop(name)
+        for new in one["new"] + other["new"]:
+            new.pop("greedy")  # the V2 runner takes one token a step
         assert one == other
     resumed = [new for step in v2.runner.described for new in step.new if new.num_generated]
     assert resumed, "somebody was preempted after a token"

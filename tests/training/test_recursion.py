@@ -77,6 +77,7 @@ def test_a_run(content: Callable[..., Any], recursive: Path, part: str) -> None:
         "objective": "recursive",
         "recursion": {"train": part, "intermediate_weight": 0.3},
         "save_every": 0,
+        "eval_every": 1000,  # before the first step and at the end
     }
     settings = settings_from(content(**changes))
     train(settings)

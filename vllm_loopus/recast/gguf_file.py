@@ -56,7 +56,7 @@ class GgufFile:
     @classmethod
     def open(cls, path: Path) -> "GgufFile":
         """Reads the header. Raises `CheckpointError` that names what cannot be read."""
-        need(f"a {SUFFIX} file", "recast", "gguf")
+        need("a .gguf file", "recast", "gguf")
         from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
         from numpy import uint8, zeros
 

@@ -51,6 +51,8 @@ CALLED = (
 )
 # Attributes of objects that are not part of vLLM's interface, or are read where it has none.
 ATTRIBUTES = (
+    "vllm.v1.attention.backend.AttentionLayer._k_scale_float",
+    "vllm.v1.attention.backend.AttentionLayer._v_scale_float",
     "vllm.platforms.interface.Platform.ray_device_key",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.fake_free_list_head",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.num_free_blocks",
@@ -88,6 +90,7 @@ SWAPPED = {
     "LoopedRequestStats": "vllm.v1.metrics.stats.RequestStateStats",
     "V1RunnerConfig": "vllm.config.VllmConfig",
     "ExtraSlots": "vllm.v1.attention.backend.AttentionImpl",
+    "Rounding": "vllm.v1.attention.backend.AttentionImpl",
     "NoSlotMappings": "vllm.v1.worker.block_table.MultiGroupBlockTable",
 }
 # Parents that `adopt` and the server's `adopt_handlers` give our classes at run time.

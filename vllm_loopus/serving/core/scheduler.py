@@ -65,6 +65,7 @@ class LoopUSScheduler(Scheduler):
         self._own_seed = self.vllm_config.model_config.seed if drawn else None
         self._clock = StepClock()
         self._stats = LoopStats()
+        self._progress = LoopProgress()  # of the step that is being booked
         self._refused: dict[str, str] = {}  # requests with impossible knobs, and why
         self._needing: set[str] = set()  # running requests that have to be scheduled
         self._others = 0  # running requests that are hidden from a schedule
@@ -191,6 +192,7 @@ class LoopUSScheduler(Scheduler):
             )
         emitting = self._take_in(scheduler_output.num_scheduled_tokens, progress)
         self._stats.add(progress.stats)
+        self._progress = progress
         visible = copy(scheduler_output)
         visible.num_scheduled_tokens = emitting
         outputs = super().update_from_output(visible, model_runner_output)
@@ -258,16 +260,19 @@ class LoopUSScheduler(Scheduler):
                 if request.use_structured_output or self.kv_cache_manager.needs_block(request):
                     self._needing.add(name)
 
+    def _depths_of(self, name: str) -> list[int]:
+        """The exit depths of the tokens that a request got in the step that is being booked."""
+        progress = self._progress
+        return [progress.exit_depths[name], *progress.further.get(name, ())]
+
     def _complete(self, output: Any, progress: LoopProgress) -> None:
         """Adds to an output of vLLM's the exit depths of its tokens, or why its request failed."""
         name = output.request_id
         if output.finish_reason == FinishReason.ERROR:
             output.stop_reason = progress.failed.get(name) or self._refused.get(name)
         if output.new_token_ids:
-            depths = [progress.exit_depths[name], *progress.further.get(name, ())]
-            depths = depths[: len(output.new_token_ids)]  # its answer may have ended before
-            self._stats.exit_depths += depths
-            exit_depths.send(output, depths)
+            # Its answer may have ended before the last of them.
+            exit_depths.send(output, self._depths_of(name)[: len(output.new_token_ids)])
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """As in vLLM, with what the loop did since they were made last."""
@@ -282,9 +287,10 @@ class LoopUSScheduler(Scheduler):
     def _update_request_with_output(
         self, request: "Request", *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
-        """As in vLLM. If the answer ends before the last token of a step, only positions before
-        its own last token count: a session goes on from there."""
+        """As in vLLM; notes the exit depths. If the answer ends before the last token of a step,
+        only positions before its own last token count: a session goes on from there."""
         tokens, stopped = super()._update_request_with_output(request, *args, **kwargs)
+        self._stats.exit_depths += self._depths_of(request.request_id)[: len(tokens)]
         if stopped:
             computed = min(request.num_computed_tokens, request.num_tokens - 1)
             request.num_computed_tokens = computed
