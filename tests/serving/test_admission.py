@@ -1,5 +1,6 @@
 """Knobs of a request in the engine core: parsed once, carried with it, and never fatal."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,3 +105,22 @@ def test_admission_knows_how_many_planes_there_are(kv_planes: str, at_once: int)
     assert len(engine.step().num_scheduled_tokens) == at_once
     engine.run()
     assert engine.scheduler.sequences_that_fit()["full"] == pytest.approx(24 / (10 * engine.planes))
+
+
+@pytest.mark.parametrize("own", [None, "theirs"])
+def test_the_next_input_of_a_session_has_the_salt_of_its_own_seed(own: str | None) -> None:
+    """The seed of a first state, as of models whose state is noise."""
+    request = SimpleNamespace(cache_salt=own, block_hashes=[], request_id="a")
+    request.update_block_hashes = lambda: None
+    found = []
+    for seed in (5, None, 6, 5):
+        setattr(request, admission.ATTRIBUTE, RequestKnobs(4, 1, 0.5, seed=seed))
+        admission.salt(request, last_exited=False)
+        found.append(request.cache_salt)
+    assert found[1] == own
+    assert found[0] == found[3] and len({*found}) == 3
+    stranger = SimpleNamespace(cache_salt=found[0], block_hashes=[], request_id="b")
+    stranger.update_block_hashes = lambda: None
+    setattr(stranger, admission.ATTRIBUTE, RequestKnobs(4, 1, 0.5))
+    admission.salt(stranger, last_exited=False)
+    assert stranger.cache_salt not in found, "a client's salt that looks like ours"

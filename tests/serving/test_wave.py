@@ -50,3 +50,11 @@ def test_a_confirmed_guess_keeps_what_was_computed() -> None:
     waves.confirm(ONE)
     assert stairs.in_flight[0] and stairs.depth[0] == 1 and stairs.done[0, 0] == 4
     assert stairs.numbers[0, 0] == guessed and stairs.ahead[0] == 0
+
+
+def test_nobody_guesses_who_may_not() -> None:
+    """Even where the certain position may leave in the same call."""
+    stairs, waves = wave()
+    stairs.forget(ONE)
+    stairs.lookahead[0] = 0
+    assert not len(waves.to_decode(ONE, np.array([9]), np.ones(1, dtype=bool)))

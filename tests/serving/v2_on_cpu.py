@@ -1,6 +1,6 @@
 """vLLM's own V2 model runner on a CPU: Triton's kernels interpreted. A program, not a test.
 
-    pip install --no-deps --target /tmp/triton triton==3.9.0
+    pip install --no-deps --target /tmp/triton triton==3.6.0
     PYTHONPATH=/tmp/triton:. python -m tests.serving.v2_on_cpu
 
 Answers of the loop must be the golden ones, with chunks, preemptions, seeds and scores of
