@@ -1,7 +1,10 @@
 """What vLLM's scheduler promises holds for ours, on a fake model. Exit depths vary by token."""
 
+from typing import Any
+
 import pytest
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from tests.serving.fake_executor import BLOCK, POISON, answer
@@ -374,6 +377,34 @@ def test_streaming_input_session() -> None:
     for _ in range(30):
         engine.step()
     assert_right(engine, "session", turn, 6)
+
+
+def test_a_session_goes_on_after_a_stop_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tokens come in one step, and the answer ends with one that is not the last of them.
+    The next input is there already."""
+    given: list[int] = []
+    vllms_own = Scheduler._update_request_with_output
+
+    def watched(self: Any, request: Any, tokens: list[int], **args: Any) -> Any:
+        count = len(tokens)
+        result = vllms_own(self, request, tokens, **args)
+        given.append(count - len(result[0]))
+        return result
+
+    monkeypatch.setattr(Scheduler, "_update_request_with_output", watched)
+    for last in range(2, 8):
+        engine = Engine(speculate=(1, 3))
+        first, more = [4, 5, 6, last], [7, 8]
+        tokens = answer(first, last, engine.max_loops, engine.max_loops)[0]
+        ends = tokens.index(tokens[-1])  # the first time it is said
+        engine.add("session", first, 12, resumable=True, stop_token_ids=[tokens[-1]])
+        engine.add("session", more, 6, resumable=True)
+        for _ in range(60):
+            engine.step()
+        turn = [*first, *tokens[:ends], *more]
+        second = answer(turn, 6, engine.max_loops, engine.max_loops)[0]
+        assert engine.outputs["session"] == [*tokens[: ends + 1], *second]
+    assert max(given) > 0
 
 
 def test_statistics_that_nobody_takes_are_not_kept() -> None:

@@ -17,7 +17,8 @@ class FurtherTokens:
 
     def __init__(self, stairs: Staircases) -> None:
         self._stairs = stairs
-        self._under_way: list[tuple[Chunks, Ints, Ints]] = []  # with slots and lives
+        # In the decoder call under way: chunks, with their slots and the lives of their sequences.
+        self._under_way: tuple[Chunks, Ints, Ints] | None = None
         # By sequence and slot at the time of the call: depth (0: not in it), life and token.
         self._depth = self._life = self._token = np.zeros((0, stairs.slots), dtype=np.int64)
         self._given: list[int] = []
@@ -42,21 +43,19 @@ class FurtherTokens:
 
     def expect(self, chunks: Chunks) -> None:
         """The decoder computes what is most likely after `chunks`."""
-        index = chunks.sequence
-        slot = chunks.end - self._stairs.done[index, 0]
-        self._under_way.append((chunks, slot, self._stairs.life[index]))
+        stairs, index = self._stairs, chunks.sequence
+        self._under_way = chunks, chunks.end - stairs.done[index, 0], stairs.life[index]
 
     def fill(self, tokens: Ints) -> None:
-        """These are the most likely tokens, in the order of `expect`."""
+        """These are the tokens [C] that were expected."""
+        assert self._under_way is not None
+        (chunks, slot, life), self._under_way = self._under_way, None
         if len(self._depth) < self._stairs.capacity:
             shape = self._stairs.capacity, self._stairs.slots
             self._depth, self._life, self._token = (np.zeros(shape, dtype=int) for _ in range(3))
         self._depth[:] = 0
-        for chunks, slot, life in self._under_way:
-            some, tokens = tokens[: len(chunks)], tokens[len(chunks) :]
-            at = chunks.sequence, slot
-            self._depth[at], self._life[at], self._token[at] = chunks.depth, life, some
-        self._under_way.clear()
+        at = chunks.sequence, slot
+        self._depth[at], self._life[at], self._token[at] = chunks.depth, life, tokens
 
     def after(self, sequences: Ints, tokens: Ints) -> dict[int, tuple[list[int], list[int]]]:
         """Further tokens, and their exit depths, of those of `sequences` [S] that have some; they

@@ -142,19 +142,20 @@ class StepRunner:
         ready = int(np.count_nonzero(stairs.ready(possible)))
         wanting = stairs.in_flight[active] & stairs.wants_token[active]
         passing = possible[stairs.undecided(possible)]
-        guesses = self.guesses.due(active, possible) if self.guesses is not None else False
-        if not (len(passing) or (self._guessing and ready)):
+        guesses = self.guesses if self._guessing else None
+        if not (len(passing) or (guesses is not None and ready)):
             return False
-        if not self.quorum.foresees(ready, stairs, passing, guesses):
+        called = not ready and guesses is not None and guesses.due(active, possible)
+        if not self.quorum.foresees(ready, stairs, passing, called):
             return False
-        if self.guesses is not None and self._guessing:
+        if guesses is not None:
             if (stairs.scored[possible] & stairs.prefilling(possible)).any():
                 return False  # scored where it exits, and that is not known yet
             batch = self._eldest_first(stairs, possible)
             if batch.rows > self._budget:
                 return False
             self.clock.decoder()
-            self._ahead_reading = self.guesses.decode_with(active, batch, self.report, True)
+            self._ahead_reading = guesses.decode_with(active, batch, self.report, True)
         else:
             self._prepare(active, 0)
             if (prepared := self._decoder) is None:

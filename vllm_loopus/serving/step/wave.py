@@ -136,7 +136,7 @@ class Waves:
         """The tokens of `sequences` are being sampled from the rows that guessed them: no guess is
         needed where no pass has begun with it."""
         stairs = self._stairs
-        drops = (stairs.ahead[sequences] == 1) & (stairs.depths[sequences, 1:2].sum(axis=1) == 0)
+        drops = (stairs.ahead[sequences] == 1) & (stairs.depths[sequences, 1] == 0)
         stairs.ahead[sequences[drops]] = 0
         self._counts.made -= int(np.count_nonzero(drops))
 
