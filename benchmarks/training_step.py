@@ -2,7 +2,7 @@
 
 For developers who change the training; docs/log.md has the numbers. Models of `make smollm2`:
 
-    python benchmarks/training_step.py --plain runs/smollm2/base --looped runs/smollm2/test/recast
+    python benchmarks/training_step.py --plain runs/smollm2/base --looped runs/smollm2/recast
 
 In turn, on the same rows: forward and backward of the plain model; its layers alone, forward
 without gradient and forward with backward; and the supervised steps of the looped model. `expected`
@@ -21,9 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_loopus.bench.script import begin, finish, script_parser
-from vllm_loopus.training.objective import Counts, Labelled, token_losses
+from vllm_loopus.training.objective import Counts, Labelled
 from vllm_loopus.training.settings import Supervision
 from vllm_loopus.training.supervision import Carried, TrainableLoopUS, supervised_step
+from vllm_loopus.training.vocabulary import plain_scores
 
 
 def main() -> None:
@@ -141,11 +142,6 @@ def plain_losses(
     model: Any, ids: torch.Tensor, positions: torch.Tensor, labelled: Labelled
 ) -> torch.Tensor:
     """Token losses [n], as the control is trained."""
-    try:
-        from vllm_loopus.training.vocabulary import plain_scores
-    except ImportError:  # releases before 2026-11-30
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        return token_losses(logits.flatten(0, 1)[labelled.where], labelled.targets)
     with plain_scores(model, labelled) as scores:
         model(input_ids=ids, position_ids=positions, use_cache=False)
     assert scores is not None

@@ -175,6 +175,16 @@ def test_a_plain_checkpoint_for_the_control(file: Path, tmp_path: Path) -> None:
     provenance = json.loads((out / "provenance.json").read_text())
     assert provenance["gguf"]["sha256"] == file_hash(file)
     assert "exists" in run("convert", file, out).stderr
+    assert "--force replaces nothing else" in run("convert", file, out, "--force").stderr
+    refused = run("convert", file, tmp_path / "other", "--format", "lds")
+    assert refused.exit_code == 2 and "format=lds is for LoopUS checkpoints" in refused.stderr
+    looped = tmp_path / "looped"
+    cut = ("--encoder", "0", "--decoder", "3", "--no-analysis")
+    assert run("recast", file, "--out", looped, *cut).exit_code == 0
+    sizes = ("--force", "--max-shard-size", "100KB")
+    assert run("convert", file, looped, *sizes).exit_code == 0
+    assert (looped / "model.safetensors.index.json").is_file()
+    assert json.loads((looped / "config.json").read_text())["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_K"])

@@ -154,7 +154,13 @@ def test_a_batch_in_chunks_with_prefix_hits(case: Case, make_llm: Any) -> None:
 
 def test_preempted(case: Case, make_llm: Any) -> None:
     """A pool of two short sequences at full depth, and six that want to run."""
-    llm = make_llm(FOLDER, max_num_seqs=6, max_model_len=128, kv_cache_memory_bytes=bytes_for(136))
+    llm = make_llm(
+        FOLDER,
+        max_num_seqs=6,
+        max_model_len=128,
+        kv_cache_memory_bytes=bytes_for(136),
+        disable_log_stats=False,
+    )
     admit_too_many(llm)
     everything = list(range(len(QUESTIONS)))
     agree(case, generate(llm, case, everything), everything)

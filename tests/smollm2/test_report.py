@@ -56,7 +56,7 @@ def test_the_page(
     (out / "data" / "sources.json").write_text(json.dumps({"Python <reference>": source}))
     commands = []
 
-    def command(*arguments: str) -> str:
+    def tool(*arguments: str, captured: bool) -> str:
         commands.append(arguments)
         if arguments[0] == "trace":
             Path(arguments[-1]).write_text("<html>")
@@ -68,7 +68,7 @@ def test_the_page(
         ]  # fmt: skip
         return json.dumps({"columns": columns, "rows": rows, "about": "today"})
 
-    monkeypatch.setattr(report, "command", command)
+    monkeypatch.setattr(report, "tool", tool)
     report.write(out, SIZES["test"])
     page = (out / "report" / "report.html").read_text()
     assert verdict in page and "Python &lt;reference&gt;" in page

@@ -12,6 +12,7 @@ from vllm_loopus.smollm2 import __main__ as pipeline
 from vllm_loopus.smollm2 import base, corpus
 from vllm_loopus.smollm2.corpus import Document
 from vllm_loopus.smollm2.sizes import SIZES
+from vllm_loopus.smollm2.tool import ToolError
 from vllm_loopus.training.settings import read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def test_steps_are_done_once_and_a_failure_is_named(
         def second() -> None:
             done.append("second")
             if done.count("second") == 1:
-                raise pipeline.StepFailedError("no more paper")
+                raise ToolError("no more paper")
             (out / "two").write_text("")
 
         return [("first", out / "one", first), ("second", out / "two", second)]
@@ -90,7 +91,8 @@ def test_steps_are_done_once_and_a_failure_is_named(
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert done == ["first", "second", "second"]
     other = CliRunner().invoke(app, ["--size", "default", "--out", str(tmp_path / "run")])
-    assert other.exit_code == 2 and "has the run of --size test; give --restart" in other.stderr
+    told = "has the run of --size test with 4,000 tokens; give --restart"
+    assert other.exit_code == 2 and told in other.stderr
 
 
 def test_another_file_than_the_known_one_is_refused(tmp_path: Path) -> None:

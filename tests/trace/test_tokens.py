@@ -1,13 +1,13 @@
 """Token classes, texts made visible, and vocabularies."""
 
 import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.trace.conftest import tokenizer_of
 from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.trace.reference import load_vocabulary
 from vllm_loopus.trace.tokens import (
-    BYTES,
     CLASSES,
     Vocabulary,
     bytes_shown,
@@ -71,7 +71,7 @@ def test_a_character_of_several_tokens_is_shown_whole() -> None:
             return bytes(ids).decode(errors="replace")
 
         def convert_ids_to_tokens(self, token_id: int) -> str:
-            return {byte: character for character, byte in BYTES.items()}[token_id]
+            return str(bytes_to_unicode()[token_id])
 
     vocabulary = Vocabulary(Bytes(), 256, "bytes")
     ids = list("a 🌧é".encode())

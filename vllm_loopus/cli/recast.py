@@ -298,7 +298,12 @@ def convert(
     """
     with report_errors(ValueError, OSError):
         if (file := find_gguf(source)) is not None:
-            _convert_gguf(file, out, as_json)
+            if checkpoint_format is not Format.LOOPUS:
+                raise ValueError(
+                    f"format={checkpoint_format.value} is for LoopUS checkpoints, and {file} is a "
+                    "plain model; leave it out"
+                )
+            _convert_gguf(file, out, max_shard_size, force, as_json)
             return
         options = writing.WriteOptions(checkpoint_format.value, max_shard_size, force)
         record = ConversionRecord(source, checkpoint_format.value, ["vllm-loopus", *sys.argv[1:]])
@@ -321,9 +326,15 @@ def _tell_dtypes(opened: Base) -> None:
         )
 
 
-def _convert_gguf(file: Path, out: Path, as_json: bool) -> None:
+def _convert_gguf(file: Path, out: Path, max_shard_size: str, force: bool, as_json: bool) -> None:
     command = ["vllm-loopus", *sys.argv[1:]]
-    write_plain(file, out, lambda opened: unpacked_record(opened, command))
+    write_plain(
+        file,
+        out,
+        lambda opened: unpacked_record(opened, command),
+        force=force,
+        max_shard_size=max_shard_size,
+    )
     if as_json:
         print_json({"out": str(out), "format": "plain"})
     else:

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 MIN_LAYERS = 3
 LOOPED_SHARE = 3  # the rule loops at least 1/3 of the layers; with fewer, a pass refines little
-LARGEST_SHARE = (
-    4  # by the profile, encoder and decoder get at most 1/4 of the layers each (published: 1/6)
-)
+LARGEST_SHARE = 4  # by the profile, an end gets at most 1/4 of the layers (published: 1/6)
 NONE = "none"
 RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
 
@@ -49,6 +47,11 @@ class Cut:
             "reasoning": layers[self.encoder : end],
             "decoder": layers[end:],
         }
+
+    @property
+    def loops_enough(self) -> bool:
+        """Whether the rule may choose it by its loss."""
+        return (self.num_layers - self.encoder - self.decoder) * LOOPED_SHARE >= self.num_layers
 
     @property
     def config_fields(self) -> dict[str, list[int]]:
@@ -126,12 +129,6 @@ class ScoredCut:
     score: float
     losses: tuple[float, ...] | None = None
 
-    @property
-    def loops_enough(self) -> bool:
-        """Whether the rule may choose it."""
-        looped = self.cut.num_layers - self.cut.encoder - self.cut.decoder
-        return looped * LOOPED_SHARE >= self.cut.num_layers
-
 
 def rank_cuts(
     similarity: Sequence[float], encoder: int | None = None, decoder: int | None = None
@@ -180,16 +177,13 @@ def cuts_to_try(
     """The cuts whose losses are measured: ends of one layer, a sixth, a quarter and a third of the
     layers, unless given. All loop at least a third of the layers, unless both ends are given."""
     ends = sorted({max(1, num_layers // share) for share in (num_layers, 6, 4, 3)})
-    return [
-        cut
+    cuts = [
+        Cut(num_layers, first, last)
         for first in (ends if encoder is None else [encoder])
         for last in (ends if decoder is None else [decoder])
         if first + last < num_layers
-        and (
-            ScoredCut(cut := Cut(num_layers, first, last), 0).loops_enough
-            or None not in (encoder, decoder)
-        )
     ]
+    return cuts if None not in (encoder, decoder) else [cut for cut in cuts if cut.loops_enough]
 
 
 def rank_by_loss(
@@ -207,7 +201,7 @@ def rank_by_loss(
     def order(scored: ScoredCut) -> tuple[bool, float, int]:
         assert scored.losses is not None
         ends = scored.cut.encoder + scored.cut.decoder
-        return not scored.loops_enough, round(scored.losses[-1], 2), ends
+        return not scored.cut.loops_enough, round(scored.losses[-1], 2), ends
 
     return [*sorted(tried, key=order), *(one for one in ranked if one.cut not in losses)]
 

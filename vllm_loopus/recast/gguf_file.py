@@ -112,7 +112,7 @@ class GgufFile:
             ) from error
         return config
 
-    def unpack(self, folder: Path) -> None:
+    def unpack(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         """Writes the model as a checkpoint to an existing folder: config, weights in float32,
         tokenizer with its chat template, generation config.
 
@@ -143,7 +143,7 @@ class GgufFile:
             for key, tensor in model.state_dict().items()
             if key not in tied
         }
-        write_tensors(folder, tensors, MAX_SHARD_SIZE)
+        write_tensors(folder, tensors, max_shard_size)
 
     def unpack_for_reading(self) -> "tempfile.TemporaryDirectory[str]":
         """Unpacks to a temporary folder, which is removed with the returned object.
@@ -175,15 +175,23 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def write_plain(path: Path, out: Path, provenance: Callable[[GgufFile], dict[str, Any]]) -> None:
-    """Writes a GGUF file as a plain checkpoint to the folder `out`, which must not exist.
+def write_plain(
+    path: Path,
+    out: Path,
+    provenance: Callable[[GgufFile], dict[str, Any]],
+    *,
+    force: bool,
+    max_shard_size: str,
+) -> None:
+    """Writes a GGUF file as a plain checkpoint to the folder `out`.
 
-    `provenance`: gives the content of `provenance.json`. Raises `FileExistsError`, `OSError`
-    without enough space, and `CheckpointError` if the file cannot be read.
+    `provenance`: gives the content of `provenance.json`. `force`: as in `check_output`. Raises
+    `FileExistsError`, `OSError` without enough space, and `CheckpointError` if the file cannot be
+    read.
     """
     file = GgufFile.open(path)
     file.config()
-    check_output(out, force=False, needed=BYTES * file.values)
+    check_output(out, force=force, needed=BYTES * file.values, reads=path.parent)
     with complete_folder(out) as folder:
-        file.unpack(folder)
+        file.unpack(folder, max_shard_size)
         (folder / "provenance.json").write_text(json.dumps(provenance(file), indent=1))

@@ -18,6 +18,8 @@ from vllm_loopus.backbones import BACKBONES
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.tensors import TensorSource
 
+Run = Callable[[torch.Tensor], torch.Tensor]
+
 
 class StreamedWeights(Mapping[str, torch.Tensor]):
     """A mapping of tensors that are read from disk at each access."""
@@ -58,63 +60,45 @@ class HiddenStates:
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] -> states [L+1, B, T, H] in float32, on one device."""
-        layers = self._decoder.layers
         found: list[torch.Tensor] = []
 
-        def record(state: Any) -> None:
-            state = state[0] if isinstance(state, tuple) else state
-            found.append(state.to(self.device, torch.float32))
+        def record(layer: int, taken: torch.Tensor, given: torch.Tensor, run: Run) -> None:
+            for state in [taken, given] if layer == 0 else [given]:
+                found.append(state.to(self.device, torch.float32))
 
-        def record_input(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-            record(args[0] if args else kwargs["hidden_states"])
-
-        def record_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            record(output)
-
-        hooks = [layers[0].register_forward_pre_hook(record_input, with_kwargs=True)]
-        hooks += [layer.register_forward_hook(record_output) for layer in layers]
-        try:
-            self._decoder(input_ids=ids.to(self.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self.visit(ids, record)
         return torch.stack(found)
 
     def visit(
         self,
         ids: torch.Tensor,
-        after: Callable[[int, torch.Tensor, torch.Tensor, Callable[[Any], Any]], None],
+        after: Callable[[int, torch.Tensor, torch.Tensor, Run], None],
     ) -> torch.Tensor:
-        """Runs the model on token ids [1, T] and returns its last state [1, T, H].
+        """Runs the model on token ids [B, T] and returns its last state [B, T, H].
 
         `after(layer, taken, given, run)` is called after each layer with its input, its output, and
-        a function that runs the layer on other states [K, T, H] at the same positions.
+        a function that runs the layer on other states at the same positions; if B is 1, on any
+        number of them.
         """
-        inside = False
         last = torch.empty(0)
 
         def hook(index: int) -> Callable[..., None]:
             def called(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-                nonlocal inside, last
-                if inside:
-                    return
+                nonlocal last
                 named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
                 def run(states: torch.Tensor) -> torch.Tensor:
-                    found = module(states, *args[1:], **named)
-                    return found[0] if isinstance(found, tuple) else found
+                    # Not the module itself, which would call this hook again.
+                    return _state(module.forward(states, *args[1:], **named))
 
-                inside = True
-                last = output[0] if isinstance(output, tuple) else output
+                last = _state(output)
                 after(index, args[0] if args else kwargs["hidden_states"], last, run)
-                inside = False
 
             return called
 
-        layers = self._decoder.layers
         hooks = [
             layer.register_forward_hook(hook(index), with_kwargs=True)
-            for index, layer in enumerate(layers)
+            for index, layer in enumerate(self._decoder.layers)
         ]
         try:
             self._decoder(input_ids=ids.to(self.device), use_cache=False)
@@ -124,17 +108,25 @@ class HiddenStates:
         return last
 
 
-def default_dtype(device: torch.device, base: Base) -> torch.dtype:
-    """The checkpoint's dtype if the device supports it natively, else float32.
+def _state(output: Any) -> torch.Tensor:
+    """The state that a layer returns, in some models beside other values."""
+    state: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return state
 
-    On a CPU without bf16 instructions, bf16 matrix products are many times slower than float32.
-    """
+
+def native_bf16() -> bool:
+    """Whether the CPU has bf16 instructions. Without, bf16 matrix products are many times slower
+    than float32."""
+    fast = torch.cpu.get_capabilities()
+    return bool(fast.get("avx512_bf16") or fast.get("amx_bf16"))
+
+
+def default_dtype(device: torch.device, base: Base) -> torch.dtype:
+    """The checkpoint's dtype if the device supports it natively, else float32."""
     stored: torch.dtype = base.config.dtype or torch.float32
     if device.type != "cpu" or stored == torch.float32:
         return stored
-    fast = torch.cpu.get_capabilities()
-    native = stored == torch.bfloat16 and (fast.get("avx512_bf16") or fast.get("amx_bf16"))
-    return stored if native else torch.float32
+    return stored if stored == torch.bfloat16 and native_bf16() else torch.float32
 
 
 def _streamed(base: Base, device: torch.device, options: dict[str, Any]) -> Any:

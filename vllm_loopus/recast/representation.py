@@ -7,7 +7,7 @@ each sequence is excluded, because attention sinks give it a norm of another ord
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from vllm_loopus.recast.tensors import TensorSource
 
 STATE_BYTES = 64 * 2**20  # maximum size of the states of a batch, unless one sequence needs more
 SLICE = 128  # tokens per update of the statistics
-VOCABULARY_SLICE = 8192  # tokens of the vocabulary that the logit lens processes at a time
+VOCABULARY_SLICE = 8192  # tokens of the vocabulary for which logits exist at a time
 LENS_POSITIONS = 64  # evenly spaced positions of each batch for the logit lens
 
 
@@ -125,12 +125,7 @@ def lens(
     shape = rows.shape[:-1]
     peak = torch.full(shape, -torch.inf, device=rows.device)
     total, weighted, crossed = (torch.zeros(shape, device=rows.device) for _ in range(3))
-    weights = head.load()
-    for start in range(0, head.shape[0], VOCABULARY_SLICE):
-        part = weights[start : start + VOCABULARY_SLICE].to(rows.device, torch.float32)
-        logits = rows @ part.T
-        if soft_cap is not None:
-            logits = torch.tanh(logits / soft_cap) * soft_cap
+    for logits in logit_slices(rows, head.load(), soft_cap):
         new_peak = torch.maximum(peak, logits.amax(-1))
         rescale = torch.exp(peak - new_peak)
         share = torch.exp(logits - new_peak.unsqueeze(-1))
@@ -143,6 +138,16 @@ def lens(
     entropy = log_total - weighted / total
     divergence = (weighted[-1] - crossed) / total[-1] - log_total[-1] + log_total
     return entropy, divergence.clamp(min=0)
+
+
+def logit_slices(
+    rows: torch.Tensor, head: torch.Tensor, soft_cap: float | None
+) -> Iterator[torch.Tensor]:
+    """The logits of normed states [..., H] in float32 with the LM head [V, H], by slices of the
+    vocabulary."""
+    for part in head.split(VOCABULARY_SLICE):
+        logits = rows @ part.to(rows.device, torch.float32).T
+        yield logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ states of every cut that needs it there.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +18,11 @@ from tqdm import tqdm
 from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.recast.base import HEAD, Base
 from vllm_loopus.recast.cut import Cut
-from vllm_loopus.recast.hidden_states import HiddenStates
+from vllm_loopus.recast.hidden_states import HiddenStates, Run
+from vllm_loopus.recast.representation import logit_slices
 
 DEPTHS = 2
-VOCABULARY_SLICE = 8192  # tokens of the vocabulary for which logits exist at a time
 TOKENS_AT_ONCE = 2048  # that a layer runs on
-Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,10 @@ def untrained_losses(
     gate.to(model.device)
     cap = getattr(base.config, "final_logit_softcapping", None)
     sums = {cut: torch.zeros(DEPTHS, dtype=torch.float64) for cut in cuts}
+    head = base.tensors[HEAD].load()
     of_base, tokens = 0.0, 0
     for ids in tqdm(sequences, desc="try cuts", unit="seq"):
-        targets, head = ids[1:].to(model.device), base.tensors[HEAD].load()
+        targets = ids[1:].to(model.device)
         sweep = Sweep(cuts, gate, base.num_layers)
         for depth in range(1, DEPTHS + 1):
             last = model.visit(ids[None], sweep.after)
@@ -131,14 +131,11 @@ def loss(
     """The summed next-token loss of normed states [1, T, H] with the LM head [V, H], by slices of
     the vocabulary."""
     rows = rows[0, :-1].float()
-    parts, wanted = [], torch.zeros(len(rows), device=rows.device)
-    for start in range(0, head.shape[0], VOCABULARY_SLICE):
-        part = head[start : start + VOCABULARY_SLICE].to(rows.device, torch.float32)
-        logits = rows @ part.T
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        inside = (targets >= start) & (targets < start + len(part))
-        index = (targets - start).clamp(0, len(part) - 1)
-        wanted += logits.gather(1, index[:, None]).squeeze(1) * inside
+    parts, wanted, left = [], torch.zeros(len(rows), device=rows.device), targets
+    for logits in logit_slices(rows, head, softcap):
+        size = logits.shape[1]
+        index = left.clamp(0, size - 1)
+        wanted += logits.gather(1, index[:, None]).squeeze(1) * (index == left)
+        left = left - size
         parts.append(logits.logsumexp(-1))
     return float((torch.stack(parts).logsumexp(0) - wanted).sum())

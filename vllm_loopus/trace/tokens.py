@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 CLASSES = ("letter", "digit", "punctuation", "whitespace", "mixed", "special", "unknown")
@@ -59,25 +60,24 @@ def visible(text: str) -> str:
     return "".join(shown) or "∅"
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE: printable bytes stand for themselves, the others for the
-    characters from 256 on, in order (the alphabet of GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-BYTES = _byte_alphabet()
 TOKENS_OF_A_CHARACTER = 8  # at most; an emoji has four bytes, joined ones more
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def bytes_shown(piece: str) -> str:
     """A token of byte-level BPE that is not text: ` <0xF0 0x9F>`. Other pieces are unchanged."""
-    if not all(character in BYTES for character in piece):
+    alphabet = _byte_alphabet()
+    if not all(character in alphabet for character in piece):
         return piece
     text = ""
-    raw = bytes(BYTES[character] for character in piece)
+    raw = bytes(alphabet[character] for character in piece)
     while raw and raw[0] < 128:
         text, raw = text + chr(raw[0]), raw[1:]
     return f"{text}<{' '.join(f'0x{byte:02X}' for byte in raw)}>" if raw else text

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,10 +77,10 @@ class MetricsFile(TrainerCallback):
 T = TypeVar("T")
 
 
-def evaluation_progress(micro_batches: Iterable[T], count: int, shown: bool) -> Iterable[T]:
+def evaluation_progress(micro_batches: Sequence[T], shown: bool) -> Iterable[T]:
     """The micro-batches of an evaluation, with a bar that disappears where it is a terminal."""
     return tqdm(
-        micro_batches, desc="evaluate", total=count, unit="batch", leave=not sys.stderr.isatty(),
+        micro_batches, desc="evaluate", unit="batch", leave=not sys.stderr.isatty(),
         mininterval=_interval(), disable=not shown,
     )  # fmt: skip
 

@@ -230,16 +230,7 @@ class PackedTrainer(Trainer):
         model.eval()
         sums: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=self.args.device)
-        rows = eval_dataset or self.eval_dataset
-        micro_batches = evaluation_progress(
-            self._evaluation_micro_batches(rows),
-            -(
-                -len(rows)
-                // (self.accelerator.num_processes * self.args.per_device_train_batch_size)
-            ),
-            self.is_world_process_zero(),
-        )
-        for micro_batch in micro_batches:
+        for micro_batch in self._evaluation_micro_batches(eval_dataset or self.eval_dataset):
             labelled = Labelled.of(micro_batch["labels"], micro_batch["position_ids"])
             total += len(labelled)
             with torch.no_grad():
@@ -265,7 +256,8 @@ class PackedTrainer(Trainer):
         """This process's micro-batches of the evaluation set; all processes have equally many."""
         size, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
         own = sequences[self.accelerator.process_index :: processes]
-        for start in range(0, -(-len(sequences) // processes), size):
+        starts = range(0, -(-len(sequences) // processes), size)
+        for start in evaluation_progress(starts, self.is_world_process_zero()):
             micro_batch = collate(own[start : start + size] or [[]], *self.shape)
             yield {name: tensor.to(self.args.device) for name, tensor in micro_batch.items()}
 
