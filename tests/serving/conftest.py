@@ -42,7 +42,7 @@ def long_answers(make_llm: Any) -> Callable[[Any], list[Any]]:
 
     @cache
     def answers(setting: Any) -> list[Any]:
-        cases = by_rule(setting[0])[setting[1]][:12]
+        cases = by_rule(setting[0])[setting[1]][-12:]
         return generate(start(make_llm, setting), cases, max_tokens=LONG)
 
     return answers

@@ -212,7 +212,7 @@ def test_prefix_hits_between_knobs(make_llm: Any, setting: Any) -> None:
 @pytest.mark.parametrize("quorum", [0.05, 1.0])
 def test_preemption(make_llm: Any, long_answers: Any, setting: Any, quorum: float) -> None:
     """Sequences grow over a block boundary in a pool that has no room for it."""
-    cases = by_rule(setting[0])[setting[1]][:12]
+    cases = by_rule(setting[0])[setting[1]][-12:]
     reference = long_answers(setting)
     llm = start(make_llm, setting, {"exit_quorum": quorum}, **SCARCE)
     admit_too_many(llm)

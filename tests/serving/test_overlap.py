@@ -94,7 +94,7 @@ def test_chunks_and_prefix_hits(make_llm: Any, mode: Mode) -> None:
 
 @modes
 def test_preemption(make_llm: Any, long_answers: Any, mode: Mode) -> None:
-    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers(MIXED[0])
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][-12:], long_answers(MIXED[0])
     llm = running(make_llm, MIXED[0], mode, **SCARCE)
     admit_too_many(llm)
     assert_same(generate(llm, cases, max_tokens=LONG), reference)
@@ -106,7 +106,7 @@ def test_preemption(make_llm: Any, long_answers: Any, mode: Mode) -> None:
 def test_seeds_penalties_scores_and_stops(make_llm: Any, mode: Mode) -> None:
     """As without overlap, each alone: what a sampler keeps for a request moves on with its tokens
     only."""
-    cases = by_rule(MIXED[0][0])[MIXED[0][1]][:8]
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]][-8:]
     options: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": 7},
         {"temperature": 0.8, "top_p": 0.9, "seed": 3, "logprobs": 2},

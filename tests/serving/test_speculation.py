@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import admit_too_many, counter, runner_of
+from tests.serving.fake_executor import EagerQuorum
 from tests.serving.test_early_exit import (
     LONG,
     MIXED,
@@ -97,7 +98,7 @@ def test_chunks_and_prefix_hits(make_llm: Any, wave: tuple[int, int]) -> None:
 @waves
 def test_preemption(make_llm: Any, long_answers: Any, wave: tuple[int, int]) -> None:
     """For lack of blocks. Guesses take none then."""
-    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers(MIXED[0])
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][-12:], long_answers(MIXED[0])
     llm = speculating(make_llm, MIXED[0], wave, **SCARCE)
     admit_too_many(llm)
     for _ in range(2):
@@ -111,7 +112,7 @@ def test_preemption(make_llm: Any, long_answers: Any, wave: tuple[int, int]) -> 
 @waves
 def test_preemption_in_a_wave(make_llm: Any, long_answers: Any, wave: tuple[int, int]) -> None:
     """Everything that runs is preempted now and then, guesses or not."""
-    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][:12], long_answers(MIXED[0])
+    cases, reference = by_rule(MIXED[0][0])[MIXED[0][1]][-12:], long_answers(MIXED[0])
     llm = speculating(make_llm, MIXED[0], wave, max_num_seqs=8)
     engine, stairs, cut = llm.llm_engine, runner_of(llm)._sequences.stairs, 0
     answers: dict[str, Any] = {}
@@ -156,9 +157,12 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("wave", [(2, 5)])
-def test_seeds_penalties_scores_and_stops(make_llm: Any, wave: tuple[int, int]) -> None:
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_seeds_penalties_scores_and_stops(
+    make_llm: Any, wave: tuple[int, int], overlap: str
+) -> None:
     """As without guesses, each alone: the sampler never sees a guess."""
-    cases = by_rule(MIXED[0][0])[MIXED[0][1]][: len(OPTIONS)]
+    cases = by_rule(MIXED[0][0])[MIXED[0][1]][-len(OPTIONS) :]
 
     def answers(llm: Any, which: list[int]) -> list[Any]:
         return llm.generate(
@@ -169,10 +173,14 @@ def test_seeds_penalties_scores_and_stops(make_llm: Any, wave: tuple[int, int]) 
 
     plain = start(make_llm, MIXED[0], enable_prefix_caching=False)
     alone = [answers(plain, [index])[0] for index in range(len(cases))]
-    llm = speculating(make_llm, MIXED[0], wave, enable_prefix_caching=False)
+    options = {"loopus": {"overlap": overlap}, "enable_prefix_caching": False}
+    llm = speculating(make_llm, MIXED[0], wave, **options)
     every = [*range(len(cases))]
-    with both_outcomes(llm):
-        found = [(order, answers(llm, order)) for order in (every, every[::-1])]
+    orders = [every, every[::-1]]
+    if overlap == "on":  # seeds keep the decoder from being launched before exits are read
+        orders += [[i for i in every if "seed" not in OPTIONS[i]]]
+    with both_outcomes(llm), decoded_ahead(llm, overlap == "on"):
+        found = [(order, answers(llm, order)) for order in orders]
     for order, outputs in found:
         for index, output in zip(order, outputs, strict=True):
             assert_same_scores(output.outputs, alone[index].outputs)
@@ -204,6 +212,20 @@ class Restless(WavePlan):
         self.draft_depth = 1 + self.lookahead % 3
 
 
+@contextmanager
+def decoded_ahead(llm: Any, ahead: bool = True) -> Iterator[None]:
+    """Inside, if `ahead`, the decoder is launched before exits are read, whatever that costs."""
+    runner = runner_of(llm)._sequences.runner
+    rule, launch = runner.quorum, runner._decode_ahead
+    done = []
+    if ahead:
+        runner.quorum = EagerQuorum(rule, 1)
+        runner._decode_ahead = lambda active: done.append(launch(active)) or done[-1]
+    yield
+    runner.quorum, runner._decode_ahead = rule, launch
+    assert any(done) == ahead
+
+
 @pytest.mark.parametrize("wave", [(1, 6)])
 def test_overlap(make_llm: Any, wave: tuple[int, int]) -> None:
     cases = by_rule(MIXED[0][0])[MIXED[0][1]]
@@ -211,7 +233,7 @@ def test_overlap(make_llm: Any, wave: tuple[int, int]) -> None:
     llm = speculating(make_llm, MIXED[0], wave, **options)
     for case in cases[:3]:
         assert_golden([case], generate(llm, [case]))
-    with both_outcomes(llm):
+    with both_outcomes(llm), decoded_ahead(llm):
         assert_golden_in_any_order(llm, cases)
 
 

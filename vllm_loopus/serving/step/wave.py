@@ -26,7 +26,8 @@ class GuessCounts:
     """What guesses did since they were counted last.
 
     - `made`: guesses. `confirmed`, `rejected`: the depths at which those were made whose token is
-      known since. Guesses that followed from a rejected one are in neither.
+      known since. Guesses that followed from a rejected one, or came with the token itself, are in
+      neither.
     - `wasted`: rows of passes for positions that were forgotten.
     """
 
@@ -138,7 +139,6 @@ class Waves:
         stairs = self._stairs
         drops = (stairs.ahead[sequences] == 1) & (stairs.depths[sequences, 1] == 0)
         stairs.ahead[sequences[drops]] = 0
-        self._counts.made -= int(np.count_nonzero(drops))
 
     def fill(self, chunks: Chunks, life: Ints, tokens: Ints) -> None:
         """The guesses after the newest positions of `chunks` are known on the host. `life` [C]:
