@@ -15,8 +15,6 @@ from vllm_loopus.modeling.layers import LayerRun, Positions, ScaledEmbedding, ca
 from vllm_loopus.modeling.looped_model import Pass
 from vllm_loopus.modeling.reference_with_base import ReferenceWithBase
 
-HEAD = "lm_head.weight"
-
 
 class LoopLinear(nn.Module):
     """A linear layer in one loop: `W x + B_b A_b x + c_b` (arXiv 2410.20672, section 2.3).
@@ -90,7 +88,7 @@ class RecursiveForCausalLM(ReferenceWithBase):
     config_class = RecursiveConfig
     config: RecursiveConfig
     exit_rule_class = FixedDepth
-    _tied_weights_keys: ClassVar[dict[str, str]] = {HEAD: "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RecursiveConfig) -> None:
         super().__init__(config)
