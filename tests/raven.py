@@ -1,4 +1,4 @@
-"""Golden cases and tiny checkpoints of recurrent-depth models, for the tests."""
+"""Golden cases, engines and tiny checkpoints of recurrent-depth models, for the tests."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from vllm_loopus.architectures.raven.config import RavenConfig
 from vllm_loopus.architectures.raven.reference import RavenForCausalLM
 
 MODELS = ("huginn", "retro_tinyllama", "retro_llama3")
+LOOPS = 16  # of the engines
 OPTION = {"zero": "zeros"}  # `initial_state` of a golden case -> the engine's option
 
 
@@ -37,8 +38,9 @@ def criteria(model: str) -> list[str]:
 
 
 def cases(model: str, of_state: str, *of_criteria: str) -> list[dict[str, Any]]:
+    """Golden cases, each with the `knobs` of its request."""
     return [
-        case
+        {**case, "knobs": knobs(case)}
         for case in expected(model)["cases"]
         if case["initial_state"] == of_state and case["criterion"] in of_criteria
     ]
@@ -50,6 +52,22 @@ def knobs(case: dict[str, Any]) -> dict[str, Any]:
     if threshold is None:
         return {"max_loops": loops, "min_loops": loops}
     return {"max_loops": loops, "exit_threshold": threshold}
+
+
+def start(
+    make_llm: Any, model: str | Path, state: str | None, criterion: str = "none", **options: Any
+) -> Any:
+    """An engine of `model` (a golden one, or a folder). `state`: the option `initial_state`."""
+    loopus = options.pop("loopus", {}) | ({} if state is None else {"initial_state": state})
+    overrides = {"halting_strategy": criterion, "max_loops": LOOPS} | options.pop("overrides", {})
+    return make_llm(
+        GOLDEN_LOOPED / model,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        hf_overrides=overrides,
+        additional_config={"loopus": loopus},
+        **options,
+    )
 
 
 def write_olmo2(folder: Path, **fields: Any) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -106,6 +107,7 @@ def test_threshold_one_is_reached_where_the_gate_is_certain(model: OuroForCausal
         assert model(ids).exit_depths.tolist() == [4]
 
 
+@hypothesis_settings(deadline=None)
 @given(
     hazards=st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4),
     threshold=st.floats(0, 1.5),

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import GOLDEN_LOOPED
+import pytest
+
+from tests.conftest import GOLDEN_LOOPED, admit_too_many, counter, kv_manager
 from vllm_loopus import exit_depths
 
 OURO = GOLDEN_LOOPED / "ouro"
@@ -25,8 +27,8 @@ def _knobs(case: dict[str, Any]) -> dict[str, Any]:
     return {"max_loops": case["total_ut_steps"], "exit_threshold": case["early_exit_threshold"]}
 
 
-def generate(llm: Any, cases: list[dict[str, Any]], **sampling: Any) -> list[Any]:
-    """Greedy completions, one for each case."""
+def answers(llm: Any, cases: list[dict[str, Any]], **sampling: Any) -> list[Any]:
+    """vLLM's outputs of greedy requests, one for each case."""
     from vllm import SamplingParams
 
     params = [
@@ -35,20 +37,63 @@ def generate(llm: Any, cases: list[dict[str, Any]], **sampling: Any) -> list[Any
             max_tokens=len(case["tokens"]),
             ignore_eos=True,
             detokenize=False,
+            seed=case.get("seed"),
             extra_args=case["knobs"],
             **sampling,
         )
         for case in cases
     ]
     prompts = [{"prompt_token_ids": case["prompt"]} for case in cases]
-    return [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
+    return outputs
 
 
-def assert_right(llm: Any, cases: list[dict[str, Any]]) -> None:
-    """All in one batch: tokens and exit depths."""
-    for case, output in zip(cases, generate(llm, cases), strict=True):
-        assert list(output.token_ids) == case["tokens"]
-        assert exit_depths(output) == case["depths"]
+def generate(llm: Any, cases: list[dict[str, Any]], **sampling: Any) -> list[Any]:
+    """Greedy completions, one for each case."""
+    return [output.outputs[0] for output in answers(llm, cases, **sampling)]
+
+
+def assert_right(llm: Any, cases: list[dict[str, Any]], **sampling: Any) -> list[Any]:
+    """All in one batch: tokens and exit depths. Returns vLLM's outputs."""
+    outputs = answers(llm, cases, **sampling)
+    for case, output in zip(cases, outputs, strict=True):
+        assert list(output.outputs[0].token_ids) == case["tokens"], case
+        assert exit_depths(output.outputs[0]) == case["depths"], case
+    return outputs
+
+
+def assert_first_logits(case: dict[str, Any], completion: Any) -> None:
+    """`first_logits_top5`, up to a constant: of a completion with 5 log-probabilities or more."""
+    expected = {int(token): logit for token, logit in case["first_logits_top5"].items()}
+    found = {token: value.logprob for token, value in completion.logprobs[0].items()}
+    shift = max(expected.values()) - max(found.values())
+    for token, logit in expected.items():
+        assert found[token] + shift == pytest.approx(logit, abs=1e-3)
+
+
+def scarce(loops: int) -> dict[str, Any]:
+    """Arguments of an engine that has the blocks of one sequence of 64 tokens for four sequences.
+    It counts preemptions."""
+    return {
+        "disable_log_stats": False,
+        "max_model_len": 64,
+        "num_gpu_blocks_override": 2 * loops + 1,
+        "max_num_seqs": 4,
+    }
+
+
+def _needed_blocks(case: dict[str, Any]) -> int:
+    """With blocks of 32 tokens; the last token is not computed."""
+    tokens = len(case["prompt"]) + len(case["tokens"]) - 1
+    return max(case["depths"]) * -(-tokens // 32)
+
+
+def assert_right_preempted(llm: Any, cases: list[dict[str, Any]]) -> None:
+    """As `assert_right`, on a `scarce` engine that has to preempt: those that need the most blocks
+    are first, and four of them at once do not fit, however time passes."""
+    admit_too_many(llm)
+    assert_right(llm, sorted(cases, key=_needed_blocks, reverse=True))
+    assert counter(llm, "vllm:num_preemptions") > 0 or kv_manager(llm).short_of_planes > 0
 
 
 def copy_of(source: Path, folder: Path, **fields: Any) -> Path:

@@ -100,10 +100,7 @@ class SecondLoopForCausalLM(vllm_model.OuroForCausalLM):
         return super().refine(state, positions)
 
     def load_weights(self, weights: Any) -> set[str]:
-        expected = SecondReference.expected_shapes
-        return load_checked(
-            self, weights, lambda: expected(self.config), self.model_name, quantised=False
-        )
+        return load_checked(self, weights, SecondReference)
 
 
 def _layers(config: SecondConfig) -> LoopLayers:

@@ -8,14 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import admit_too_many, counter, kv_manager, runner_of, spy_on_steps
+from tests.conftest import counter, runner_of, spy_on_steps
 from tests.serving.looped_answers import (
     OURO,
     OURO_LOOPS,
+    assert_first_logits,
     assert_right,
+    assert_right_preempted,
     copy_of,
     generate,
     ouro_cases,
+    scarce,
 )
 from vllm_loopus import exit_depths
 
@@ -27,11 +30,7 @@ GUESSING = {"speculate": {"draft_depth": 1, "lookahead": 3}}
 def test_alone_in_one_batch_and_from_the_prefix_cache(make_llm: Any) -> None:
     """The decoder has no K/V and no rows to catch up: one row for each token."""
     llm = make_llm(OURO, disable_log_stats=False, **OURO_LOOPS)
-    first = generate(llm, CASES[40:41], logprobs=5)[0].logprobs[0]
-    reference = CASES[40]["first_logits_top5"]
-    scores = {int(token): value for token, value in reference.items()}
-    shift = max(scores.values()) - max(one.logprob for one in first.values())
-    assert all(abs(first[token].logprob + shift - scores[token]) < 1e-3 for token in scores)
+    assert_first_logits(CASES[40], generate(llm, CASES[40:41], logprobs=5)[0])
     for case in CASES[::9]:
         assert_right(llm, [case])
     steps = spy_on_steps(llm)
@@ -66,17 +65,7 @@ def test_chunks_and_guesses(make_llm: Any) -> None:
 
 def test_preemption(make_llm: Any) -> None:
     short = [case for case in CASES if len(case["prompt"]) <= 40]
-    llm = make_llm(
-        OURO,
-        disable_log_stats=False,
-        max_model_len=64,
-        num_gpu_blocks_override=2 * LOOPS + 1,
-        max_num_seqs=4,
-        **OURO_LOOPS,
-    )
-    admit_too_many(llm)
-    assert_right(llm, short)
-    assert counter(llm, "vllm:num_preemptions") > 0 or kv_manager(llm).short_of_planes > 0
+    assert_right_preempted(make_llm(OURO, **scarce(LOOPS), **OURO_LOOPS), short)
 
 
 @pytest.mark.long

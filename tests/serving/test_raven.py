@@ -13,73 +13,32 @@ from typing import Any
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import vllm_loopus
 from tests import raven
-from tests.conftest import (
-    FORKED,
-    GOLDEN_LOOPED,
-    admit_too_many,
-    counter,
-    kv_manager,
-    runner_of,
-    spy_on_steps,
+from tests.conftest import FORKED, GOLDEN_LOOPED, counter, runner_of, spy_on_steps
+from tests.raven import LOOPS, start
+from tests.serving import looped_answers
+from tests.serving.looped_answers import (
+    assert_first_logits,
+    assert_right_preempted,
+    generate,
+    scarce,
 )
-from vllm_loopus import exit_depths
 from vllm_loopus.architectures.raven.reference import RavenForCausalLM
 from vllm_loopus.bench.server import running_server
 
-LOOPS = 16
 CHECKPOINTS = Path(vllm_loopus.__file__).parent / "checkpoints"
 GUESSES = {"speculate": {"draft_depth": 2, "lookahead": 3}}
 
 
-def start(
-    make_llm: Any, model: str | Path, state: str | None, criterion: str = "none", **options: Any
-) -> Any:
-    """An engine of `model` (a golden one, or a folder). `state`: the option `initial_state`."""
-    loopus = options.pop("loopus", {}) | ({} if state is None else {"initial_state": state})
-    overrides = {"halting_strategy": criterion, "max_loops": LOOPS} | options.pop("overrides", {})
-    return make_llm(
-        GOLDEN_LOOPED / model,
-        skip_tokenizer_init=True,
-        disable_log_stats=False,
-        hf_overrides=overrides,
-        additional_config={"loopus": loopus},
-        **options,
-    )
-
-
-def generate(llm: Any, cases: list[dict[str, Any]]) -> list[Any]:
-    from vllm import SamplingParams
-
-    sampling = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=len(case["tokens"]),
-            ignore_eos=True,
-            detokenize=False,
-            seed=case.get("seed"),
-            logprobs=5,
-            extra_args=raven.knobs(case),
-        )
-        for case in cases
-    ]
-    prompts = [{"prompt_token_ids": case["prompt"]} for case in cases]
-    return [o.outputs[0] for o in llm.generate(prompts, sampling, use_tqdm=False)]
-
-
 def assert_right(llm: Any, cases: list[dict[str, Any]]) -> None:
-    for case, output in zip(cases, generate(llm, cases), strict=True):
-        assert list(output.token_ids) == case["tokens"], case
-        assert exit_depths(output) == case["depths"], case
-        if first := case.get("first_logits_top5"):
-            # Logits up to a constant: log-probabilities of the same five tokens.
-            found = {token: value.logprob for token, value in output.logprobs[0].items()}
-            shift = max(first.values()) - max(found.values())
-            for token, logit in first.items():
-                assert found[int(token)] + shift == pytest.approx(logit, abs=1e-3)
+    for case, output in zip(
+        cases, looped_answers.assert_right(llm, cases, logprobs=5), strict=True
+    ):
+        if "first_logits_top5" in case:
+            assert_first_logits(case, output.outputs[0])
 
 
 def assert_trace(llm: Any, model: str, state: str) -> None:
@@ -100,8 +59,8 @@ def assert_trace(llm: Any, model: str, state: str) -> None:
         return result
 
     served.refine, served.encode = seen_refine, seen_encode
-    case = {"prompt": raven.expected(model)["trace_prompt"], "num_steps": 8, "tokens": [0]}
-    (output,) = generate(llm, [{**case, "exit_threshold": None}])
+    prompt, knobs = raven.expected(model)["trace_prompt"], {"max_loops": 8, "min_loops": 8}
+    (output,) = generate(llm, [{"prompt": prompt, "tokens": [0], "knobs": knobs}], logprobs=5)
     del served.refine, served.encode
     assert torch.allclose(injected[0], trace["injected"], rtol=0, atol=1e-4)
     assert torch.allclose(torch.stack(states), trace[f"states_{state}"], rtol=0, atol=1e-4)
@@ -135,12 +94,10 @@ def in_chunks(make_llm: Any, model: str, state: str, criterion: str) -> None:
 
 
 def under_preemption(make_llm: Any, model: str, state: str, criterion: str) -> None:
-    options = {"max_model_len": 64, "num_gpu_blocks_override": 2 * LOOPS + 1, "max_num_seqs": 4}
-    llm = start(make_llm, model, raven.initial_state(model, state), criterion, **options)
-    admit_too_many(llm)
+    chosen = raven.initial_state(model, state)
+    llm = start(make_llm, model, chosen, criterion, **scarce(LOOPS))
     cases = [c for c in answers_of(model, state, criterion) if len(c["prompt"]) > 16]
-    assert_right(llm, cases)
-    assert counter(llm, "vllm:num_preemptions") > 0 or kv_manager(llm).short_of_planes > 0
+    assert_right_preempted(llm, cases)
 
 
 def with_guesses(make_llm: Any, model: str, state: str, criterion: str) -> None:
@@ -163,25 +120,10 @@ def padded(make_llm: Any, model: str, state: str, criterion: str) -> None:
 
 def with_prompt_scores(make_llm: Any, model: str, state: str, criterion: str) -> None:
     """The decoder computes a scored prompt from its first position, whatever passes did."""
-    from vllm import SamplingParams
-
     llm = start(make_llm, model, raven.initial_state(model, state), criterion)
     cases = [c for c in raven.cases(model, state, criterion) if len(c["prompt"]) > 4]
-    scored = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=len(case["tokens"]),
-            ignore_eos=True,
-            detokenize=False,
-            prompt_logprobs=0,
-            extra_args=raven.knobs(case),
-        )
-        for case in cases
-    ]
-    prompts = [{"prompt_token_ids": case["prompt"]} for case in cases]
-    for case, output in zip(cases, llm.generate(prompts, scored, use_tqdm=False), strict=True):
-        assert list(output.outputs[0].token_ids) == case["tokens"]
-        assert exit_depths(output) == case["depths"]
+    outputs = looped_answers.assert_right(llm, cases, prompt_logprobs=0)
+    for case, output in zip(cases, outputs, strict=True):
         assert len(output.prompt_logprobs) == len(case["prompt"])
 
 
@@ -314,7 +256,7 @@ def answer(
             ids.append(int(best.indices[0]))
             depths.append(int(output.exit_depths))
     found = {"prompt": prompt, "tokens": ids[len(prompt) :], "depths": depths, "gap": gap}
-    return {**found, **rule}
+    return {**found, "knobs": raven.knobs(rule), "seed": seed}
 
 
 def seeded_cases(model: RavenForCausalLM, thresholds: list[float]) -> list[dict[str, Any]]:
@@ -378,75 +320,6 @@ def test_depth_far_beyond_training(make_llm: Any) -> None:
     assert re.search("loops +1 to 64\n", said)
     assert "KiB at 64" in said
     assert "injected" in said
-
-
-REFUSED = [
-    ({"overrides": {"max_loops": 0}}, r"max_loops=0 must be from 1 to 256"),
-    (
-        {"overrides": {"halting_strategy": "threshold"}},
-        r"halting_strategy='threshold' is unknown.*kl",
-    ),
-    ({"state": "ones"}, r"initial_state='ones' .*no such file exists.*'zeros'"),
-    ({"loopus": {"initial_state": 3}}, r"initial_state=3 must be 'noise'"),
-    ({"state": "{tmp}/other"}, r"initial_state=.*has no tensor 's0'"),
-    ({"state": "{tmp}/narrow"}, r"initial_state=.*shape \[8, 32\].*\[positions, 64\]"),
-    ({"state": "{tmp}/nan"}, r"initial_state=.*NaN"),
-    ({"state": "{tmp}/text"}, r"initial_state=.*cannot be read"),
-    (
-        {"overrides": {"max_loops": 200}},
-        r"max_loops=200 .*max_model_len=128.*lower max_loops to \d",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def wrong_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("states")
-    save_file({"s1": torch.zeros(8, 64)}, folder / "other")
-    save_file({"s0": torch.zeros(8, 32)}, folder / "narrow")
-    save_file({"s0": torch.full((8, 64), torch.nan)}, folder / "nan")
-    (folder / "text").write_text("no tensors")
-    return folder
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:50])
-def test_refused(make_llm: Any, wrong_files: Path, options: dict[str, Any], message: str) -> None:
-    given = dict(options)
-    state = given.pop("state", "zeros" if "loopus" not in given else None)
-    if state is not None:
-        state = state.replace("{tmp}", str(wrong_files))
-    with pytest.raises(Exception, match=r"(?s)" + message) as caught:
-        start(make_llm, "huginn", state, **given)
-    assert isinstance(caught.value, ValueError)
-
-
-def test_only_for_models_whose_first_state_is_drawn(make_llm: Any) -> None:
-    from tests.conftest import GOLDEN
-
-    with pytest.raises(ValueError, match="initial_state='zeros' is not possible with LoopUS"):
-        make_llm(
-            GOLDEN / "qwen3",
-            skip_tokenizer_init=True,
-            additional_config={"loopus": {"initial_state": "zeros"}},
-        )
-
-
-def test_tensors_of_no_family(make_llm: Any, tmp_path: Path) -> None:
-    folder = raven.copy("huginn", tmp_path, qk_bias=False)
-    with pytest.raises(Exception, match="fit no family of model_type='huginn_raven'"):
-        make_llm(folder, skip_tokenizer_init=True)
-
-
-def test_positions_beyond_the_table(make_llm: Any) -> None:
-    llm = start(make_llm, "retro_llama3", str(raven.table("retro_llama3")))
-    assert llm.llm_engine.model_config.max_model_len == 64
-    (case,) = [{"prompt": [5] * 70, "tokens": [0], "num_steps": 1, "exit_threshold": 0}]
-    with pytest.raises(Exception, match="maximum context length is 64"):
-        generate(llm, [case])
-    # It ends where the table does.
-    (output,) = generate(llm, [{**case, "prompt": [5] * 60, "tokens": [0] * 9}])
-    assert len(output.token_ids) <= 5
-    assert output.finish_reason == "length"
 
 
 def test_what_is_said_of_it() -> None:

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.bases import BASES, load_base, save_base
-from tests.conftest import admit_too_many, counter, kv_manager, spy_on_steps
-from vllm_loopus import exit_depths
+from tests.conftest import counter, spy_on_steps
+from tests.serving.looped_answers import assert_right, assert_right_preempted, generate, scarce
 from vllm_loopus.aliases import EMBEDDED
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.convert import WriteOptions
@@ -67,32 +67,9 @@ def cases_of(folder: Path, loops: int) -> list[Case]:
     for index, prompt in enumerate(prompts()):
         model.config.max_loops = budget = 1 + index % loops
         tokens = greedy(prompt, lambda ids: model(ids, logits_to_keep=1).logits)
-        cases.append({"prompt": prompt, "tokens": tokens, "knobs": {"max_loops": budget}})
+        depths, knobs = [budget] * NEW_TOKENS, {"max_loops": budget}
+        cases.append({"prompt": prompt, "tokens": tokens, "depths": depths, "knobs": knobs})
     return cases
-
-
-def generate(llm: Any, cases: list[Case]) -> list[Any]:
-    from vllm import SamplingParams
-
-    sampling = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=NEW_TOKENS,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=case["knobs"],
-        )
-        for case in cases
-    ]
-    inputs = [{"prompt_token_ids": case["prompt"]} for case in cases]
-    return [o.outputs[0] for o in llm.generate(inputs, sampling, use_tqdm=False)]
-
-
-def assert_right(llm: Any, cases: list[Case]) -> None:
-    for case, output in zip(cases, generate(llm, cases), strict=True):
-        assert list(output.token_ids) == case["tokens"]
-        depths = case["knobs"].get("exit_depths", [case["knobs"].get("max_loops")] * NEW_TOKENS)
-        assert exit_depths(output) == depths
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +104,7 @@ def test_low_rank_is_the_reference(
         assert_right(llm, cases)
     assert max(mixed) > 1  # rows of several depths in one pass
     assert counter(llm, "vllm:prefix_cache_hits") > 0
-    replayed = [
-        {**case, "knobs": {"exit_depths": [case["knobs"]["max_loops"]] * NEW_TOKENS}}
-        for case in cases
-    ]
-    assert_right(llm, replayed)
+    assert_right(llm, [{**case, "knobs": {"exit_depths": case["depths"]}} for case in cases])
 
 
 def test_low_rank_in_chunks_preempted_and_with_guesses(
@@ -141,24 +114,24 @@ def test_low_rank_in_chunks_preempted_and_with_guesses(
     llm = make_llm(
         folder,
         skip_tokenizer_init=True,
-        disable_log_stats=False,
-        max_model_len=64,
         max_num_batched_tokens=16,
-        num_gpu_blocks_override=2 * 4 + 1,
-        max_num_seqs=4,
+        **scarce(4),
         additional_config={"loopus": {"speculate": {"draft_depth": 1, "lookahead": 2}}},
     )
     steps = spy_on_steps(llm)
-    admit_too_many(llm)
-    assert_right(llm, cases)
+    assert_right_preempted(llm, cases)
     assert max(rows for step in steps for rows in step.passes) == 16
-    assert counter(llm, "vllm:num_preemptions") > 0 or kv_manager(llm).short_of_planes > 0
 
 
 def base_answers(base: Path) -> list[Case]:
     model = load_base(base)
     return [
-        {"prompt": prompt, "tokens": greedy(prompt, lambda ids: model(ids).logits), "knobs": {}}
+        {
+            "prompt": prompt,
+            "tokens": greedy(prompt, lambda ids: model(ids).logits),
+            "depths": [2] * NEW_TOKENS,
+            "knobs": {},
+        }
         for prompt in prompts()
     ]
 
@@ -167,9 +140,7 @@ def test_full_rank_is_the_base(make_llm: Any, tmp_path: Path) -> None:
     base = base_folder(TINY, tmp_path)
     out = recast(base, tmp_path / "out", loops=2, rank=FULL, tie="stepwise")
     cases = base_answers(base)
-    llm = make_llm(out, skip_tokenizer_init=True)
-    for case, output in zip(cases, generate(llm, cases), strict=True):
-        assert list(output.token_ids) == case["tokens"]
+    assert_right(make_llm(out, skip_tokenizer_init=True), cases)
 
 
 @pytest.mark.long
@@ -178,7 +149,8 @@ def test_full_rank_is_the_base_by_engine(make_llm: Any, tmp_path: Path, dtype: s
     """The same engine, options and all, for both."""
     base = base_folder(TINY, tmp_path)
     out = recast(base, tmp_path / "out", loops=2, rank=FULL)
-    cases = [{"prompt": prompt, "knobs": None} for prompt in prompts()]
+    new = [0] * NEW_TOKENS
+    cases = [{"prompt": prompt, "tokens": new, "knobs": None} for prompt in prompts()]
     options = {"skip_tokenizer_init": True, "dtype": dtype}
     answers = [
         [list(output.token_ids) for output in generate(make_llm(model, **options), cases)]
@@ -194,9 +166,7 @@ def test_every_backbone(make_llm: Any, tmp_path: Path, name: str) -> None:
     base = base_folder(name, tmp_path)
     out = recast(base, tmp_path / "full", loops=2, rank=FULL, tie="lower")
     cases = base_answers(base)
-    llm = make_llm(out, skip_tokenizer_init=True, max_num_batched_tokens=16)
-    for case, output in zip(cases, generate(llm, cases), strict=True):
-        assert list(output.token_ids) == case["tokens"]
+    assert_right(make_llm(out, skip_tokenizer_init=True, max_num_batched_tokens=16), cases)
     low = recast(base, tmp_path / "low", loops=2, rank=6)
     llm = make_llm(low, skip_tokenizer_init=True, max_num_batched_tokens=16)
     assert_right(llm, cases_of(low, 2))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import admit_too_many, counter, kv_manager, spy_on_steps
+from tests.conftest import counter, spy_on_steps
 from tests.serving import second_architecture as second
-from tests.serving.looped_answers import OURO, assert_right
+from tests.serving.looped_answers import OURO, assert_right, assert_right_preempted, scarce
 from vllm_loopus import architectures
 from vllm_loopus.plugin import register
 from vllm_loopus.serving.hooks.engine_config import LoopedVllmConfig
@@ -85,17 +85,8 @@ def test_chunks(make_llm: Any, setting: Any) -> None:
 def test_preemption(make_llm: Any, setting: Any) -> None:
     folder, cases = setting
     short = [case for case in cases if 24 < len(case["prompt"]) <= 32] or cases
-    llm = make_llm(
-        folder,
-        skip_tokenizer_init=True,
-        disable_log_stats=False,
-        max_model_len=64,
-        num_gpu_blocks_override=2 * LOOPS + 1,
-        max_num_seqs=4,
-    )
-    admit_too_many(llm)
-    assert_right(llm, short)
-    assert counter(llm, "vllm:num_preemptions") > 0 or kv_manager(llm).short_of_planes > 0
+    llm = make_llm(folder, skip_tokenizer_init=True, **scarce(LOOPS))
+    assert_right_preempted(llm, short)
 
 
 def test_padded_as_for_graphs(make_llm: Any, setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from vllm_loopus.base_attention import SLIDING
 from vllm_loopus.base_config import ConfigWithBase
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.gate import SelectiveGate
+from vllm_loopus.modeling.looped_model import position_ids_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,7 @@ class Positions:
     ) -> "Positions":
         """Builds them for hidden states [B, T, H] and an optional mask [B, T] of valid tokens."""
         if position_ids is None:
-            if attention_mask is not None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            else:
-                position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            position_ids = position_ids_of(hidden, attention_mask)
         base = config.base
         windowed = getattr(base, "sliding_window", None) is not None
         rotary, masks = {}, {}
@@ -67,7 +65,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class LayerRun(nn.Module):
-    """Consecutive layers of the base model; the base class of the three parts below."""
+    """Consecutive layers of the base model; the base class of parts of models."""
 
     def __init__(self, config: ConfigWithBase, indices: Iterable[int]) -> None:
         super().__init__()
@@ -116,7 +114,9 @@ class Decoder(LayerRun):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normed hidden states [..., H] -> logits [..., V]."""
-        logits: torch.Tensor = self.lm_head(hidden)
-        if (cap := self.logit_softcap) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return capped(self.lm_head(hidden), self.logit_softcap)
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits between `-cap` and `cap`, if there is a cap."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -42,6 +42,11 @@ class Pass:
     before: torch.Tensor
     state: torch.Tensor
 
+    def step_length(self, where: Any) -> torch.Tensor:
+        """`||h^r - h^{r-1}||_2`, float32, of the positions `where`, an index of [B, T]."""
+        step = self.state[where] - self.before[where]
+        return torch.linalg.vector_norm(step.float(), dim=-1)
+
 
 class LoopedReference(PreTrainedModel, GenerationMixin):
     """Runs all positions of a sequence to the exit depth of its last position.
@@ -115,8 +120,7 @@ class LoopedReference(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Logits [B, T', V] from states [B, T, H], all at the same depth within a sequence."""
         hidden = self.decode_hidden(state, positions)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return self.head(hidden[:, keep])
+        return self.head(hidden[:, kept(logits_to_keep)])
 
     def forward(
         self,
@@ -187,10 +191,13 @@ class LoopedReference(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def expected_shapes(cls, config: PreTrainedConfig) -> dict[str, torch.Size]:
-        """Name and shape of every tensor that a checkpoint with this config must contain."""
+        """Name and shape of every tensor that a checkpoint with this config must contain; not
+        those that are tied to others."""
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))  # the model modifies its config
-        return {name: tensor.shape for name, tensor in model.state_dict().items()}
+        tied = cls._tied_weights_keys if config.tie_word_embeddings else None
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        return {name: shape for name, shape in shapes.items() if name not in (tied or ())}
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
@@ -200,6 +207,19 @@ class LoopedReference(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> bool:
         return False
+
+
+def kept(logits_to_keep: int | torch.Tensor) -> Any:
+    """Index of the positions whose logits are wanted: as many last ones (0: all), or these."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+def position_ids_of(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions [1, T] or [B, T] of hidden states [B, T, H]. Those that a mask [B, T] leaves out do
+    not count."""
+    if attention_mask is None:
+        return torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
-from vllm_loopus.backbones import load_class
 from vllm_loopus.config import LoopUSConfig
 from vllm_loopus.modeling.checkpoint import (
     LEGACY_WEIGHTS,
@@ -20,7 +18,8 @@ from vllm_loopus.modeling.confidence import ConfidenceHead, head_input
 from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.layers import Decoder, Encoder, Positions, ReasoningBlock
-from vllm_loopus.modeling.looped_model import LoopedReference, Pass
+from vllm_loopus.modeling.looped_model import Pass
+from vllm_loopus.modeling.reference_with_base import ReferenceWithBase
 
 
 @dataclass(frozen=True)
@@ -30,30 +29,19 @@ class LoopUSPass(Pass):
     update: torch.Tensor
 
 
-class LoopUSForCausalLM(LoopedReference):
+class LoopUSForCausalLM(ReferenceWithBase):
     """A LoopUS model: `logits_t = D(h^d_{1..t})_t` with `h^r = G(R(h^{r-1}), h^{r-1})`."""
 
     config_class = LoopUSConfig
     config: LoopUSConfig
     exit_rule_class = HaltingRule
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: LoopUSConfig) -> None:
-        config.check()
-        # SDPA does not support a cap on attention scores and would ignore it silently.
-        self._supports_sdpa = config.attention.softcap is None
         super().__init__(config)
-        # The layers read the attention implementation from the config they are built with.
-        config.base._attn_implementation = config._attn_implementation
         self.encoder = Encoder(config)
         self.reasoning = ReasoningBlock(config)
         self.decoder = Decoder(config)
         self.q_head = ConfidenceHead(config.hidden_size)
-        self.rotary_emb = load_class(config.backbone.hf_rotary)(config=config.base)
         self.post_init()
 
     @classmethod
@@ -84,30 +72,9 @@ class LoopUSForCausalLM(LoopedReference):
         self.decoder.lm_head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
-        backbone = self.config.backbone
-        norm_class, rotary_class = load_class(backbone.hf_norm), load_class(backbone.hf_rotary)
-        # Norms of a base model may scale by `1 + weight`, and the buffers of its rotary tables have
-        # model-specific names, so copy the initial values from a new instance of its classes.
-        if isinstance(module, norm_class):
-            init.copy_(module.weight, norm_class(module.weight.numel()).weight)
-        elif isinstance(module, rotary_class):
-            with torch.device("cpu"):
-                fresh = rotary_class(config=self.config.base)
-            for name, table in fresh.named_buffers():
-                init.copy_(module.get_buffer(name), table)
-        else:
-            super()._init_weights(module)
+        super()._init_weights(module)
         if isinstance(module, SelectiveGate):
             module.reset_parameters()
-
-    def positions(
-        self,
-        hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> Positions:
-        """Rotary tables and mask for hidden states [B, T, H]."""
-        return Positions.build(self.config, self.rotary_emb, hidden, attention_mask, position_ids)
 
     def encode(self, embedded: torch.Tensor, positions: Positions) -> torch.Tensor:
         """`h^0` [B, T, H] from embedded tokens [B, T, H]."""
@@ -153,10 +120,7 @@ class LoopUSForCausalLM(LoopedReference):
         before, after = loop_pass.before[where], loop_pass.state[where]
         update = loop_pass.update[where]
         read = head_input(self.config.confidence_input, update, before, after)
-        return {
-            "confidence": self.confidence(read),
-            "step_length": torch.linalg.vector_norm((after - before).float(), dim=-1),
-        }
+        return {"confidence": self.confidence(read), "step_length": loop_pass.step_length(where)}
 
     def decode_hidden(self, state: torch.Tensor, positions: Positions) -> torch.Tensor:
         hidden: torch.Tensor = self.decoder.norm(self.decoder.run_layers(state, positions))

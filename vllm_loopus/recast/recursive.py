@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from vllm_loopus.architectures.recursive.config import RecursiveConfig
-from vllm_loopus.architectures.recursive.reference import HEAD, RecursiveForCausalLM
-from vllm_loopus.recast.base import Base
+from vllm_loopus.architectures.recursive.reference import RecursiveForCausalLM
+from vllm_loopus.recast.base import EMBEDDING, HEAD, Base
 from vllm_loopus.recast.convert import COMPANIONS, WriteOptions, check_tensors, write_checkpoint
 from vllm_loopus.recast.tensors import (
     DTYPES,
@@ -194,7 +194,7 @@ def plan(
     base_config = base.config.to_dict()
     base_config.pop("auto_map", None)  # custom code of the base repository is not used
     head = base.tensors.get(HEAD)
-    tied_head = head is not None and head is base.tensors["model.embed_tokens.weight"]
+    tied_head = head is not None and head is base.tensors[EMBEDDING]
     try:
         config = RecursiveConfig(
             base_config=base_config,
@@ -216,7 +216,7 @@ def plan(
             f"lora_rank={lora_rank} is beyond the matrices of {base.name}, the largest of which "
             f"has rank {largest}; give 0 to {largest} (a smaller matrix gets its full rank)"
         )
-    config.dtype = base.config.dtype or DTYPES[base.tensors["model.embed_tokens.weight"].dtype]
+    config.dtype = base.config.dtype or DTYPES[base.tensors[EMBEDDING].dtype]
     tensors, residuals = _tensors(base, config, expected, seed, device or torch.device("cpu"))
     check_tensors(expected, tensors, base.name)
     return RecursivePlan(base, config, tensors, residuals)

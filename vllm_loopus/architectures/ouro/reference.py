@@ -15,7 +15,14 @@ from transformers.models.llama.modeling_llama import (
 
 from vllm_loopus.architectures.ouro.config import OuroConfig
 from vllm_loopus.architectures.ouro.exit_rule import CumulativeRule
-from vllm_loopus.modeling.looped_model import LoopedOutput, LoopedReference, Pass, loss_of
+from vllm_loopus.modeling.looped_model import (
+    LoopedOutput,
+    LoopedReference,
+    Pass,
+    kept,
+    loss_of,
+    position_ids_of,
+)
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,6 @@ class OuroForCausalLM(LoopedReference):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
     def positions(
         self,
         hidden: torch.Tensor,
@@ -95,10 +96,7 @@ class OuroForCausalLM(LoopedReference):
         position_ids: torch.Tensor | None = None,
     ) -> Positions:
         if position_ids is None:
-            if attention_mask is not None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            else:
-                position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            position_ids = position_ids_of(hidden, attention_mask)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
@@ -122,10 +120,9 @@ class OuroForCausalLM(LoopedReference):
         self, loop_pass: Pass, positions: Positions, where: Any
     ) -> dict[str, torch.Tensor]:
         """The `confidence` `lambda_t`, and the `step_length`."""
-        before, after = loop_pass.before[where].float(), loop_pass.state[where].float()
         return {
-            "confidence": self.exit_probability(after),
-            "step_length": torch.linalg.vector_norm(after - before, dim=-1),
+            "confidence": self.exit_probability(loop_pass.state[where]),
+            "step_length": loop_pass.step_length(where),
         }
 
     def exit_probability(self, state: torch.Tensor) -> torch.Tensor:
@@ -170,11 +167,10 @@ class OuroForCausalLM(LoopedReference):
         self, embedded: torch.Tensor, positions: Positions, logits_to_keep: int | torch.Tensor
     ) -> torch.Tensor:
         """The mean [B, T', V] over all loops; the last one has the share that is left."""
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         left: Any = 1.0
         logits: Any = 0.0
         for loop_pass in self.loop(embedded, positions):
-            state = loop_pass.state[:, keep]
+            state = loop_pass.state[:, kept(logits_to_keep)]
             last = loop_pass.depth == self.config.max_loops
             share = left * (1.0 if last else self.exit_probability(state)[..., None])
             left = left - share

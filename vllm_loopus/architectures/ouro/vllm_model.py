@@ -1,7 +1,6 @@
 """`OuroForCausalLM` as vLLM runs it, made of vLLM's own Llama layers."""
 
 from collections.abc import Iterable
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -64,18 +63,9 @@ class Body(nn.Module):
 class OuroForCausalLM(LoopedModelBase):
     """An Ouro model for vLLM (`seam.LoopedModel`). Module names are those of the checkpoint."""
 
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
-        config: OuroConfig = vllm_config.model_config.hf_config
-        self.config = config
-        self.max_loops = config.max_loops
-        self.model_name = vllm_config.model_config.model
-        self.quant_config = vllm_config.quant_config
+        super().__init__(vllm_config)
+        config: OuroConfig = self.config
         self.model = Body(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -93,11 +83,6 @@ class OuroForCausalLM(LoopedModelBase):
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
-
-    def encode(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        return (self.embed_input_ids(input_ids),)
 
     def refine(
         self,
@@ -121,18 +106,6 @@ class OuroForCausalLM(LoopedModelBase):
     ) -> torch.Tensor:
         return state
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
-
-    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a checkpoint (`load_checked`)."""
-        return load_checked(
-            self,
-            weights,
-            lambda: ReferenceModel.expected_shapes(self.config),
-            self.model_name,
-            quantised=self.quant_config is not None,
-        )
+        return load_checked(self, weights, ReferenceModel)

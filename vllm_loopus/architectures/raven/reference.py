@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -22,7 +21,7 @@ from vllm_loopus.architectures.raven.criteria import (
     latent_evidence,
     output_value,
 )
-from vllm_loopus.modeling.looped_model import LoopedOutput, LoopedReference, Pass
+from vllm_loopus.modeling.looped_model import LoopedOutput, LoopedReference, Pass, position_ids_of
 
 ROTARY_TABLE = "freqs_cis"  # in checkpoints; computed here
 
@@ -188,7 +187,6 @@ class RavenForCausalLM(LoopedReference):
     def __init__(self, config: RavenConfig) -> None:
         config.check()
         super().__init__(config)
-
         assert config.padded_vocab_size is not None
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -204,25 +202,11 @@ class RavenForCausalLM(LoopedReference):
         config.settle(source, kwargs.get("revision"))
         return super().from_pretrained(source, *args, config=config, **kwargs)
 
-    @classmethod
-    def expected_shapes(cls, config: PreTrainedConfig) -> dict[str, torch.Size]:
-        """As in the base; the head of a tied one may be missing, and is not read."""
-        shapes = super().expected_shapes(config)
-        if config.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
-        return shapes
-
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.transformer.wte = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Norm):
@@ -240,10 +224,8 @@ class RavenForCausalLM(LoopedReference):
     ) -> Rows:
         """Of hidden states [B, T, H]. Those valid by `attention_mask` [B, T] are attended to."""
         if position_ids is None:
-            valid = torch.ones(hidden.shape[:2], device=hidden.device)
-            valid = valid if attention_mask is None else attention_mask
-            position_ids = (valid.long().cumsum(-1) - 1).clamp(min=0)
-        positions = position_ids
+            position_ids = position_ids_of(hidden, attention_mask)
+        positions = position_ids.expand(hidden.shape[:2])
         settings, size = self.config.rope_settings, self.config.head_dim
         assert size is not None
         every = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
@@ -333,8 +315,7 @@ class RavenForCausalLM(LoopedReference):
         self, loop_pass: RavenPass, positions: Rows, where: Any, outputs: Collection[str]
     ) -> dict[str, torch.Tensor]:
         before, after = loop_pass.before[where], loop_pass.state[where]
-        length = torch.linalg.vector_norm((after - before).float(), dim=-1)
-        values = {"step_length": length}
+        values = {"step_length": loop_pass.step_length(where)}
         values |= {name: latent_evidence(name, before, after) for name in LATENT}
         if outputs:
             logits = self.head(self.decode_hidden(loop_pass.state, positions)[where]).float()

@@ -258,17 +258,14 @@ class RavenForCausalLM(LoopedModelBase):
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"Wqkv": ["Wqkv"], "fc": ["fc"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
-        self.config = config = _config(vllm_config)
-        self.max_loops = config.max_loops
-        self.model_name = vllm_config.model_config.model
-        self.quant_config = quant = vllm_config.quant_config
+        super().__init__(vllm_config)
+        config: RavenConfig = self.config
         self.transformer = body = Transformer(vllm_config, maybe_prefix(prefix, "transformer"))
         assert config.padded_vocab_size is not None
         self.lm_head = ParallelLMHead(
             config.padded_vocab_size,
             config.n_embd,
-            quant_config=quant,
+            quant_config=vllm_config.quant_config,
             prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.tie_embeddings:
@@ -375,12 +372,6 @@ class RavenForCausalLM(LoopedModelBase):
         finished = self._finish_coda(attended.index_select(0, wanted))
         return torch.zeros_like(attended).index_copy_(0, wanted, finished)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
-
-    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """See `load_checked`. What the checkpoint has twice is left out: the head of a tied one,
         and the rotary table."""
@@ -389,8 +380,6 @@ class RavenForCausalLM(LoopedModelBase):
         return load_checked(
             self,
             ((name, tensor) for name, tensor in weights if name not in left_out),
-            lambda: Reference.expected_shapes(self.config),
-            self.model_name,
-            quantised=self.quant_config is not None,
+            Reference,
             mapper=None,
         )

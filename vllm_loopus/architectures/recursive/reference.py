@@ -6,17 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from vllm_loopus.architectures.recursive.config import RecursiveConfig
 from vllm_loopus.backbones import load_class
 from vllm_loopus.modeling.fixed_depth import FixedDepth
-from vllm_loopus.modeling.layers import Positions, ScaledEmbedding
-from vllm_loopus.modeling.looped_model import LoopedReference, Pass
-
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
+from vllm_loopus.modeling.layers import LayerRun, Positions, ScaledEmbedding, capped
+from vllm_loopus.modeling.looped_model import Pass
+from vllm_loopus.modeling.reference_with_base import ReferenceWithBase
 
 
 class LoopLinear(nn.Module):
@@ -41,32 +38,17 @@ class LoopLinear(nn.Module):
         return output
 
 
-class Loop(nn.Module):
+class Loop(LayerRun):
     """The layers of the base model as one loop runs them: its norms, biases and LoRA, tied `W`."""
 
     def __init__(self, config: RecursiveConfig, loop: int, tied: nn.ModuleList) -> None:
-        super().__init__()
-        layer_class = load_class(config.backbone.hf_layer)
-        self.layers = nn.ModuleList()
-        for number, shared in enumerate(tied):
-            layer = layer_class(config.base, config.layer_of_base(loop, number))
+        super().__init__(config, (config.layer_of_base(loop, n) for n in range(len(tied))))
+        for layer, shared in zip(self.layers, tied, strict=True):
             for name, linear in list(linear_layers(layer)):
                 rank = config.rank_of(*linear.weight.shape)
                 twin = shared.get_submodule(name)
                 assert isinstance(twin, nn.Linear)
                 layer.set_submodule(name, LoopLinear(twin, rank, linear.bias is not None))
-            self.layers.append(layer)
-        self.attention_types = config.attention.types[: len(tied)]
-
-    def forward(self, hidden: torch.Tensor, positions: Positions) -> torch.Tensor:
-        for layer, kind in zip(self.layers, self.attention_types, strict=True):
-            hidden = layer(
-                hidden,
-                attention_mask=positions.masks[kind],
-                position_ids=positions.position_ids,
-                position_embeddings=positions.rotary[kind],
-            )
-        return hidden
 
 
 class Body(nn.Module):
@@ -100,55 +82,22 @@ def tied_layer(config: RecursiveConfig, number: int) -> nn.Module:
     return layer
 
 
-class RecursiveForCausalLM(LoopedReference):
+class RecursiveForCausalLM(ReferenceWithBase):
     """`max_loops` loops, each with its own LoRA, norms and biases; then final norm and LM head."""
 
     config_class = RecursiveConfig
     config: RecursiveConfig
     exit_rule_class = FixedDepth
-    supports_gradient_checkpointing = True
-    _tied_weights_keys: ClassVar[dict[str, str]] = {HEAD: EMBEDDING}
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RecursiveConfig) -> None:
-        config.check()
-        # SDPA does not support a cap on attention scores and would ignore it silently.
-        self._supports_sdpa = config.attention.softcap is None
         super().__init__(config)
-        # The layers read the attention implementation from the config they are built with.
-        config.base._attn_implementation = config._attn_implementation
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary_emb = load_class(config.backbone.hf_rotary)(config=config.base)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
     def _init_weights(self, module: nn.Module) -> None:
-        backbone = self.config.backbone
-        norm_class, rotary_class = load_class(backbone.hf_norm), load_class(backbone.hf_rotary)
-        # As in the reference of LoopUS: norms may scale by `1 + weight`, rotary tables are buffers.
-        if isinstance(module, norm_class):
-            init.copy_(module.weight, norm_class(module.weight.numel()).weight)
-        elif isinstance(module, rotary_class):
-            with torch.device("cpu"):
-                fresh = rotary_class(config=self.config.base)
-            for name, table in fresh.named_buffers():
-                init.copy_(module.get_buffer(name), table)
-        elif isinstance(module, LoopLinear):
+        if isinstance(module, LoopLinear):
             if module.bias is not None:
                 init.zeros_(module.bias)
             if module.lora_B is not None:
@@ -156,42 +105,22 @@ class RecursiveForCausalLM(LoopedReference):
         else:
             super()._init_weights(module)
 
-    def positions(
-        self,
-        hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> Positions:
-        """Rotary tables and mask for hidden states [B, T, H]."""
-        return Positions.build(self.config, self.rotary_emb, hidden, attention_mask, position_ids)
-
     def loop(self, embedded: torch.Tensor, positions: Positions) -> Iterator[Pass]:
         state = embedded
         for depth, loop in enumerate(self.model.loops[: self.config.max_loops], start=1):
-            before, state = state, loop(state, positions)
+            assert isinstance(loop, Loop)
+            before, state = state, loop.run_layers(state, positions)
             yield Pass(depth, before, state)
 
     def exit_values(
         self, loop_pass: Pass, positions: Positions, where: Any
     ) -> dict[str, torch.Tensor]:
         """The `step_length`."""
-        step = loop_pass.state[where] - loop_pass.before[where]
-        return {"step_length": torch.linalg.vector_norm(step.float(), dim=-1)}
+        return {"step_length": loop_pass.step_length(where)}
 
     def decode_hidden(self, state: torch.Tensor, positions: Positions) -> torch.Tensor:
         normed: torch.Tensor = self.model.norm(state)
         return normed
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.lm_head(hidden)
-        if (cap := self.config.logit_softcap) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
-
-    @classmethod
-    def expected_shapes(cls, config: PreTrainedConfig) -> dict[str, torch.Size]:
-        """As in `LoopedReference`. A tied LM head is no tensor of a checkpoint."""
-        shapes = super().expected_shapes(config)
-        if config.tie_word_embeddings:
-            del shapes[HEAD]
-        return shapes
+        return capped(self.lm_head(hidden), self.config.logit_softcap)

@@ -2,17 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from typing import ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_loopus.architectures.recursive.config import RecursiveConfig
@@ -20,7 +16,7 @@ from vllm_loopus.architectures.recursive.reference import RecursiveForCausalLM a
 from vllm_loopus.backbones import load_class
 from vllm_loopus.serving.model.base import LoopedModelBase
 from vllm_loopus.serving.model.by_depth import Depths, LinearByDepth, LoRAByDepth, NormByDepth
-from vllm_loopus.serving.model.layer_run import LayerRun
+from vllm_loopus.serving.model.layer_run import FirstLayers
 from vllm_loopus.serving.model.loading import load_checked
 from vllm_loopus.serving.model.planes import Planes
 from vllm_loopus.serving.model.shards import shards_of
@@ -31,23 +27,12 @@ OF_A_LOOP = re.compile(
 )
 
 
-class Body(LayerRun):
+class Body(FirstLayers):
     """What the checkpoint has under `model.`: embedding, tied layers, final norm."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: RecursiveConfig = vllm_config.model_config.hf_config
         super().__init__(vllm_config, range(config.block_size), prefix)
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.embed_tokens",
-        )
-        self.scale: torch.Tensor | None
-        # In the model's dtype, the default one here: Gemma rounds the factor to it.
-        scaled = config.backbone.scaled_embedding
-        scale = torch.tensor(config.hidden_size**0.5) if scaled else None
-        self.register_buffer("scale", scale, persistent=False)
         norm_class = load_class(config.backbone.vllm_norm)
         self.norm = norm_class(config.hidden_size, eps=config.base.rms_norm_eps)
         self.depths = Depths()
@@ -60,11 +45,6 @@ class Body(LayerRun):
                 self.set_submodule(name, norm)
             elif isinstance(module, LinearBase):
                 self._give_lora(name, module, config)
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [T] -> embedded tokens [T, H]."""
-        embedded = self.embed_tokens(input_ids)
-        return embedded if self.scale is None else embedded * self.scale
 
     def forward(
         self, state: torch.Tensor, positions: torch.Tensor, depth: torch.Tensor
@@ -99,19 +79,11 @@ class Body(LayerRun):
 class RecursiveForCausalLM(LoopedModelBase):
     """A relaxed recursive transformer for vLLM (`seam.LoopedModel`)."""
 
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
     reads_depth = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
-        config: RecursiveConfig = vllm_config.model_config.hf_config
-        self.config = config
-        self.max_loops = config.max_loops
-        self.model_name = vllm_config.model_config.model
-        self.quant_config = vllm_config.quant_config
+        super().__init__(vllm_config)
+        config: RecursiveConfig = self.config
         if self.quant_config is not None:
             self.quant_config.packed_modules_mapping = config.backbone.packed_modules
         self.model = Body(vllm_config, maybe_prefix(prefix, "model"))
@@ -136,11 +108,6 @@ class RecursiveForCausalLM(LoopedModelBase):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed(input_ids)
 
-    def encode(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        return (self.embed_input_ids(input_ids),)
-
     def refine(
         self,
         state: torch.Tensor,
@@ -162,22 +129,9 @@ class RecursiveForCausalLM(LoopedModelBase):
         normed: torch.Tensor = self.model.norm(state)
         return normed
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
-
-    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As `load_checked`."""
-        loaded = load_checked(
-            self,
-            weights,
-            lambda: Reference.expected_shapes(self.config),
-            self.model_name,
-            quantised=self.quant_config is not None,
-            takes=self._take,
-        )
+        loaded = load_checked(self, weights, Reference, takes=self._take)
         of_loops = (NormByDepth, LoRAByDepth)
         return loaded | {
             f"{name}.{parameter}"

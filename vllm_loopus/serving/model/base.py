@@ -6,12 +6,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_loopus.serving.model.planes import Planes
+from vllm_loopus.serving.model.seam import LoopedModel
 
 
-class LoopedModelBase(nn.Module):
-    """The base class of models that satisfy `seam.LoopedModel`.
+class LoopedModelBase(nn.Module, LoopedModel):
+    """The base class of models for the engine.
 
     The engine calls `encode`, `refine`, `exit_evidence` and `decode` as a step needs them. vLLM's
     own runner calls `forward`, which takes all rows to full depth: it is what memory profiling
@@ -25,44 +28,47 @@ class LoopedModelBase(nn.Module):
         "*.bin",
     )
 
-    planes: Planes
-    max_loops: int
+    # Read by quantisation methods; a checkpoint may store these merged already.
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    lm_head: ParallelLMHead
+    logits_processor: LogitsProcessor
     reads_depth = False
     reads_seed = False
     is_served = False  # from the start of the engine on; trainers then send weights in parts
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """A subclass sets `planes`, `lm_head` and `logits_processor`."""
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.max_loops: int = self.config.max_loops
+        self.model_name = vllm_config.model_config.model
+        self.quant_config = vllm_config.quant_config
 
     @abstractmethod
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [T] -> embedded tokens [T, H]; part of vLLM's model interface."""
 
-    @abstractmethod
     def encode(
         self, input_ids: torch.Tensor, positions: torch.Tensor, *seed: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]: ...
+    ) -> tuple[torch.Tensor, ...]:
+        """The embedded tokens, for a model without layers before the loop."""
+        return (self.embed_input_ids(input_ids),)
 
-    @abstractmethod
-    def refine(
-        self,
-        state: torch.Tensor,
-        positions: torch.Tensor,
-        depth: torch.Tensor | None = None,
-        injected: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @property
+    def head(self) -> nn.Module:
+        """What `compute_logits` multiplies with."""
+        return self.lm_head
 
-    @abstractmethod
-    def exit_evidence(self, observed: torch.Tensor) -> torch.Tensor: ...
-
-    @abstractmethod
-    def decode(
-        self, state: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
-
-    @abstractmethod
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Hidden states [M, H] -> logits [M, V]; part of vLLM's model interface."""
+        return self.logits_processor(self.head, hidden_states)
 
-    @abstractmethod
-    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor: ...
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor.get_top_tokens(self.head, hidden_states)
 
     def forward(
         self,

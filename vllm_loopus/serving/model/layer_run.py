@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_loopus.backbones import load_class
 from vllm_loopus.base_config import ConfigWithBase
@@ -52,3 +53,27 @@ class LayerRun(nn.Module):
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual)
         return hidden, residual
+
+
+class FirstLayers(LayerRun):
+    """A run with the base model's embedding before it."""
+
+    def __init__(self, vllm_config: VllmConfig, indices: Sequence[int], prefix: str) -> None:
+        super().__init__(vllm_config, indices, prefix)
+        config: ConfigWithBase = vllm_config.model_config.hf_config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+        self.scale: torch.Tensor | None
+        # In the model's dtype, the default one here: Gemma rounds the factor to it.
+        scaled = config.backbone.scaled_embedding
+        scale = torch.tensor(config.hidden_size**0.5) if scaled else None
+        self.register_buffer("scale", scale, persistent=False)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] -> embedded tokens [T, H]."""
+        embedded = self.embed_tokens(input_ids)
+        return embedded if self.scale is None else embedded * self.scale

@@ -1,16 +1,13 @@
 """`LoopUSForCausalLM` as vLLM runs it, made of vLLM's own layers."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_loopus.backbones import load_class
@@ -21,33 +18,17 @@ from vllm_loopus.modeling.gate import SelectiveGate
 from vllm_loopus.modeling.halting import HaltingRule
 from vllm_loopus.modeling.model import LoopUSForCausalLM as ReferenceModel
 from vllm_loopus.serving.model.base import LoopedModelBase
-from vllm_loopus.serving.model.layer_run import LayerRun
+from vllm_loopus.serving.model.layer_run import FirstLayers, LayerRun
 from vllm_loopus.serving.model.loading import load_checked
 from vllm_loopus.serving.model.planes import Planes
 
 
-class Encoder(LayerRun):
+class Encoder(FirstLayers):
     """`E`: token ids [T] -> `h^0` [T, H]."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: LoopUSConfig = vllm_config.model_config.hf_config
         super().__init__(vllm_config, config.encoder_layer_indices, prefix)
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.embed_tokens",
-        )
-        self.scale: torch.Tensor | None
-        # In the model's dtype, the default one here: Gemma rounds the factor to it.
-        scaled = config.backbone.scaled_embedding
-        scale = torch.tensor(config.hidden_size**0.5) if scaled else None
-        self.register_buffer("scale", scale, persistent=False)
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [T] -> embedded tokens [T, H]."""
-        embedded = self.embed_tokens(input_ids)
-        return embedded if self.scale is None else embedded * self.scale
 
     def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if not self.layers:
@@ -128,19 +109,10 @@ class LoopUSForCausalLM(LoopedModelBase):
     """A LoopUS model for vLLM (`seam.LoopedModel`). Module names are those of the checkpoint."""
 
     allow_patterns_overrides = ("model*.safetensors", "*.safetensors", LEGACY_WEIGHTS, "*.bin")
-    # Read by quantisation methods; Phi-3 checkpoints store these merged already.
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
-        config: LoopUSConfig = vllm_config.model_config.hf_config
-        self.config = config
-        self.max_loops = config.max_loops
-        self.model_name = vllm_config.model_config.model
-        self.quant_config = vllm_config.quant_config
+        super().__init__(vllm_config)
+        config: LoopUSConfig = self.config
         if self.quant_config is not None:
             self.quant_config.packed_modules_mapping = config.backbone.packed_modules
         self.encoder = Encoder(vllm_config, maybe_prefix(prefix, "encoder"))
@@ -156,6 +128,10 @@ class LoopUSForCausalLM(LoopedModelBase):
             state_size=config.hidden_size,
         )
         self._reads_step_length = HaltingRule.from_config(config).reads_step_length
+
+    @property
+    def head(self) -> nn.Module:
+        return self.decoder.lm_head
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.encoder.embed(input_ids)
@@ -190,19 +166,6 @@ class LoopUSForCausalLM(LoopedModelBase):
     ) -> torch.Tensor:
         return self.decoder(state, positions, wanted)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.decoder.lm_head, hidden_states)
-
-    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.logits_processor.get_top_tokens(self.decoder.lm_head, hidden_states)
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a checkpoint of any format (`load_checked`)."""
-        return load_checked(
-            self,
-            weights,
-            lambda: ReferenceModel.expected_shapes(self.config),
-            self.model_name,
-            quantised=self.quant_config is not None,
-            rename=current_name,
-        )
+        return load_checked(self, weights, ReferenceModel, rename=current_name)
