@@ -17,7 +17,6 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,7 +26,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_loopus import exit_depths
 from vllm_loopus.bench.script import begin, finish, script_parser
-from vllm_loopus.bench.texts import Text, conversations, texts_of
+from vllm_loopus.bench.texts import Text, add_options, chosen_texts
 from vllm_loopus.serving.knobs.engine import KV_POLICIES
 from vllm_loopus.tiny.evaluate import standard_error
 
@@ -111,12 +110,7 @@ def measure(llm: LLM, texts: list[Text], policy: str, threshold: float) -> Resul
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--model", default="loopus-tiny")
-    parser.add_argument("--texts", type=Path, help="JSON lines with text")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text at most")
-    parser.add_argument("--conversations", type=int, default=200)
-    parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=2)
+    add_options(parser)
     parser.add_argument("--thresholds", type=float, nargs="+", help="default: the model's, and 1")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
@@ -131,12 +125,7 @@ def main() -> None:
             logits_processors=[Forced],
             additional_config={"loopus": {"kv_policy": policy}},
         )
-        tokenizer = llm.get_tokenizer()
-        texts = list(
-            texts_of(args.texts, tokenizer, args.max_length)
-            if args.texts
-            else conversations(tokenizer, args.conversations, args.turns, args.seed)
-        )
+        texts = chosen_texts(parser, args, llm.get_tokenizer())
         default = llm.model_config.hf_config.exit_threshold
         for threshold in args.thresholds or [default, 1.0]:
             results.append(measure(llm, texts, policy, threshold))

@@ -12,7 +12,6 @@ answers count.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from transformers import AutoTokenizer
 
 from vllm_loopus.bench.kv_reference import INT8, KVReference, KVSetting
 from vllm_loopus.bench.script import begin, finish, script_parser
-from vllm_loopus.bench.texts import Text, conversations, texts_of
+from vllm_loopus.bench.texts import Text, add_options, chosen_texts
 from vllm_loopus.cli.info import resolve
 from vllm_loopus.modeling.exit_rule import ExitTracker
 
@@ -133,24 +132,13 @@ def settings(max_loops: int) -> list[KVSetting]:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--model", default="loopus-tiny")
-    parser.add_argument("--texts", type=Path, help="JSON lines with text")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text at most")
-    parser.add_argument("--conversations", type=int, default=200)
-    parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=2)
+    add_options(parser)
     parser.add_argument("--threshold", type=float, help="exit threshold; default: the model's")
     args = parser.parse_args()
     report = begin()
     folder = resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = list(
-        texts_of(args.texts, tokenizer, args.max_length)
-        if args.texts
-        else conversations(tokenizer, args.conversations, args.turns, args.seed)
-    )
-    if not texts:
-        parser.error(f"--texts {args.texts} has no line with more than one token")
+    texts = chosen_texts(parser, args, tokenizer)
     config = {} if args.threshold is None else {"exit_threshold": args.threshold}
     model = KVReference.of(folder, KVSetting(), **config)
     most = model.config.max_loops

@@ -21,6 +21,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_loopus.bench.script import begin, finish, script_parser
+from vllm_loopus.serving.model.cpu_kernels import permit_tiles
 
 BLOCK = 128
 SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     report = begin()
-    torch.cpu._init_amx()
+    permit_tiles()
     rows = [measure(args, context) for context in args.contexts]
     print(f"{args.seqs} sequences, one layer; times the attention\n")
     print("| context | attention, ms | one difference | all differences |\n|---|---|---|---|")

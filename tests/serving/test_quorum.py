@@ -23,8 +23,8 @@ DEPTH = 8
 class Running:
     """Sequences whose newest tokens, generated ones, have reached some depth."""
 
-    def __init__(self) -> None:
-        self.stairs = Staircases(DEPTH)
+    def __init__(self, **options: Any) -> None:
+        self.stairs = Staircases(DEPTH, **options)
         self.count = 0
 
     def add(
@@ -33,6 +33,7 @@ class Running:
         interval: int = 1,
         exit_depths: tuple[int, ...] = (),
         count: int = 1,
+        prefill_end: int = 3,
         **knobs: float,
     ) -> np.ndarray:
         options: Any = {"max_loops": DEPTH, "min_loops": 1, "exit_threshold": 0.5, **knobs}
@@ -40,7 +41,7 @@ class Running:
         start = Start(
             RequestKnobs(**options, exit_depths=exit_depths),
             DEPTH,
-            prefill_end=3,
+            prefill_end=prefill_end,
             predetermined=[halting.predetermined(at, **options) for at in range(1, DEPTH + 1)],
             cached=[3] * DEPTH,
         )
@@ -155,6 +156,22 @@ def test_the_decoder_comes_before_the_exits_are_read_if_it_will_hardly_be_in_vai
     assert not foresees(rule, 1, called=True), "a step would probably sample nothing"
     assert foresees(rule, 2, called=True), "it runs for guesses in any case"
     assert not FixedQuorum(0.1).foresees(8, Running().stairs, np.zeros(0, dtype=int))
+
+
+@pytest.mark.parametrize(("planes", "waits"), [(4, [0, 0, 0, 0.3, 0.3, 0.3, 0.3, 1]), (8, 7 * [0])])
+def test_a_prompt_that_fills_is_ready_at_its_last_plane(planes: int, waits: list[float]) -> None:
+    """Of two prompts one exits at depth 2. The other may exit at any depth."""
+    rule = taught(dict.fromkeys(range(1, DEPTH), 0.3))
+    running = Running(full_prefill=True, planes=planes)
+    stairs, index = running.stairs, running.add(0, count=2, prefill_end=4)
+    for depth, expected in enumerate([*waits, 1][:DEPTH], start=1):
+        early, late = rule.chances(stairs, index)
+        assert late == pytest.approx(expected, abs=0.05)
+        stairs.advance(stairs.next_chunks(index))
+        if depth == 2:
+            stairs.decide(index[:1], np.array([depth]), np.array([True]))
+        if depth <= planes:
+            assert early == stairs.ready(index)[0] == (depth == planes)
 
 
 @pytest.mark.parametrize(("host", "passes"), [(0.5, 1), (2.0, 1), (4.5, 2), (7.0, 3)])

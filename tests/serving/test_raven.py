@@ -235,6 +235,8 @@ def test_memory_of_a_depth() -> None:
     check_depth_fits(config, KVLayout.of(max_loops=8, planes=2, **sizes), 2 * one)
     with pytest.raises(ValueError, match=r"max_loops=8 .*to 7 or less.*max_model_len to 96 or"):
         check_depth_fits(config, KVLayout.of(max_loops=8, **sizes), 8 * one - 1)
+    with pytest.raises(ValueError, match=r"max_loops=8 .*; lower kv_planes to 'last:3' or less"):
+        check_depth_fits(config, KVLayout.of(max_loops=8, planes=4, **sizes), 4 * one - 1)
     with pytest.raises(ValueError, match=r"max_loops=8 does not fit.*GiB; lower max_model_len"):
         check_depth_fits(config, KVLayout.of(max_loops=8, planes=2, **sizes), one - 1)
 

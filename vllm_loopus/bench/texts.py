@@ -2,6 +2,7 @@
 
 import json
 import random
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,25 @@ class Text:
 
     ids: list[int]
     counts: list[bool]
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of a script that measures a model on texts."""
+    parser.add_argument("--model", default="loopus-tiny")
+    parser.add_argument("--texts", type=Path, help="JSON lines with text")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text at most")
+    parser.add_argument("--conversations", type=int, default=200)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=2)
+
+
+def chosen_texts(parser: ArgumentParser, args: Namespace, tokenizer: Any) -> list[Text]:
+    """The texts that the options say. Ends the script if there are none."""
+    if not args.texts:
+        return list(conversations(tokenizer, args.conversations, args.turns, args.seed))
+    if not (texts := list(texts_of(args.texts, tokenizer, args.max_length))):
+        parser.error(f"--texts {args.texts} has no line with more than one token")
+    return texts
 
 
 def conversations(tokenizer: Any, count: int, turns: int, seed: int) -> Iterable[Text]:

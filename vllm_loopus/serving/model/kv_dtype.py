@@ -30,7 +30,7 @@ SCALE = torch.float32  # of a token and head
 def kv_bytes(heads: int, head_size: int, kv_dtype: str, model_dtype_bytes: int) -> int:
     """Bytes of K and V of one token in one layer with `heads` K/V heads.
 
-    As vLLM's `AttentionSpec.page_size_bytes` has it, which needs a loaded model.
+    The same as `page_size_bytes` of the spec of a vLLM layer, without loading one.
     """
     if kv_dtype == AUTO:
         return 2 * heads * head_size * model_dtype_bytes

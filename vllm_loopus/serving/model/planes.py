@@ -17,7 +17,7 @@ they need.
 
 With `kv_planes` `last:m` there are planes up to depth m: passes deeper than that read the plane of
 depth m and write nothing. Their states only matter while their position is in flight, and are kept
-elsewhere (`worker/states.py`).
+elsewhere (`worker/flight_states.py`).
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,7 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 
 from vllm_loopus.architectures import record_of
-from vllm_loopus.serving.knobs.engine import ALL_PLANES, AUTO, ZEROS, EngineOptions
+from vllm_loopus.serving.knobs.engine import ALL_PLANES, AUTO, LAST, ZEROS, EngineOptions
 from vllm_loopus.serving.model.facts import ModelFacts, told_depths
 from vllm_loopus.serving.model.kv_layout import KVLayout, sequences_that_fit
 from vllm_loopus.serving.runners.selection import runner_in_use
@@ -68,10 +68,11 @@ def check_depth_fits(vllm_config: Any, layout: KVLayout, available: int) -> None
     if layout.planes <= deepest or available <= 0:
         return
     tokens = available // layout.allocated(layout.max_loops) // cache.block_size * cache.block_size
+    lower = f"max_loops to {deepest} or less (--hf-overrides '{{\"max_loops\": {deepest}}}')"
+    if layout.planes < layout.max_loops:
+        lower = f"kv_planes to '{LAST}{deepest}' or less"
     fixes = [
-        f"lower max_loops to {deepest} or less (--hf-overrides '{{\"max_loops\": {deepest}}}')"
-        if deepest
-        else "",
+        f"lower {lower}" if deepest else "",
         f"lower max_model_len to {tokens} or less" if tokens else "",
         "give K/V more memory",
     ]

@@ -122,8 +122,11 @@ class AutoQuorum:
         learned = self._exited[depth] / self._reached[depth]
         learned = np.where(depth < stairs.min_loops[sequences], 0.0, learned)
         chances = np.where(known == UNKNOWN, learned, known)
-        fills = stairs.fills(sequences)
-        return np.where(fills, depth >= stairs.max_depth[sequences], chances)
+        if not (fills := stairs.fills(sequences)).any():
+            return chances
+        # They may have exited before, and are ready at their last planes.
+        chances = np.where(fills & (stairs.exit_depth[sequences] > 0), 1.0, chances)
+        return np.where(fills & (depth < stairs.last_plane(sequences)), 0.0, chances)
 
     def exits_expected(self, stairs: Staircases, running: Ints) -> float:
         return float(self.chances(stairs, running).sum())

@@ -16,8 +16,8 @@ The newest positions of a sequence are *in flight* from `begin` to `finish`.
 - A token, including the last one of the prompt, runs until it exits and takes along the positions
   that are not computed at its depths. A prompt chunk that is not the last runs to the least depth a
   token may exit at, which the prompt needs in any case.
-- With `full_prefill`, a prompt runs to full depth instead, so that others find it in the prefix
-  cache. The exit depth of its last position is noted on the way.
+- With `full_prefill`, a prompt runs to the last plane at least, so that others find it in the
+  prefix cache. The exit depth of its last position is noted on the way.
 
 With guesses (`wave.py`), `ahead[s]` positions after the newest certain one are in flight as well,
 each with a depth of its own: `depths[s, j]` is that of the position `done[s, 0] - 1 + j`, its slot
@@ -311,10 +311,14 @@ class Staircases:
         return self.done[sequences, 0] <= self.prefill_end[sequences]
 
     def fills(self, sequences: Ints) -> Bools:
-        """Whether the newest position runs to full depth, independent of its exit depth."""
+        """Whether the newest position runs at least to the last plane, wherever it exits."""
         if not self.full_prefill:
             return np.zeros(len(sequences), dtype=bool)
         return self.prefilling(sequences)
+
+    def last_plane(self, sequences: Ints) -> Ints:
+        """The deepest depth at which each of `sequences` has K/V."""
+        return np.minimum(self.max_depth[sequences], self.planes)
 
     def copies_on_exit(self, sequences: Ints) -> Bools:
         """Whether deeper depths get the K/V and state with which the newest position exits: a
@@ -425,9 +429,8 @@ class Staircases:
         leaving = np.where(forced > 0, depth == forced, exits)
         index, depth, slot = sequences[leaving], depth[leaving], slot[leaving]
         self.exit_depths[index, slot] = depth
-        fills = self.fills(index) & (slot == 0)
-        filled = np.minimum(self.max_depth[index], self.planes)
-        self.targets[index, slot] = np.where(fills, np.maximum(depth, filled), depth)
+        filled = np.where(self.fills(index) & (slot == 0), self.last_plane(index), 0)
+        self.targets[index, slot] = np.maximum(depth, filled)
         copied = self.copies_on_exit(index)
         if copied.any():
             index, depth = index[copied], depth[copied]

@@ -296,20 +296,16 @@ class PagedExecutor:
         it exits."""
         index, stairs = chunks.sequence[deciding], self._stairs
         copies = stairs.copies_on_exit(index)
-        return copies & (chunks.depth[deciding] < self._last_plane(index))
+        return copies & (chunks.depth[deciding] < stairs.last_plane(index))
 
     def _deeper(self, layout: RowLayout, chunks: Chunks, which: Ints) -> ExtraSlots | None:
         """The slots of the newest rows of the chunks `which` at all deeper depths."""
         if not len(which):
             return None
-        last = self._last_plane(chunks.sequence[which])
+        last = self._stairs.last_plane(chunks.sequence[which])
         return layout.extra_slots(
             which, deeper_than(chunks.depth[which], last, self._stairs.num_depths)
         )
-
-    def _last_plane(self, sequences: Ints) -> Ints:
-        """The deepest depth at which each of `sequences` has K/V."""
-        return np.minimum(self._stairs.max_depth[sequences], self._stairs.planes)
 
     def _write_deeper(self, deferred: Deferred, leaving: Bools) -> None:
         """K/V and states of rows that exit, as `leaving` [S] says, go to all deeper depths."""
