@@ -185,14 +185,17 @@ def test_settings() -> None:
     assert only.decides(only.settings[0])["halting_strategy"] == "threshold"
 
 
-def test_a_plain_model_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_loopus.evaluation.vllm_engine import plain_memory
+def test_a_plain_model_on_a_cpu_runs_as_looped_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled, and with memory left for others."""
+    from vllm_loopus.evaluation.vllm_engine import plain_options
     from vllm_loopus.serving.hooks.cpu_memory import free_cpu_memory
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    assert plain_memory() == {}
+    assert plain_options() == {"enforce_eager": True}
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
-    assert 0 < plain_memory()["kv_cache_memory_bytes"] < 0.5 * free_cpu_memory()[0]
+    options = plain_options()
+    assert options["enforce_eager"]
+    assert 0 < options["kv_cache_memory_bytes"] < 0.5 * free_cpu_memory()[0]
 
 
 def test_convergence_has_no_confidence_to_leave_at(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from tests.conftest import GOLDEN
 from vllm_loopus.cli.main import app
-from vllm_loopus.evaluation import vllm_engine
 from vllm_loopus.evaluation.columns import TINY
 from vllm_loopus.evaluation.engines import RESERVED, EngineOptions, running_engine
 from vllm_loopus.evaluation.models import looped_model
@@ -71,17 +70,13 @@ def told(
 ) -> dict[str, Any]:
     """What the command prints as JSON, and under `results` the files it writes."""
     out = tmp_path_factory.mktemp("results")
-    # The base is a plain model, which vLLM would compile for half a minute.
-    eager = {"enforce_eager": True}
     arguments = [
         *("eval", str(model), "--base", "loopus-tiny-base", "--tasks", f"tiny,{LONG}"),
         *("--include", str(own_tasks), "--limit", str(DOCUMENTS), "--dtype", "float32"),
         *("--max-length", str(MAX_LENGTH), "--exit-threshold", str(THRESHOLD)),
         *("--out", str(out), "--json"),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_engine, "plain_memory", lambda: eager)
-        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     results = [json.loads(file.read_text()) for file in out.rglob("*.json")]
     return {**json.loads(result.stdout), "results": results}

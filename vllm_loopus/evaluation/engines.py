@@ -50,12 +50,12 @@ def running_engine(model: Model, options: EngineOptions) -> Iterator[Any]:
 
 def _vllm_model(model: Model, options: EngineOptions) -> Any:
     # Imported here because importing vLLM is slow and `hf` does not need it.
-    from vllm_loopus.evaluation.vllm_engine import VLLMModel, plain_memory
+    from vllm_loopus.evaluation.vllm_engine import VLLMModel, plain_options
 
     if model.is_looped:
         chosen: dict[str, Any] = {"additional_config": {"loopus": {"kv_policy": options.kv_policy}}}
     else:
-        chosen = plain_memory()
+        chosen = plain_options()
     return VLLMModel(
         pretrained=str(model.folder),
         tokenizer=model.tokenizer,

@@ -13,15 +13,19 @@ from vllm_loopus.serving.frontend.metrics import PREFIX
 from vllm_loopus.serving.hooks.cpu_memory import CPU_CACHE_SHARE, free_cpu_memory
 
 
-def plain_memory() -> dict[str, int]:
-    """Engine arguments that limit the K/V memory of a plain model on a CPU.
+def plain_options() -> dict[str, int | bool]:
+    """Engine arguments of a plain model on a CPU; looped models have the same without.
 
-    vLLM's default of 92 % of all memory often prevents the start. Looped models are limited by
-    `serving/hooks/cpu_memory.py`.
+    - Not compiled: that takes vLLM minutes, more than most evaluations on a CPU.
+    - With less K/V memory: vLLM's default of 92 % of all memory often prevents the start
+      (`serving/hooks/cpu_memory.py`).
     """
-    if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+    if not current_platform.is_cpu():
         return {}
-    return {"kv_cache_memory_bytes": int(CPU_CACHE_SHARE * free_cpu_memory()[0])}
+    if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return {"enforce_eager": True}
+    memory = int(CPU_CACHE_SHARE * free_cpu_memory()[0])
+    return {"enforce_eager": True, "kv_cache_memory_bytes": memory}
 
 
 class VLLMModel(VLLM):
