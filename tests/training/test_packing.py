@@ -86,12 +86,15 @@ def test_what_is_too_long() -> None:
     ("row", "message"),
     [
         ({"txt": "abc"}, "a row has neither text in 'text', nor messages.*it has txt"),
-        ({"messages": CHAT[:2]}, "a row: messages have no turn of the assistant"),
-        ({"messages": "hello"}, "a row: messages must be a list of objects with role and content"),
-        ({"messages": [{"content": "a"}]}, "a row: messages must be a list of objects"),
+        ({"messages": CHAT[:2]}, "a row has messages with no turn of the assistant"),
+        (
+            {"messages": "hello"},
+            "a row has messages that are not a list of objects with role and content",
+        ),
+        ({"messages": [{"content": "a"}]}, "a row has messages that are not a list of objects"),
         (
             {"messages": [*CHAT[:2], {"role": "assistant", "content": None}]},
-            "a row: turn 3 of the assistant has no content",
+            "a row has no content to learn in turn 3, of the assistant",
         ),
         ({"prompt": "a", "completion": None}, "it has prompt"),
     ],
@@ -218,9 +221,10 @@ def test_sources_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> Non
             (b"", "' has no rows"),
             (b'{"text": "\xff"}\n', ", line 1 is not UTF-8"),
             (b'{"text": "a"}\n\n{"text": "b"}\n{"text": "c"\n', ", line 4 is not JSON"),
-            (b'{"text": "a"}\n{"text": 7}\n', ", line 2 has neither text in 'text'"),
+            (b'{"text": "a"}\n{"text": 7}\n', ", line 2 has 7 in 'text', which is not text"),
             (b'{"text": "a"}\n[1]\n', r", line 2 is \[1\], not an object"),
             (b'{"messages": [{"role": "user"}]}\n', ", line 1 has messages with no turn of the"),
+            (b'{"messages": [{"role": "assistant"}]}\n', ", line 1 has no content to learn"),
         ]
     ):
         file = tmp_path / f"broken-{number}.jsonl"

@@ -1,6 +1,7 @@
 """Converts rows of a data set to documents: token ids, and which of them are targets."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,28 +87,18 @@ class Documents:
                 yield {"input_ids": ids[part], "labels": labels[part]}
 
     def _drafts(self, where: str, key: str, row: Any) -> Iterator[Draft]:
+        if (problem := problem_of(row, key)) is not None:
+            raise DataError(f"{where} {problem}")
         if isinstance(row.get(key), str):
             yield Draft((Segment(row[key], True),), begins=True, ends=True, splits=True)
         elif row.get("messages") is not None:
             yield from self._chat(where, row["messages"])
-        elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        else:
             segments = (Segment(row["prompt"], False), Segment(row["completion"], True))
             yield Draft(segments, begins=True, ends=True)
-        else:
-            raise DataError(
-                f"{where} has neither text in {key!r}, nor messages, nor prompt and completion "
-                f"(it has {', '.join(name for name in row if row[name] is not None) or 'nothing'})"
-            )
 
     def _chat(self, where: str, messages: Any) -> Iterator[Draft]:
-        if not isinstance(messages, list) or not all(_is_turn(message) for message in messages):
-            raise DataError(f"{where}: messages must be a list of objects with role and content")
         turns = [i for i, message in enumerate(messages) if message["role"] == ROLE]
-        if not turns:
-            raise DataError(f"{where}: messages have no turn of the {ROLE}, so nothing to learn")
-        for turn in turns:
-            if messages[turn].get("content") is None and not messages[turn].get("tool_calls"):
-                raise DataError(f"{where}: turn {turn + 1} of the {ROLE} has no content to learn")
         spans = [self._turn(where, messages, turn) for turn in turns]
         whole = self._render(where, messages)
         if all(whole.startswith(text) for _, text in spans):
@@ -144,5 +135,33 @@ class Documents:
             raise DataError(f"{where}: the chat template cannot render it: {error}") from error
 
 
+def problem_of(row: Any, key: str) -> str | None:
+    """Why nothing can be learnt from a row whose text has this key; None if it can."""
+    if not isinstance(row, Mapping):
+        return f"is {json.dumps(row)[:40]}, not an object with {key!r}"
+    if isinstance(row.get(key), str):
+        return None
+    if row.get("messages") is not None:
+        return _problem_of_chat(row["messages"])
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return None
+    if row.get(key) is not None:
+        return f"has {row[key]!r:.40} in {key!r}, which is not text"
+    found = ", ".join(str(name) for name in row if row[name] is not None) or "nothing"
+    return f"has neither text in {key!r}, nor messages, nor prompt and completion (it has {found})"
+
+
+def _problem_of_chat(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not all(map(_is_turn, messages)):
+        return "has messages that are not a list of objects with role and content"
+    turns = [i for i, message in enumerate(messages) if message["role"] == ROLE]
+    if not turns:
+        return f"has messages with no turn of the {ROLE}, so nothing to learn"
+    for turn in turns:
+        if messages[turn].get("content") is None and not messages[turn].get("tool_calls"):
+            return f"has no content to learn in turn {turn + 1}, of the {ROLE}"
+    return None
+
+
 def _is_turn(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str)
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)

@@ -1,11 +1,9 @@
 """Checks all rows of a JSONL file before training starts, and names the first bad line."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from vllm_loopus.training.documents import ROLE, DataError
+from vllm_loopus.training.documents import DataError, problem_of
 
 
 def check_lines(path: Path, text_field: str) -> None:
@@ -33,28 +31,3 @@ def check_lines(path: Path, text_field: str) -> None:
                 raise DataError(f"{where} is nested too deeply") from error
             if (problem := problem_of(row, text_field)) is not None:
                 raise DataError(f"{where} {problem}")
-
-
-def problem_of(row: Any, text_field: str) -> str | None:
-    """Why nothing can be learnt from a row; None if it can."""
-    if not isinstance(row, Mapping):
-        return f"is {json.dumps(row)[:40]}, not an object with {text_field!r}"
-    if isinstance(row.get(text_field), str):
-        return None
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        return None
-    messages = row.get("messages")
-    if messages is None:
-        keys = ", ".join(row) or "nothing"
-        return (
-            f"has neither text in {text_field!r}, nor messages, nor prompt and completion "
-            f"(it has {keys})"
-        )
-    turns = isinstance(messages, list) and all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in messages
-    )
-    if not turns:
-        return "has messages that are not a list of objects with role and content"
-    if not any(turn["role"] == ROLE for turn in messages):
-        return f"has messages with no turn of the {ROLE}, so nothing to learn"
-    return None
