@@ -4,13 +4,16 @@ For whoever wonders whether to set `speculate`; docs/early-exit.md says what it 
 
     python benchmarks/guesses.py                                  # a 6-layer random model, replayed
     python benchmarks/guesses.py --model loopus-tiny --seqs 1     # what the model guesses itself
+    python benchmarks/guesses.py --model my-loopus --texts texts.jsonl --dtype float32
 
 Engines with different settings answer the same requests in turn; the ratios are to the engine
 without guesses. A random model knows nothing, so whether its guesses are right is replayed
 (`--acceptance`). With `--model` guesses are the model's own, after prompts of loopus-tiny's
-tasks, every token at full depth: then the answers have to be the same, which is checked.
+tasks or the beginnings of `--texts` ({"text": ...} lines), every token at full depth: then the
+answers have to be the same, which is checked. In bf16 two logits may be the same, and either wins.
 """
 
+import json
 import os
 import tempfile
 import time
@@ -29,11 +32,13 @@ from vllm_loopus.serving.messages.stats import LoopStats
 from vllm_loopus.tiny.tasks import evaluation_set
 
 OFF = "off"
+BEGINNING = 240  # characters
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--model", help="a folder or an alias; default: random weights")
+    parser.add_argument("--texts", type=Path, help="JSON lines with text, for --model")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the random model")
     parser.add_argument("--seqs", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=48)
@@ -111,8 +116,11 @@ def requests(args: Namespace, seqs: int) -> tuple[list[Any], list[Any]]:
 
     common: dict[str, Any] = {"temperature": 0, "max_tokens": args.tokens, "ignore_eos": True}
     if args.model:
-        items = evaluation_set(0, 2)
-        prompts = [{"prompt": items[at % len(items)].question} for at in range(2 * seqs)]
+        if args.texts:
+            begun = [json.loads(line)["text"] for line in args.texts.read_text().splitlines()]
+        else:
+            begun = [item.question for item in evaluation_set(0, 2)]
+        prompts = [{"prompt": begun[at % len(begun)][:BEGINNING]} for at in range(2 * seqs)]
         return prompts, [
             SamplingParams(**common, extra_args={"exit_threshold": 1.0}) for _ in prompts
         ]

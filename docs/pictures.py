@@ -1,11 +1,14 @@
-"""Draws the pictures of docs/looking-inside.md again, from what loopus-tiny answers today.
+"""Draws the pictures of docs/looking-inside.md again, from what loopus-tiny answers today, or those
+of docs/smollm2.md from a run of `make smollm2`.
 
     make pictures                      # TRACE_OPTIONS='--max-loops 8' goes to vllm-loopus trace
+    .venv/bin/python docs/pictures.py --smollm2 runs/smollm2
 
 A question with its answer is traced as a given text; the statistics are of the questions that
 loopus-tiny is evaluated on. Chromium takes the screenshot of the page.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -24,6 +27,7 @@ MODEL = "loopus-tiny"
 PROMPT = "a:"
 ANSWER = "ab,bc,cd,da,ab,bc,cd,db=b"
 PER_DIFFICULTY = 20
+TEXTS, BEGINNING = 24, 400  # texts that are continued, and characters of each that are given
 WIDTH, SCALE = 1280, 1.5
 
 
@@ -43,7 +47,7 @@ def photograph(page_file: Path, out: Path) -> None:
         page = chromium.new_page(
             viewport={"width": WIDTH, "height": 900}, device_scale_factor=SCALE
         )
-        page.goto(page_file.as_uri())
+        page.goto(page_file.resolve().as_uri())
         tokens = page.locator("#grid thead th[data-token]").count()
         page.hover(f'#grid td.exit[data-token="{tokens - 1}"]')
         boxes = [page.locator(part).bounding_box() for part in (".legend", "#tip")]
@@ -52,8 +56,7 @@ def photograph(page_file: Path, out: Path) -> None:
         chromium.close()
 
 
-def main() -> None:
-    options = sys.argv[1:]
+def draw_tiny(options: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page, run, questions = (Path(folder) / n for n in ("t.html", "run.json", "questions.jsonl"))
         given = ("--prompt", PROMPT, "--answer", ANSWER, "--tokens", "2,8,14,20,24")
@@ -69,6 +72,32 @@ def main() -> None:
         drawn = ("--max-tokens", "2", "--json", run, "--convergence", DOCS / "convergence.png")
         vllm_loopus("trace", MODEL, "--prompts", questions, *drawn, *options)
         vllm_loopus("depths", run, "--png", DOCS / "depths.png")
+
+
+def draw_smollm2(run: Path, options: list[str]) -> None:
+    """`run`: the folder of `make smollm2`. Its held-out texts are continued."""
+    out = DOCS / "smollm2"
+    out.mkdir(exist_ok=True)
+    shutil.copy(run / "report" / "training.png", out / "training.png")
+    photograph(run / "report" / "trace.html", out / "trace.png")
+    rows = (run / "data" / "held-out.jsonl").read_text().splitlines()[:TEXTS]
+    beginnings = [{"prompt": json.loads(row)["text"][:BEGINNING]} for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        texts, answers = Path(folder) / "texts.jsonl", Path(folder) / "run.json"
+        texts.write_text("\n".join(map(json.dumps, beginnings)))
+        given = ("--prompts", texts, "--max-tokens", "24", "--json", answers)
+        vllm_loopus("trace", run / "looped" / "model", *given, *options)
+        vllm_loopus("depths", answers, "--png", out / "depths.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--smollm2", type=Path)
+    args, options = parser.parse_known_args()
+    if args.smollm2:
+        draw_smollm2(args.smollm2, options)
+    else:
+        draw_tiny(options)
 
 
 if __name__ == "__main__":
