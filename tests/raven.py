@@ -63,10 +63,9 @@ def start(
     return make_llm(
         GOLDEN_LOOPED / model,
         skip_tokenizer_init=True,
-        disable_log_stats=False,
         hf_overrides=overrides,
         additional_config={"loopus": loopus},
-        **options,
+        **{"disable_log_stats": False, **options},
     )
 
 
