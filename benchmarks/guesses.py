@@ -49,6 +49,8 @@ def main() -> None:
                         help="auto, or DRAFT_DEPTH,LOOKAHEAD")  # fmt: skip
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
+    if args.texts and not args.model:
+        parser.error("--texts needs --model: random weights have no tokenizer")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     report = begin()

@@ -21,12 +21,14 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_loopus import exit_depths
 from vllm_loopus.bench.script import begin, finish, script_parser
 from vllm_loopus.bench.texts import Text, add_options, chosen_texts
+from vllm_loopus.cli.info import resolve
 from vllm_loopus.serving.knobs.engine import KV_POLICIES
 from vllm_loopus.tiny.evaluate import standard_error
 
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     report = begin()
+    texts = chosen_texts(parser, args, AutoTokenizer.from_pretrained(resolve(args.model)))
     results = []
     for policy in KV_POLICIES:
         llm = LLM(
@@ -125,7 +128,6 @@ def main() -> None:
             logits_processors=[Forced],
             additional_config={"loopus": {"kv_policy": policy}},
         )
-        texts = chosen_texts(parser, args, llm.get_tokenizer())
         default = llm.model_config.hf_config.exit_threshold
         for threshold in args.thresholds or [default, 1.0]:
             results.append(measure(llm, texts, policy, threshold))

@@ -1,11 +1,14 @@
-"""Atomic writing of files: a file is replaced only when the new one is complete."""
+"""Files: atomic writing, where a file is replaced only when the new one is complete; and JSON that
+may be missing."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -37,3 +40,12 @@ def write_text(file: Path, text: str) -> None:
     """Like `Path.write_text`, but atomic. Raises `OSError` that names `file`."""
     with complete_file(file) as unfinished:
         unfinished.write_text(text)
+
+
+def object_in(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if there is none."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

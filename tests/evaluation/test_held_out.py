@@ -52,6 +52,7 @@ def test_every_depth_is_a_setting() -> None:
     settings = looped_model("loopus-tiny", 3, None, 0.5, True, "last_exited").settings
     assert settings[:3] == (Setting(1), Setting(2), Setting(3))
     assert settings[1].knobs() == {"min_loops": 2, "max_loops": 2}
+    assert [setting.label for setting in settings[:2]] == ["1 loop", "2 loops"]
     assert settings[3].label == "≤ 3 loops, exit at 0.5, last_exited"
 
 

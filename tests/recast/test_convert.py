@@ -234,7 +234,7 @@ def test_force_deletes_checkpoints_only(tmp_path: Path, qwen3: Path) -> None:
     other.mkdir()
     (other / "one.png").touch()
     (other / "config.json").write_text('{"port": 80}')
-    with pytest.raises(FileExistsError, match="is not a LoopUS checkpoint"):
+    with pytest.raises(FileExistsError, match="is not a checkpoint that vllm-loopus"):
         recast(str(qwen3), other, encoder=1, decoder=1, options=options)
     assert (qwen3 / "config.json").is_file() and (other / "one.png").is_file()
 

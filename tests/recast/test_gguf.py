@@ -175,7 +175,12 @@ def test_a_plain_checkpoint_for_the_control(file: Path, tmp_path: Path) -> None:
     provenance = json.loads((out / "provenance.json").read_text())
     assert provenance["gguf"]["sha256"] == file_hash(file)
     assert "exists" in run("convert", file, out).stderr
-    assert "--force replaces nothing else" in run("convert", file, out, "--force").stderr
+    assert run("convert", file, out, "--force").exit_code == 0
+    other = tmp_path / "foreign"
+    other.mkdir()
+    (other / "provenance.json").write_text("{}")
+    refused = run("convert", file, other, "--force")
+    assert refused.exit_code == 2 and "--force replaces nothing else" in refused.stderr
     refused = run("convert", file, tmp_path / "other", "--format", "lds")
     assert refused.exit_code == 2 and "format=lds is for LoopUS checkpoints" in refused.stderr
     looped = tmp_path / "looped"

@@ -43,7 +43,8 @@ class Pass:
     state: torch.Tensor
 
     def step_length(self, where: Any) -> torch.Tensor:
-        """`||h^r - h^{r-1}||_2`, float32, of the positions `where`, an index of [B, T]."""
+        """`||h^r - h^{r-1}||_2` of the positions `where`, an index of [B, T]: the difference in the
+        model's dtype, its norm in float32."""
         step = self.state[where] - self.before[where]
         return torch.linalg.vector_norm(step.float(), dim=-1)
 

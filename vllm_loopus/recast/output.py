@@ -1,6 +1,5 @@
 """Atomic writing of output folders: a folder is created only when it is complete."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_loopus.architectures import ARCHITECTURES
+from vllm_loopus.files import object_in
 
 BESIDE_WEIGHTS = 8 * 2**20  # bytes for the tokenizer, the report and other files
 
@@ -30,10 +30,10 @@ def check_output(out: Path, *, force: bool, needed: int, reads: Path | None = No
             )
         if not out.is_dir():
             raise FileExistsError(f"out={out} is a file; choose another name")
-        if not _is_looped(out) and any(out.iterdir()):
+        if not (_is_looped(out) or _is_unpacked(out)) and any(out.iterdir()):
             raise FileExistsError(
-                f"out={out} is not a LoopUS checkpoint, and --force replaces nothing else; choose "
-                "another folder"
+                f"out={out} is not a checkpoint that vllm-loopus wrote, and --force replaces "
+                "nothing else; choose another folder"
             )
     existing = next(folder for folder in out.absolute().parents if folder.exists())
     try:
@@ -82,12 +82,13 @@ def complete_folder(out: Path) -> Iterator[Path]:
 
 
 def _is_looped(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
     looped = {"lds", *(architecture.config_class.model_type for architecture in ARCHITECTURES)}
-    return isinstance(config, dict) and config.get("model_type") in looped
+    return object_in(folder / "config.json").get("model_type") in looped
+
+
+def _is_unpacked(folder: Path) -> bool:
+    """Whether it is a plain checkpoint that was made from a GGUF file."""
+    return "gguf" in object_in(folder / "provenance.json")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tqdm import tqdm
 
 from vllm_loopus.config import LoopUSConfig
+from vllm_loopus.files import object_in
 from vllm_loopus.recast.analysis import Analysis
 from vllm_loopus.recast.base import Base
 from vllm_loopus.recast.cut import Cut
@@ -119,7 +120,7 @@ class ConversionRecord:
     def write(self, folder: Path, weights: dict[str, str]) -> None:
         """Adds the record to `provenance.json` in `folder`. `weights`: as in `RecastRecord`."""
         file = folder / "provenance.json"
-        provenance = _object_in(file)
+        provenance = object_in(file)
         entry = {
             "made": now(),
             "command": shlex.join(self.command),
@@ -154,15 +155,6 @@ def unpacked_record(file: GgufFile, command: Sequence[str]) -> dict[str, Any]:
         "gguf": {**file.facts, "sha256": file_hash(file.path)},
         "versions": versions(),
     }
-
-
-def _object_in(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if there is none."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def now() -> str:

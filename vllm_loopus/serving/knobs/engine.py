@@ -25,7 +25,7 @@ class EngineOptions:
     - `kv_policy`: `exact` computes the K/V that deeper tokens need at every depth. `last_exited`
       copies the K/V and state of a token's exit depth to all deeper depths: an approximation.
     - `prefill_depth`: `lazy` computes a prompt to the exit depth of its last position, and deeper
-      when a later token needs it; `full` computes it to full depth at once.
+      when a later token needs it; `full` computes all its K/V at once.
     - `exit_quorum`: the share of the sequences in flight that must have exited before a step
       decodes and samples them, or `auto`.
     - `overlap`: launch the next pass before the tokens of a step are read, so that the device does
@@ -218,7 +218,7 @@ class EngineOptions:
 
     @property
     def full_prefill(self) -> bool:
-        """Whether prompts run to full depth, whatever the exit depth of their last position."""
+        """Whether all K/V of prompts is computed, wherever their last position exits."""
         return self.prefill_depth == "full"
 
     def planes(self, max_loops: int, served: int) -> int:

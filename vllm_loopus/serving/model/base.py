@@ -41,7 +41,7 @@ class LoopedModelBase(nn.Module, LoopedModel):
     is_served = False  # from the start of the engine on; trainers then send weights in parts
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        """A subclass sets `planes`, `lm_head` and `logits_processor`."""
+        """A subclass sets `planes`, `logits_processor`, and `lm_head` unless `head` is another."""
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.max_loops: int = self.config.max_loops

@@ -3,6 +3,7 @@
 Rows are positions of sequences, T in a call, at individual depths. H is the hidden size.
 """
 
+from abc import abstractmethod
 from typing import Protocol
 
 import torch
@@ -32,6 +33,7 @@ class LoopedModel(Protocol):
         """
         ...
 
+    @abstractmethod
     def refine(
         self,
         state: torch.Tensor,
@@ -46,11 +48,13 @@ class LoopedModel(Protocol):
         """
         ...
 
+    @abstractmethod
     def exit_evidence(self, observed: torch.Tensor) -> torch.Tensor:
         """The evidence of the exit rule (`modeling/exit_rule.py`), float32 [S] or [S, V], of some
         of the rows that `refine` gave to look at, [S, ...]."""
         ...
 
+    @abstractmethod
     def decode(
         self,
         state: torch.Tensor,

@@ -113,10 +113,10 @@ _BY_DEPTH = {
 class Staircases:
     """The staircases of all running sequences: arrays over S rows, one for each; see the module.
 
-    `last_exited`: the K/V policy. `full_prefill`: prompts run to full depth. `slots`: positions of
-    one sequence in flight, one more than may be guessed. `decoder_attends`: whether the decoder has
-    K/V; without, it computes the newest positions alone. `decodes_in_passes`: passes fill it too.
-    `planes`: depths that have K/V of their own, all by default.
+    `last_exited`: the K/V policy. `full_prefill`: see the module. `slots`: positions in flight of a
+    sequence, one more than may be guessed. `decoder_attends`: whether the decoder has K/V; without,
+    it computes the newest positions alone. `decodes_in_passes`: passes fill it too. `planes`:
+    depths with K/V of their own, all by default.
     """
 
     num_depths: int

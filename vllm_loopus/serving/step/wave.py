@@ -10,7 +10,7 @@ In `exact`, K/V is a function of depth and tokens alone, so a guess decides noth
 depths and seeds are those without guesses.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,8 +26,7 @@ class GuessCounts:
     """What guesses did since they were counted last.
 
     - `made`: guesses. `confirmed`, `rejected`: the depths at which those were made whose token is
-      known since. Guesses that followed from a rejected one, or came with the token itself, are in
-      neither.
+      known since. Guesses that followed from a rejected one are in neither.
     - `wasted`: rows of passes for positions that were forgotten.
     """
 
@@ -49,9 +48,10 @@ class Waves:
         self._counts = GuessCounts()
 
     def counted(self) -> GuessCounts:
-        """Counts from zero again."""
-        counts, self._counts = self._counts, GuessCounts()
-        return counts
+        """Counts from zero again; what `drop` took back of guesses counted before, from less."""
+        counts = self._counts
+        self._counts = GuessCounts(made=min(counts.made, 0))
+        return replace(counts, made=max(counts.made, 0))
 
     def guessing(self, sequences: Ints) -> bool:
         """Whether one of `sequences` guesses, or has guessed positions."""
@@ -139,6 +139,7 @@ class Waves:
         stairs = self._stairs
         drops = (stairs.ahead[sequences] == 1) & (stairs.depths[sequences, 1] == 0)
         stairs.ahead[sequences[drops]] = 0
+        self._counts.made -= int(np.count_nonzero(drops))
 
     def fill(self, chunks: Chunks, life: Ints, tokens: Ints) -> None:
         """The guesses after the newest positions of `chunks` are known on the host. `life` [C]:
