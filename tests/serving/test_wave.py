@@ -58,3 +58,16 @@ def test_nobody_guesses_who_may_not() -> None:
     stairs.forget(ONE)
     stairs.lookahead[0] = 0
     assert not len(waves.to_decode(ONE, np.array([9]), np.ones(1, dtype=bool)))
+
+
+def test_a_guess_that_came_with_its_token_was_none() -> None:
+    """Also where guesses are counted in between: counters do not go down."""
+    stairs, waves = wave()
+    waves.drop(ONE)
+    assert stairs.ahead[0] == 0 and waves.counted().made == 0
+    stairs, waves = wave()
+    assert waves.counted().made == 1
+    waves.drop(ONE)
+    assert waves.counted().made == 0
+    waves.begin(waves.to_decode(ONE, np.array([9]), np.zeros(1, dtype=bool)))
+    assert waves.counted().made == 0 and waves.counted().made == 0
