@@ -40,6 +40,21 @@ def test_answers_stand_in_the_text(file: Path) -> None:
         assert row["word"] in row["context"]
 
 
+def test_what_is_scored_is_the_text(file: Path) -> None:
+    """Context and target as lm-eval joins them, spaces included."""
+    whole = {row["text"] for row in documents.text()["test"]}
+    asked = 0
+    for name in ("held_out_last_word", "held_out_choice"):
+        (task,) = load_tasks([name])[0].leaves
+        for doc in task.eval_docs:
+            made = task.construct_requests(doc, task.doc_to_text(doc), metadata=(name, 0, 1))
+            joined = ["".join(one.args) for one in (made if isinstance(made, list) else [made])]
+            right = joined[doc["right"]] if "right" in doc else joined[0]
+            assert any(text.startswith(right) for text in whole), right
+            asked += 1
+    assert asked > 4
+
+
 def test_lm_eval_loads_them_and_their_documents_identify_them(file: Path) -> None:
     before = {task.name: task.fingerprint(None) for task in load_tasks(NAMES)}
     assert set(before) == set(NAMES)
