@@ -10,6 +10,7 @@ from tests.conftest import GOLDEN_LOOPED, admit_too_many, counter, kv_manager
 from vllm_loopus import exit_depths
 
 OURO = GOLDEN_LOOPED / "ouro"
+BLOCK = 32  # tokens, of the engines that tests make
 # Arguments of an engine for it: the most loops that its golden answers have.
 OURO_LOOPS: dict[str, Any] = {"skip_tokenizer_init": True, "hf_overrides": {"total_ut_steps": 6}}
 
@@ -83,9 +84,9 @@ def scarce(loops: int) -> dict[str, Any]:
 
 
 def _needed_blocks(case: dict[str, Any]) -> int:
-    """With blocks of 32 tokens; the last token is not computed."""
+    """The last token is not computed."""
     tokens = len(case["prompt"]) + len(case["tokens"]) - 1
-    return max(case["depths"]) * -(-tokens // 32)
+    return max(case["depths"]) * -(-tokens // BLOCK)
 
 
 def assert_right_preempted(llm: Any, cases: list[dict[str, Any]]) -> None:

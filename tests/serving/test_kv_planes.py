@@ -87,11 +87,12 @@ def test_what_a_position_sees(make_llm: Any, setting: Any, last: int) -> None:
         assert_answers(generate(llm, cases, max_tokens=LONG), expected)
     assert len(kv_manager(llm).blocks_by_depth()) == last
 
-    scarce = {**SCARCE, "num_gpu_blocks_override": 4 * last + 1}
+    # Room for one sequence of the greatest length at all depths, and eight that want to run.
+    scarce = {**SCARCE, "num_gpu_blocks_override": 3 * last + 1, "enable_prefix_caching": False}
     llm = start(make_llm, setting, {**shared, "exit_quorum": 0.05}, **scarce)
     admit_too_many(llm)
-    assert_answers(generate(llm, cases, max_tokens=LONG), expected)
-    assert counter(llm, "vllm:num_preemptions") > 0
+    assert_answers(generate(llm, cases * 2, max_tokens=LONG), expected * 2)
+    assert counter(llm, "vllm:num_preemptions") > 0 or kv_manager(llm).short_of_planes > 0
 
 
 @pytest.mark.parametrize("prefill", ["lazy", pytest.param("full", marks=pytest.mark.long)])
