@@ -104,7 +104,7 @@ train-tiny: .venv
 eval-tiny: .venv
 	@$(BIN)/vllm-loopus eval loopus-tiny --tasks tiny --out eval-results --markdown
 
-# A real model, SmolLM2-135M, looped from nothing: docs/smollm2.md. SIZE=test takes minutes, default an hour and a half
+# A real model, SmolLM2-135M, looped from nothing: docs/smollm2.md. SIZE=test takes minutes, default about an hour
 # on two cores, gpu a GPU. It continues after an interruption. make smollm2 SIZE=test SMOLLM2_OUT=runs/try
 SIZE ?= default
 SMOLLM2_OUT ?= runs/smollm2
